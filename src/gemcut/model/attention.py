@@ -1,0 +1,164 @@
+"""Attention: scale, soft-cap, mask, softmax, in that order.
+
+``attend`` is the mathematics for one sequence, ``attend_decode`` for one new token of each of many. Other
+implementations register in ``IMPLEMENTATIONS``; they are tested against these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gemcut.config import GemmaConfig
+from gemcut.errors import UnsupportedError
+
+# Queries are taken in tiles so that fp32 scores of an 8k context stay small and keys no query sees are skipped.
+QUERY_TILE = 256
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one layer's attention computes. ``window`` None means the whole context."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's part of a batch: which rows of the batch are its queries, and how much context there is.
+
+    Queries sit at positions ``context_length - length … context_length - 1``.
+    """
+
+    start: int
+    length: int
+    context_length: int
+
+
+class KeyValues(Protocol):
+    """Keys and values of one batch, whatever holds them (a paged cache, or nothing but the batch itself)."""
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The batch's sequences, in row order."""
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store ``key`` and ``value`` [T, kv_heads, head_dim] of all rows."""
+
+    def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, int]:
+        """(keys, values [L, kv_heads, head_dim], position of the first) up to the sequence's last query."""
+
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For sequences of one query each: (keys, values [B, L, kv_heads, head_dim], first positions [B], lengths [B])."""
+
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, int, KeyValues, AttentionSpec], Tensor]
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, layer: int, kv: KeyValues, spec: AttentionSpec
+) -> Tensor:
+    """Plain PyTorch attention over any batch. ``query`` [T, heads, head_dim] -> [T, heads · head_dim]."""
+    kv.write(layer, key, value)
+    if all(span.length == 1 for span in kv.spans):
+        keys, values, first, lengths = kv.read_decode(layer)
+        return attend_decode(query, keys, values, first, lengths, spec).flatten(1)
+    parts = []
+    for index, span in enumerate(kv.spans):
+        rows = query[span.start : span.start + span.length]
+        keys, values, first_position = kv.read(layer, index)
+        parts.append(attend(rows, keys, values, span.context_length - span.length - first_position, spec))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, offset: int, spec: AttentionSpec) -> Tensor:
+    """Attention of one sequence's consecutive queries.
+
+    ``query`` [n, heads, head_dim]; ``keys`` and ``values`` [L, kv_heads, head_dim]; query i sits at index
+    ``offset + i`` of the keys. Returns [n, heads, head_dim] in the query's dtype.
+    """
+    kv_heads = keys.shape[1]
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)  # [kv_heads, L, head_dim]
+    tiles = []
+    for start in range(0, query.shape[0], QUERY_TILE):
+        tile = query[start : start + QUERY_TILE]
+        rows, heads, head_dim = tile.shape
+        low, high = offset + start, offset + start + rows  # key indices of this tile's queries
+        first = 0 if spec.window is None else max(0, low - spec.window + 1)
+        # Query heads that share a key head become extra rows of one matrix product.
+        grouped = tile.view(rows, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        scores = torch.bmm(grouped, keys[:, first:high].transpose(1, 2)).float()
+        scores = _cap(scores, spec).view(kv_heads, -1, rows, high - first)
+        distance = (
+            torch.arange(low, high, device=query.device)[:, None]
+            - torch.arange(first, high, device=query.device)[None, :]
+        )
+        hidden = distance < 0
+        if spec.window is not None:
+            hidden |= distance >= spec.window
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1).to(query.dtype)
+        out = torch.bmm(weights.view(kv_heads, -1, high - first), values[:, first:high])
+        tiles.append(out.view(kv_heads, -1, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads, head_dim))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+
+def attend_decode(
+    query: Tensor, keys: Tensor, values: Tensor, first: Tensor, lengths: Tensor, spec: AttentionSpec
+) -> Tensor:
+    """Attention of one query for each of B sequences, each at the last position of its context.
+
+    ``query`` [B, heads, head_dim]; ``keys`` and ``values`` [B, L, kv_heads, head_dim], row j of sequence b at position
+    ``first[b] + j`` and only the first ``lengths[b]`` rows real. Returns [B, heads, head_dim] in the query's dtype.
+    """
+    batch, heads, head_dim = query.shape
+    length, kv_heads = keys.shape[1], keys.shape[2]
+    grouped = query.view(batch, kv_heads, -1, head_dim)
+    scores = _cap(torch.matmul(grouped, keys.permute(0, 2, 3, 1)).float(), spec)  # [B, kv_heads, group, L]
+    index = torch.arange(length, device=query.device)
+    hidden = index[None, :] >= lengths[:, None]
+    if spec.window is not None:
+        hidden = hidden | (index[None, :] < (lengths - spec.window)[:, None])
+    weights = scores.masked_fill_(hidden[:, None, None, :], float("-inf")).softmax(dim=-1).to(query.dtype)
+    return torch.matmul(weights, values.transpose(1, 2)).reshape(batch, heads, head_dim)
+
+
+def _cap(scores: Tensor, spec: AttentionSpec) -> Tensor:
+    """Scale, then ``cap · tanh(score / cap)``; in place on fp32 ``scores``. Masking comes after, or the future leaks."""
+    if spec.softcap is None:
+        return scores.mul_(spec.scale)
+    return scores.mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A registered way to compute attention. ``supports`` gives None, or the reason why it cannot serve."""
+
+    name: str
+    function: AttentionFunction
+    supports: Callable[[GemmaConfig, torch.dtype, torch.device], str | None]
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "eager": Implementation("eager", eager_attention, lambda config, dtype, device: None),
+}
+
+
+def choose_attention(name: str, config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> Implementation:
+    """The implementation called ``name``; "auto" takes the first that supports the case. Refuses by name otherwise."""
+    if name == "auto":
+        for implementation in IMPLEMENTATIONS.values():
+            if implementation.supports(config, dtype, device) is None:
+                return implementation
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise UnsupportedError(f"attn_implementation={name!r} is not available in this version; choose one of: {known}")
+    reason = IMPLEMENTATIONS[name].supports(config, dtype, device)
+    if reason is not None:
+        raise UnsupportedError(f"attn_implementation={name!r} cannot serve this model: {reason}")
+    return IMPLEMENTATIONS[name]

@@ -1,0 +1,149 @@
+"""The whole forward pass of Gemma 2, and of Gemma 3's text models, on one page.
+
+Shapes: T rows (tokens of all sequences of a batch, one after another), d hidden size, V vocabulary.
+Sources: Gemma 2 report (arXiv 2408.00118), Gemma 3 report (arXiv 2503.19786).
+
+The residual stream and every norm are fp32 whatever the compute dtype is: it costs next to nothing, makes bf16 more
+exact, and keeps fp16 finite, where sums of post-norm outputs pass 65504.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gemcut.config import SLIDING, GemmaConfig
+from gemcut.model.attention import AttentionFunction, AttentionSpec, KeyValues, choose_attention
+from gemcut.model.geglu import choose_geglu
+from gemcut.model.linear import Embedding, Linear, LinearFactory
+from gemcut.model.norm import RMSNorm
+from gemcut.model.rope import RotaryTable, rotate
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; queries and keys are normalised per head in Gemma 3."""
+
+    def __init__(self, config: GemmaConfig, layer: int, linear: LinearFactory, attend: AttentionFunction) -> None:
+        super().__init__()
+        self.layer, self.attend = layer, attend
+        self.sizes = (config.query_size, config.key_value_size, config.key_value_size)
+        self.head_dim = config.head_dim
+        self.qkv_proj = linear(config.hidden_size, sum(self.sizes))  # rows: all of q, then k, then v
+        self.o_proj = linear(config.query_size, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.spec = AttentionSpec(
+            scale=config.attention_scale,
+            softcap=config.attn_logit_softcapping,
+            window=config.sliding_window if config.layer_types[layer] == SLIDING else None,
+        )
+
+    def forward(self, x: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
+        """``x`` [T, d] -> [T, d]."""
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, -1))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query).to(x.dtype), self.k_norm(key).to(x.dtype)
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        out: Tensor = self.o_proj(self.attend(query, key, value, self.layer, kv, self.spec))
+        return out
+
+
+class MLP(nn.Module):
+    """``down(gelu(gate(x)) · up(x))`` with the tanh approximation of GELU."""
+
+    def __init__(self, config: GemmaConfig, linear: LinearFactory, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size)  # rows: gate, then up
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.geglu = choose_geglu(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [T, d] -> [T, d]."""
+        return self.geglu(self.gate_up_proj(x), self.down_proj)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each between a norm before and a norm after; the residual is added after the second."""
+
+    def __init__(
+        self, config: GemmaConfig, index: int, dtype: torch.dtype, linear: LinearFactory, attend: AttentionFunction
+    ) -> None:
+        super().__init__()
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
+        self.input_norm, self.post_attention_norm = norm(), norm()
+        self.pre_feedforward_norm, self.post_feedforward_norm = norm(), norm()
+        self.attention = Attention(config, index, linear, attend)
+        self.mlp = MLP(config, linear, dtype)
+        self.dtype = dtype
+
+    def forward(self, residual: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
+        """``residual`` fp32 [T, d] -> fp32 [T, d]."""
+        attended = self.attention(self.input_norm(residual).to(self.dtype), rotation, kv)
+        residual = residual + self.post_attention_norm(attended)
+        transformed = self.mlp(self.pre_feedforward_norm(residual).to(self.dtype))
+        return residual + self.post_feedforward_norm(transformed)
+
+
+class Model(nn.Module):
+    """A Gemma network. Build it on the meta device, then stream weights in (``gemcut.checkpoint.load``).
+
+    Args:
+        config: the network's shape.
+        dtype: compute dtype: bfloat16, float16 or float32. Norms and the residual stream are fp32 in each.
+        attention: "auto", or the name of an attention implementation.
+        device: where it will run; only used to choose the attention implementation.
+        linear: makes linear layers; plain ones in ``dtype`` by default.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        attention: str = "auto",
+        device: torch.device | None = None,
+        linear: LinearFactory | None = None,
+    ) -> None:
+        super().__init__()
+        make_linear = linear if linear is not None else partial(Linear, dtype=dtype)
+        self.attention_implementation = choose_attention(attention, config, dtype, device or torch.device("cpu"))
+        self.config, self.dtype = config, dtype
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(
+            Layer(config, i, dtype, make_linear, self.attention_implementation.function)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # √d is rounded to the compute dtype, as in training: 67.88 becomes 68 at 27B in bf16.
+        self.embed_scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype).item()
+        positions = config.max_position_embeddings
+        self.rope_full = RotaryTable(config.head_dim, config.rope_theta, positions, config.rope_scaling_factor)
+        self.rope_sliding = RotaryTable(config.head_dim, config.rope_local_theta, positions)
+
+    def forward(self, ids: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
+        """Hidden states before the final norm.
+
+        Args:
+            ids: token ids, int64 [T].
+            positions: each token's position in its sequence, int64 [T].
+            kv: keys and values of the batch; says which rows form which sequence.
+
+        Returns:
+            fp32 [T, d].
+        """
+        residual = self.embed(ids).float() * self.embed_scale
+        full, sliding = self.rope_full.at(positions), self.rope_sliding.at(positions)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            residual = layer(residual, sliding if kind == SLIDING else full, kv)
+        return residual
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits after the final soft-cap, fp32 [n, V], of chosen rows of ``forward``'s result, fp32 [n, d]."""
+        logits = self.embed.logits(self.norm(hidden).to(self.dtype))
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
