@@ -1,0 +1,7 @@
+"""Requests in, tokens out: continuous batching over a paged key-value cache, on every device."""
+
+from gemcut.engine.engine import Engine, EngineConfig
+from gemcut.engine.request import Request, TokenEvent, TokenLogprob
+from gemcut.engine.sampling import SamplingParams
+
+__all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "TokenEvent", "TokenLogprob"]

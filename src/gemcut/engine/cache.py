@@ -1,0 +1,198 @@
+"""The paged key-value cache: two groups of blocks, one for full-attention layers and one for sliding layers.
+
+A sequence has a table of blocks in each group. A sliding block is given back as soon as no later query can see it.
+Blocks that are full are published under a key that names all tokens up to their end; a new sequence with the same
+beginning takes them over. With a window that is right only if, at the point where the new sequence goes on, every
+sliding block its first query can see is still there; older ones may be missing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemcut.config import GemmaConfig
+from gemcut.engine.blocks import BlockKey, BlockPool, block_key
+
+ROOT_KEY: BlockKey = b"gemcut"
+FREED = -1  # stands in a table for a sliding block that was given back
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+@dataclass
+class Tables:
+    """One sequence's blocks, by logical block index, in each group."""
+
+    full: list[int] = field(default_factory=list)
+    sliding: list[int] = field(default_factory=list)
+    first_sliding: int = 0  # sliding blocks before this one were given back, or were never there
+    keys: list[BlockKey] = field(default_factory=list)  # of the blocks published so far
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How many blocks each group has, and how many tokens a block holds."""
+
+    block_size: int
+    full_blocks: int
+    sliding_blocks: int
+
+
+def sliding_blocks_needed(config: GemmaConfig, tokens: int, chunk: int, block_size: int) -> int:
+    """Most sliding blocks a sequence of ``tokens`` holds at once, with at most ``chunk`` new tokens a step.
+
+    Its queries see ``window - 1`` earlier tokens; the range may begin and end inside a block.
+    """
+    return min(ceil_div(tokens, block_size), ceil_div(config.sliding_window - 1 + chunk, block_size) + 1)
+
+
+def bytes_per_block(config: GemmaConfig, dtype: torch.dtype, block_size: int) -> tuple[int, int]:
+    """Bytes of one block of the (full, sliding) group: keys and values of all the group's layers."""
+    row = 2 * config.key_value_size * dtype.itemsize * block_size
+    return row * len(config.full_layers), row * len(config.sliding_layers)
+
+
+def shape_for_tokens(config: GemmaConfig, *, sequences: int, context: int, chunk: int, block_size: int) -> CacheShape:
+    """The blocks that ``sequences`` of ``context`` tokens need, all at once."""
+    return CacheShape(
+        block_size,
+        sequences * ceil_div(context, block_size),
+        sequences * sliding_blocks_needed(config, context, chunk, block_size),
+    )
+
+
+def shape_for_bytes(
+    config: GemmaConfig, budget: int, *, dtype: torch.dtype, context: int, chunk: int, block_size: int
+) -> CacheShape:
+    """Blocks that ``budget`` bytes hold, in the ratio in which sequences of ``context`` tokens use the two groups."""
+    one = shape_for_tokens(config, sequences=1, context=context, chunk=chunk, block_size=block_size)
+    full_bytes, sliding_bytes = bytes_per_block(config, dtype, block_size)
+    scale = budget / (one.full_blocks * full_bytes + one.sliding_blocks * sliding_bytes)
+    return CacheShape(block_size, int(one.full_blocks * scale), int(one.sliding_blocks * scale))
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU in memory that is not touched before it is used, so that a large cache costs nothing at first.
+
+    Zeros rather than anything, since attention multiplies the unused places of a block by a weight of 0.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(size)
+
+
+class PagedCache:
+    """Storage of both groups and the bookkeeping of their blocks."""
+
+    def __init__(self, config: GemmaConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.shape, self.block_size = config, shape, shape.block_size
+        self.window = config.sliding_window
+        self.full = BlockPool(shape.full_blocks)
+        self.sliding = BlockPool(shape.sliding_blocks)
+
+        def storage(blocks: int, layers: int) -> Tensor:
+            size = (layers, 2, blocks, shape.block_size, config.num_key_value_heads, config.head_dim)
+            return _zeros(size, dtype, device)
+
+        #: [layers of the group, key or value, block, place in the block, kv head, head_dim]
+        self.full_storage = storage(shape.full_blocks, len(config.full_layers))
+        self.sliding_storage = storage(shape.sliding_blocks, len(config.sliding_layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both groups' storage."""
+        return self.full_storage.nbytes + self.sliding_storage.nbytes
+
+    def match_prefix(self, tokens: list[int]) -> tuple[Tables, int]:
+        """Tables of the longest usable beginning of ``tokens`` that is in the cache, and its length in tokens.
+
+        At least one token is left to compute. Nothing is taken yet: see ``adopt``.
+        """
+        size, keys = self.block_size, [ROOT_KEY]
+        full: list[int] = []
+        sliding: list[int | None] = []
+        unbroken: list[int] = []  # run of present sliding blocks that ends at this one
+        for index in range((len(tokens) - 1) // size):
+            key = block_key(keys[-1], tokens[index * size : (index + 1) * size])
+            block = self.full.lookup(key)
+            if block is None:
+                break
+            full.append(block)
+            keys.append(key)
+            sliding.append(self.sliding.lookup(key))
+            run = unbroken[-1] if unbroken else 0
+            unbroken.append(run + 1 if sliding[-1] is not None else 0)
+        for count in range(len(full), 0, -1):
+            first = max(0, count * size - self.window + 1) // size  # block of the oldest key the next query sees
+            if unbroken[count - 1] >= count - first:
+                seen = [b if b is not None and i >= first else FREED for i, b in enumerate(sliding[:count])]
+                return Tables(full[:count], seen, first, keys[1 : count + 1]), count * size
+        return Tables(), 0
+
+    def adopt(self, tables: Tables) -> None:
+        """Become a user of every block of tables that ``match_prefix`` gave."""
+        for block in tables.full:
+            self.full.share(block)
+        for block in tables.sliding[tables.first_sliding :]:
+            self.sliding.share(block)
+
+    def shortfall(self, tables: Tables, computed: int, new: int) -> int:
+        """How many blocks are missing (0: none) to compute ``new`` tokens after ``computed``."""
+        blocks = ceil_div(computed + new, self.block_size)
+        freed = max(0, self._first_visible(computed) - tables.first_sliding)
+        missing_full = blocks - len(tables.full) - self.full.free
+        missing_sliding = blocks - len(tables.sliding) - self.sliding.free
+        if missing_sliding > 0:  # count what leaves the window only when it matters: those may be shared
+            going = tables.sliding[tables.first_sliding : tables.first_sliding + freed]
+            missing_sliding -= sum(self.sliding.has_one_user(block) for block in going)
+        return max(0, missing_full, missing_sliding)
+
+    def extend(self, tables: Tables, computed: int, new: int) -> None:
+        """Give back sliding blocks out of sight, then take blocks for ``new`` tokens. ``shortfall`` was 0."""
+        self.free_out_of_window(tables, computed)
+        blocks = ceil_div(computed + new, self.block_size)
+        while len(tables.full) < blocks:
+            tables.full.append(self.full.allocate())
+        while len(tables.sliding) < blocks:
+            tables.sliding.append(self.sliding.allocate())
+
+    def free_out_of_window(self, tables: Tables, computed: int) -> None:
+        """Give back the sliding blocks that no query at position ``computed`` or later can see."""
+        visible = min(self._first_visible(computed), len(tables.sliding))
+        for index in range(tables.first_sliding, visible):
+            self.sliding.release(tables.sliding[index])
+            tables.sliding[index] = FREED
+        tables.first_sliding = max(tables.first_sliding, visible)
+
+    def publish(self, tables: Tables, tokens: list[int], computed: int) -> None:
+        """Make blocks that ``computed`` tokens have filled findable by others."""
+        size = self.block_size
+        while (len(tables.keys) + 1) * size <= computed:
+            index = len(tables.keys)
+            parent = tables.keys[-1] if tables.keys else ROOT_KEY
+            key = block_key(parent, tokens[index * size : (index + 1) * size])
+            tables.keys.append(key)
+            self.full.publish(tables.full[index], key)
+            if tables.sliding[index] != FREED:
+                self.sliding.publish(tables.sliding[index], key)
+
+    def release(self, tables: Tables) -> None:
+        """Give back everything; the end of a sequence first, so that beginnings stay findable longest."""
+        for block in reversed(tables.full):
+            self.full.release(block)
+        for block in reversed(tables.sliding[tables.first_sliding :]):
+            self.sliding.release(block)
+        tables.full, tables.sliding, tables.first_sliding, tables.keys = [], [], 0, []
+
+    def _first_visible(self, position: int) -> int:
+        """Index of the first block a query at ``position`` sees in a sliding layer."""
+        return max(0, position - self.window + 1) // self.block_size

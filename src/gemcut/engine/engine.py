@@ -1,0 +1,214 @@
+"""Engine: submit requests, step, take the tokens. Everything a person does goes through here.
+
+    submit -> [step: schedule -> run -> sample -> detokenise and check stops] -> events
+
+Calls may come from several threads; each step is one at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+
+from gemcut.engine.cache import (
+    CacheShape,
+    PagedCache,
+    bytes_per_block,
+    ceil_div,
+    shape_for_bytes,
+    shape_for_tokens,
+    sliding_blocks_needed,
+)
+from gemcut.engine.request import FinishReason, Request, Sequence, Status, TokenEvent, TokenLogprob
+from gemcut.engine.runner import Runner
+from gemcut.engine.sampler import sample
+from gemcut.engine.scheduler import Scheduler
+from gemcut.errors import CapacityError, ContextLengthError, ParameterError
+from gemcut.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes of the engine.
+
+    Attributes:
+        max_context: most tokens a request may hold, prompt and answer together; the model's own limit if None.
+        max_batch_size: most requests in one step.
+        max_batch_tokens: most tokens in one step; a longer prompt is cut into chunks of this size.
+        block_size: tokens a cache block holds.
+        kv_memory: bytes for keys and values; None makes room for ``sequences`` whole contexts.
+        sequences: how many requests of ``max_context`` the cache holds when ``kv_memory`` is None.
+        cache_dtype: dtype of keys and values; the compute dtype if None.
+    """
+
+    max_context: int | None = None
+    max_batch_size: int = 64
+    max_batch_tokens: int = 512
+    block_size: int = 16
+    kv_memory: int | None = None
+    sequences: int = 2
+    cache_dtype: torch.dtype | None = None
+
+
+class Engine:
+    """Continuous batching of any number of requests over one model."""
+
+    def __init__(self, model: Model, device: torch.device, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        self.model, self.device, self.config = model, device, config
+        limit = model.config.max_position_embeddings
+        self.max_context = min(config.max_context or limit, limit)
+        if config.max_context is not None and not 1 < config.max_context <= limit:
+            raise ParameterError(f"max_context is {config.max_context}; this model takes from 2 to {limit} tokens")
+        for name in ("max_batch_size", "max_batch_tokens", "block_size", "sequences"):
+            if getattr(config, name) < 1:
+                raise ParameterError(f"{name} is {getattr(config, name)}; expected at least 1")
+        dtype = config.cache_dtype or model.dtype
+        if dtype != model.dtype:
+            raise ParameterError(f"cache_dtype {dtype} differs from the compute dtype {model.dtype}; not supported yet")
+        self.chunk = min(config.max_batch_tokens, self.max_context)
+        self.cache = PagedCache(model.config, self._cache_shape(dtype), dtype, device)
+        self.scheduler = Scheduler(
+            self.cache, max_batch_size=config.max_batch_size, max_batch_tokens=config.max_batch_tokens
+        )
+        self.runner = Runner(model, self.cache, device)
+        self._sequences: dict[int, Sequence] = {}
+        self._cancelled: list[TokenEvent] = []
+        self._lock = threading.RLock()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._sequences or self._cancelled)
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request; raises before anything starts if it can never be served.
+
+        Raises:
+            ParameterError: empty prompt, or a token id outside the vocabulary.
+            ContextLengthError: prompt and answer do not fit the context.
+            CapacityError: they do not fit the cache even alone.
+        """
+        self._check(request)
+        sequence = Sequence(request)
+        with self._lock:
+            if request.request_id in self._sequences:
+                raise ParameterError(f"request id {request.request_id} is already in use")
+            self._sequences[request.request_id] = sequence
+            self.scheduler.add(sequence)
+        return sequence
+
+    def cancel(self, request_id: int) -> bool:
+        """Stop a request and give its blocks back at once. False if it has ended already."""
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            if sequence is None:
+                return False
+            text = sequence.request.text.finish() if sequence.request.text is not None else ""
+            self._end(sequence)
+            self._cancelled.append(TokenEvent(request_id, None, text=text, finish_reason="cancelled"))
+            return True
+
+    def step(self) -> list[TokenEvent]:
+        """Do one step of work for all requests and return what happened, in batch order."""
+        with self._lock:
+            events, self._cancelled = self._cancelled, []
+            batch = self.scheduler.schedule()
+            if not batch:
+                return events
+            now = time.perf_counter()
+            for scheduled in batch:
+                scheduled.sequence.started = scheduled.sequence.started or now
+            logits = self.runner.run(batch, [self.scheduler.tables[s.sequence.id] for s in batch])
+            ready = [scheduled.sequence for scheduled in batch if scheduled.completes]
+            for scheduled in batch:
+                self.scheduler.computed(scheduled)
+            wants = [s for s in ready if s.request.params.max_new_tokens > 0]
+            if len(wants) < len(ready):
+                logits = logits[[i for i, s in enumerate(ready) if s.request.params.max_new_tokens > 0]]
+                for sequence in ready:
+                    if sequence.request.params.max_new_tokens == 0:
+                        events.append(TokenEvent(sequence.id, None, finish_reason="length"))
+                        self._end(sequence)
+            if wants:
+                tokens, logprobs = sample(logits, wants)
+                for sequence, token, logprob in zip(wants, tokens, logprobs, strict=True):
+                    events.append(self._take(sequence, token, logprob))
+            return events
+
+    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
+        """Add a sampled token to its sequence and see whether that ends it."""
+        request, sink = sequence.request, sequence.request.text
+        sequence.first_token = sequence.first_token or time.perf_counter()
+        sequence.append(token)
+        reason: FinishReason | None = None
+        stop: int | str | None = None
+        text = ""
+        if token in request.stop_ids and not request.params.ignore_eos:
+            reason, stop = "stop", token
+        else:
+            text = sink.push(token) if sink is not None else ""
+            if sink is not None and sink.stopped is not None:
+                reason, stop = "stop", sink.stopped
+            elif sequence.output_length >= request.params.max_new_tokens:
+                reason = "length"
+        if reason is not None:
+            if sink is not None and not isinstance(stop, str):
+                text += sink.finish()
+            if sink is not None and isinstance(sink.stopped, str):  # completed only by the text held back till now
+                reason, stop = "stop", sink.stopped
+            self._end(sequence)
+        return TokenEvent(sequence.id, token, text, logprob, reason, stop)
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        sequence.ended = time.perf_counter()
+        del self._sequences[sequence.id]
+        assert sequence.status is Status.FINISHED
+
+    def _check(self, request: Request) -> None:
+        prompt, new = len(request.prompt_ids), request.params.max_new_tokens
+        if prompt == 0:
+            raise ParameterError("the prompt is empty; expected at least one token (<bos> counts)")
+        vocabulary = self.model.config.vocab_size
+        for name, ids in (("prompt", request.prompt_ids), ("logit_bias", request.params.logit_bias)):
+            bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+            if bad is not None:
+                raise ParameterError(f"{name} has token id {bad}; this model's ids go from 0 to {vocabulary - 1}")
+        if prompt + new > self.max_context:
+            room = self.max_context - prompt
+            advice = f"lower max_new_tokens to {room} or less" if room > 0 else "shorten the prompt"
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens and up to {new} new ones were asked for, {prompt + new} together; "
+                f"the context holds {self.max_context}: {advice}"
+            )
+        size = self.cache.block_size
+        needed = (
+            ceil_div(prompt + new, size),
+            sliding_blocks_needed(self.model.config, prompt + new, self.chunk, size),
+        )
+        for kind, need, have in zip(("full", "sliding"), needed, (self.cache.full, self.cache.sliding), strict=True):
+            if need > have.count:
+                raise CapacityError(
+                    f"the request needs {need} {kind}-attention cache blocks of {size} tokens; {have.count} are "
+                    f"available: give more kv_memory or ask for fewer tokens"
+                )
+
+    def _cache_shape(self, dtype: torch.dtype) -> CacheShape:
+        config, size = self.model.config, self.config.block_size
+        if self.config.kv_memory is None:
+            return shape_for_tokens(
+                config, sequences=self.config.sequences, context=self.max_context, chunk=self.chunk, block_size=size
+            )
+        shape = shape_for_bytes(
+            config, self.config.kv_memory, dtype=dtype, context=self.max_context, chunk=self.chunk, block_size=size
+        )
+        if min(shape.full_blocks, shape.sliding_blocks) < 2:
+            least = 2 * sum(bytes_per_block(config, dtype, size))
+            raise CapacityError(
+                f"kv_memory of {self.config.kv_memory} bytes holds no sequence; at least {least} bytes are needed"
+            )
+        return shape

@@ -1,0 +1,88 @@
+"""PagedKeyValues: one batch's view of the paged cache, in the form the network's attention asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gemcut.config import FULL, GemmaConfig
+from gemcut.engine.cache import PagedCache, Tables, ceil_div
+from gemcut.model.attention import Span
+
+
+class _Group:
+    """Index tensors of one cache group for one batch."""
+
+    def __init__(
+        self, storage: Tensor, tables: list[list[int]], first: list[int], spans: Sequence[Span], size: int
+    ) -> None:
+        device, self.size = storage.device, size
+        self.storage = storage
+        self.first_positions = [block * size for block in first]
+        live = [
+            table[start : ceil_div(span.context_length, size)]
+            for table, start, span in zip(tables, first, spans, strict=True)
+        ]
+        slots: list[int] = []
+        for table, span in zip(tables, spans, strict=True):
+            for position in range(span.context_length - span.length, span.context_length):
+                slots.append(table[position // size] * size + position % size)
+        self.slots = torch.tensor(slots, dtype=torch.long, device=device)
+        self.blocks = [torch.tensor(blocks, dtype=torch.long, device=device) for blocks in live]
+        self.lengths = [span.context_length - start for span, start in zip(spans, self.first_positions, strict=True)]
+        self._decode: tuple[Tensor, Tensor, Tensor, int] | None = None
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        keys, values = self.storage[layer].flatten(1, 2)
+        keys.index_copy_(0, self.slots, key)
+        values.index_copy_(0, self.slots, value)
+
+    def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, int]:
+        keys, values = self.storage[layer]
+        blocks, length = self.blocks[sequence], self.lengths[sequence]
+        return (
+            keys[blocks].flatten(0, 1)[:length],
+            values[blocks].flatten(0, 1)[:length],
+            self.first_positions[sequence],
+        )
+
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self._decode is None:
+            device = self.storage.device
+            padded = torch.nn.utils.rnn.pad_sequence(self.blocks, batch_first=True)  # pads with block 0; masked later
+            first = torch.tensor(self.first_positions, dtype=torch.long, device=device)
+            self._decode = (padded, first, torch.tensor(self.lengths, device=device), max(self.lengths))
+        padded, first, lengths, longest = self._decode
+        keys, values = self.storage[layer]
+        return keys[padded].flatten(1, 2)[:, :longest], values[padded].flatten(1, 2)[:, :longest], first, lengths
+
+
+class PagedKeyValues:
+    """Keys and values of one batch in the paged cache (``gemcut.model.attention.KeyValues``)."""
+
+    def __init__(self, config: GemmaConfig, cache: PagedCache, tables: list[Tables], spans: Sequence[Span]) -> None:
+        self.spans: Sequence[Span] = spans
+        size = cache.block_size
+        full = _Group(cache.full_storage, [t.full for t in tables], [0] * len(tables), spans, size)
+        first = [t.first_sliding for t in tables]
+        sliding = _Group(cache.sliding_storage, [t.sliding for t in tables], first, spans, size)
+        counts = {id(full): 0, id(sliding): 0}
+        self._layers: list[tuple[_Group, int]] = []  # of each layer: its group, and its place in the group's storage
+        for kind in config.layer_types:
+            group = full if kind == FULL else sliding
+            self._layers.append((group, counts[id(group)]))
+            counts[id(group)] += 1
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        group, index = self._layers[layer]
+        group.write(index, key, value)
+
+    def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, int]:
+        group, index = self._layers[layer]
+        return group.read(index, sequence)
+
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        group, index = self._layers[layer]
+        return group.read_decode(index)

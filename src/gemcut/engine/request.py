@@ -1,0 +1,121 @@
+"""A request, its state while it lives in the engine, and the events it gives."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, Protocol
+
+from gemcut.engine.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+_ids = itertools.count()
+
+
+class TextSink(Protocol):
+    """Turns tokens into text as they come; the engine feeds it so that stop texts end a request at once."""
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop text that was found, if any."""
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that is now certain."""
+
+    def finish(self) -> str:
+        """Return what was still held back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a caller asks of the engine.
+
+    Attributes:
+        prompt_ids: the prompt's token ids, ``<bos>`` included.
+        params: how to sample.
+        stop_ids: token ids that end the answer (they are not part of its text).
+        text: receives the tokens and watches for stop texts; None where only ids are wanted.
+        prompt_logprobs: also compute the log-probability of every prompt token after the first.
+        request_id: unique while the request lives.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int] = frozenset()
+    text: TextSink | None = None
+    prompt_logprobs: bool = False
+    request_id: int = field(default_factory=lambda: next(_ids))
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a token under the model (before penalties and temperature), with the likeliest others."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one request: a token, or its end, or both."""
+
+    request_id: int
+    token_id: int | None
+    text: str = ""
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or the stop text
+
+
+class Status(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """A request's state in the engine: its tokens so far and how many of them have keys and values."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens: list[int] = list(request.prompt_ids)
+        self.computed = 0  # tokens whose keys and values are in the cache
+        self.status = Status.WAITING
+        self.preemptions = 0
+        # A fresh seed is drawn once, so that a preempted request goes on as it would have.
+        self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
+        self.output_counts: dict[int, int] = {}
+        self.prompt_logprobs: list[float] = []
+        self.cached_tokens = 0  # prompt tokens found in the cache at the first start
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.ended: float | None = None
+
+    @property
+    def id(self) -> int:
+        return self.request.request_id
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens that still have to go through the network before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    def append(self, token: int) -> None:
+        """Add a sampled token."""
+        self.tokens.append(token)
+        self.output_counts[token] = self.output_counts.get(token, 0) + 1

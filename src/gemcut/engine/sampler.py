@@ -1,0 +1,144 @@
+"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, a draw; all in fp32 or better.
+
+The order is transformers': penalties and bias change logits, then temperature, then each filter sees what the one
+before it left, renormalised. A draw uses one uniform number that depends on the request's seed and the token's place
+alone, so neighbours, batch size, chunking and preemption do not change it, nor does the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.request import Sequence, TokenLogprob
+
+# Nucleus sampling sorts this many of the likeliest tokens first, and the whole vocabulary only if they do not suffice.
+SORT_FIRST = 1024
+_MASK = 2**64 - 1
+
+
+def uniform(seed: int, place: int) -> float:
+    """A number in [0, 1) that is a pure function of both arguments (SplitMix64; Steele, Lea and Flood 2014)."""
+    x = ((seed & _MASK) * 0xD1342543DE82EF95 + (place + 1) * 0x9E3779B97F4A7C15) & _MASK
+    for _ in range(2):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        x ^= x >> 31
+    return (x >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+    """Choose the next token of each sequence.
+
+    Args:
+        logits: fp32 [n, V] after the final soft-cap, one row a sequence.
+        sequences: the n sequences; their parameters and tokens so far decide.
+
+    Returns:
+        n token ids, and for those that asked for it the log-probability of the choice with its alternatives.
+    """
+    raw = logits
+    if any(_changes_logits(s) for s in sequences):
+        logits = logits.clone()
+        for row, sequence in zip(logits, sequences, strict=True):
+            if _changes_logits(sequence):
+                change_logits(row, sequence)
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    for index, sequence in enumerate(sequences):
+        if not sequence.request.params.greedy:
+            tokens[index] = _draw(logits[index], sequence)
+    return tokens, token_logprobs(raw, tokens, [s.request.params.logprobs for s in sequences])
+
+
+def _changes_logits(sequence: Sequence) -> bool:
+    p = sequence.request.params
+    return bool(
+        p.logit_bias
+        or p.repetition_penalty != 1
+        or p.presence_penalty
+        or p.frequency_penalty
+        or sequence.output_length < p.min_new_tokens
+    )
+
+
+def change_logits(row: Tensor, sequence: Sequence) -> None:
+    """Apply penalties and bias to one row of logits [V] in place.
+
+    Repetition penalty: positive logits of tokens in prompt or output are divided by it, negative ones multiplied
+    (Keskar et al. 2019). Presence and frequency penalties: OpenAI's formula, on generated tokens.
+    """
+    p = sequence.request.params
+    if p.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+    if (p.presence_penalty or p.frequency_penalty) and sequence.output_counts:
+        generated = torch.tensor(list(sequence.output_counts), device=row.device)
+        counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
+        row[generated] -= p.presence_penalty + p.frequency_penalty * counts
+    if p.logit_bias:
+        biased = torch.tensor(list(p.logit_bias), device=row.device)
+        row[biased] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
+    if sequence.output_length < p.min_new_tokens and sequence.request.stop_ids:
+        row[torch.tensor(sorted(sequence.request.stop_ids), device=row.device)] = float("-inf")
+
+
+def _draw(row: Tensor, sequence: Sequence) -> int:
+    p = sequence.request.params
+    probabilities, ids = candidates(row, p.temperature, p.top_k, p.top_p, p.min_p)
+    cumulative = probabilities.double().cumsum(0)
+    point = uniform(sequence.seed, sequence.output_length) * cumulative[-1]
+    place = torch.searchsorted(cumulative, point, right=True).clamp_max(len(cumulative) - 1)
+    return int(place if ids is None else ids[place])
+
+
+def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
+    """The tokens that may be drawn from one row of logits [V] and their probabilities (not renormalised).
+
+    Returns (probabilities [m], ids [m]), likeliest first; or ids None when nothing is filtered and token i has
+    probability i.
+    """
+    vocabulary = row.shape[0]
+    if top_k == 0 and top_p == 1 and min_p == 0:
+        return torch.softmax(row / temperature, dim=-1), None
+    count = min(top_k or vocabulary, vocabulary)
+    if top_k:
+        values, ids = (row / temperature).topk(count)
+        probabilities = values.softmax(dim=-1)
+    else:
+        everything = torch.softmax(row / temperature, dim=-1)
+        probabilities, ids = everything.topk(min(SORT_FIRST, vocabulary))
+        enough = top_p < 1 and probabilities.sum(dtype=torch.float64) >= top_p
+        enough |= min_p > 0 and bool(probabilities[-1] < min_p * probabilities[0])
+        if not enough:
+            probabilities, ids = everything.sort(descending=True)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if top_p < 1:
+        before = probabilities.double().cumsum(0) - probabilities
+        keep &= before < top_p
+    if min_p > 0:
+        keep &= probabilities >= min_p * probabilities[0]
+    keep[0] = True
+    return probabilities[keep], ids[keep]
+
+
+def token_logprobs(logits: Tensor, tokens: Many[int], wanted: Many[int | None]) -> list[TokenLogprob | None]:
+    """Log-probability of each row's token under softmax of ``logits`` [n, V], with its likeliest alternatives.
+
+    ``wanted[i]`` is how many alternatives row i asks for; None asks for nothing.
+    """
+    results: list[TokenLogprob | None] = [None] * len(tokens)
+    rows = [i for i, count in enumerate(wanted) if count is not None]
+    if not rows:
+        return results
+    logprobs = logits[rows].log_softmax(dim=-1)
+    most = max(wanted[i] or 0 for i in rows)
+    values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1) if most else (None, None)
+    for place, i in enumerate(rows):
+        top: tuple[tuple[int, float], ...] = ()
+        if values is not None and ids is not None and (count := wanted[i]):
+            top = tuple(zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True))
+        results[i] = TokenLogprob(tokens[i], float(logprobs[place, tokens[i]]), top)
+    return results

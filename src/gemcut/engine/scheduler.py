@@ -1,0 +1,121 @@
+"""Scheduler: which tokens of which requests go through the network in the next step."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.request import Sequence, Status
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A sequence's part of one step: its next ``length`` tokens that have no keys and values yet."""
+
+    sequence: Sequence
+    length: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the next token can be sampled after this step."""
+        return self.sequence.computed + self.length == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """First come, first served. Running requests go on before waiting ones start; a long prompt is cut into chunks
+    that share a step with the others' next tokens. When blocks run out the request that came last gives its own back
+    and waits at the front; it computes its tokens again later (its random numbers stay the same).
+    """
+
+    def __init__(self, cache: PagedCache, *, max_batch_size: int, max_batch_tokens: int) -> None:
+        self.cache = cache
+        self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.tables: dict[int, Tables] = {}  # of running sequences
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out for good, wherever it is."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def schedule(self) -> list[Scheduled]:
+        """Choose the next step's work and take the blocks it needs."""
+        batch: list[Scheduled] = []
+        budget = self.max_batch_tokens
+        preempted = False
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            length = min(sequence.pending, budget)
+            while (missing := self._shortfall(sequence, length)) and self.running[-1] is not sequence:
+                self._preempt(self.running[-1])
+                preempted = True
+            if missing:  # it came last itself
+                self._preempt(sequence)
+                preempted = True
+                break
+            self.cache.extend(self.tables[sequence.id], sequence.computed, length)
+            batch.append(Scheduled(sequence, length))
+            budget -= length
+            index += 1
+        while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
+            scheduled = self._start(self.waiting[0], budget)
+            if scheduled is None:
+                break
+            batch.append(scheduled)
+            budget -= scheduled.length
+        return batch
+
+    def computed(self, scheduled: Scheduled) -> None:
+        """Note that a step is done: its blocks may be shared and those out of the window given back."""
+        sequence, tables = scheduled.sequence, self.tables[scheduled.sequence.id]
+        sequence.computed += scheduled.length
+        self.cache.publish(tables, sequence.tokens, sequence.computed)
+        self.cache.free_out_of_window(tables, sequence.computed)
+
+    def _shortfall(self, sequence: Sequence, length: int) -> int:
+        return self.cache.shortfall(self.tables[sequence.id], sequence.computed, length)
+
+    def _start(self, sequence: Sequence, budget: int) -> Scheduled | None:
+        """Move the first waiting sequence to the running ones if blocks for its whole prompt are there."""
+        tables, cached = Tables(), 0
+        if not sequence.request.prompt_logprobs:  # those need the hidden state of every prompt token
+            tables, cached = self.cache.match_prefix(sequence.tokens)
+            self.cache.adopt(tables)
+        pending = len(sequence.tokens) - cached
+        length = min(pending, budget)
+        whole_prompt = max(0, len(sequence.tokens) // self.cache.block_size + 1 - len(tables.full))
+        if self.cache.shortfall(tables, cached, length) or (self.running and whole_prompt > self.cache.full.free):
+            self.cache.release(tables)
+            return None
+        self.waiting.popleft()
+        self.running.append(sequence)
+        self.tables[sequence.id] = tables
+        sequence.status, sequence.computed = Status.RUNNING, cached
+        if sequence.preemptions == 0:
+            sequence.cached_tokens = cached
+        self.cache.extend(tables, cached, length)
+        return Scheduled(sequence, length)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.status, sequence.computed = Status.WAITING, 0
+        sequence.preemptions += 1
+        sequence.prompt_logprobs.clear()
+        self.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.cache.release(self.tables.pop(sequence.id))
