@@ -1,0 +1,115 @@
+"""From the SentencePiece vocabulary inside a GGUF file to a tokenizer.
+
+The file lists pieces with scores and kinds but no merges. SentencePiece's BPE joins, again and again, the two
+neighbours whose joint piece has the best score (the leftmost on a tie); user-defined pieces are matched whole first.
+The same result comes from a list of merges: every way to cut a piece into two pieces, best score first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+
+from gemcut.errors import TokenizerError
+
+#: Raise when `build` gives another result for the same vocabulary, so that older caches are no longer read.
+FORMAT_VERSION = 1
+
+# Kinds of pieces: tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_TURNS = ("<start_of_turn>", "<end_of_turn>")  # some converters marked these user-defined
+
+
+def cache_folder(cache_key: str) -> Path:
+    """Where the tokenizer of a vocabulary is kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, then gemcut/tokenizers/…"""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    digest = hashlib.sha256(f"{FORMAT_VERSION}\0{cache_key}".encode()).hexdigest()
+    return Path(base) / "gemcut" / "tokenizers" / digest[:32]
+
+
+def build(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], special: Mapping[str, int]
+) -> tuple[Tokenizer, dict[str, str]]:
+    """The backend of a vocabulary, and the special tokens' texts.
+
+    Args:
+        tokens, scores, types: one entry a token, in order of id.
+        special: ids of "bos_token", "eos_token", "pad_token", "unk_token".
+
+    Raises:
+        TokenizerError: lengths differ, a token stands twice, a kind or special id is unknown.
+    """
+    _check(tokens, scores, types, special)
+    names = {role: tokens[token_id] for role, token_id in special.items()}
+    # llama.cpp stores runs of spaces as real spaces; the text has ▁ by the time they are looked up.
+    space_runs = {i for i, kind in enumerate(types) if kind in (NORMAL, USER_DEFINED) and _is_space_run(tokens[i])}
+    pieces = ["▁" * len(token) if i in space_runs else token for i, token in enumerate(tokens)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        twice = next(piece for i, piece in enumerate(pieces) if vocab[piece] != i)
+        raise TokenizerError(f"the GGUF vocabulary holds the token {twice!r} twice")
+    backend = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=_merges(pieces, scores, types, space_runs, vocab),
+            unk_token=names["unk_token"],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bos = names["bos_token"]
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, special["bos_token"])]
+    )
+    is_special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | set(special.values())
+    is_special |= {vocab[name] for name in _TURNS if name in vocab}
+    added = is_special | {i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in space_runs}
+    backend.add_tokens([AddedToken(pieces[i], special=i in is_special, normalized=False) for i in sorted(added)])
+    return backend, names
+
+
+def _merges(
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], space_runs: set[int], vocab: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """Every cut of every piece into two pieces, in the order SentencePiece would join them.
+
+    Runs of spaces come first whatever their score: they are user-defined pieces, matched before anything is joined.
+    All other user-defined pieces become added tokens and need no merges.
+    """
+    usable = {piece: i for piece, i in vocab.items() if types[i] == NORMAL or i in space_runs}
+    long = [i for i in usable.values() if len(pieces[i]) > 1]
+    long.sort(key=lambda i: (False, 0.0, i) if i in space_runs else (True, -scores[i], i))
+    merges: list[tuple[str, str]] = []
+    for i in long:
+        piece = pieces[i]
+        cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        known = [cut for cut in cuts if cut[0] in usable and cut[1] in usable]
+        known.sort(key=lambda cut: (usable[cut[0]], usable[cut[1]]))  # the order of Gemma 2's own tokenizer.json
+        merges.extend(known)
+    return merges
+
+
+def _is_space_run(token: str) -> bool:
+    return len(token) > 1 and not token.strip(" ▁")
+
+
+def _check(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], special: Mapping[str, int]) -> None:
+    if not len(tokens) == len(scores) == len(types):
+        raise TokenizerError(
+            f"the GGUF vocabulary has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types; "
+            "expected as many of each"
+        )
+    unknown = set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}
+    if unknown:
+        raise TokenizerError(f"the GGUF vocabulary has tokens of type {min(unknown)}; gemcut knows types 1 to 6")
+    for role, token_id in special.items():
+        if not 0 <= token_id < len(tokens):
+            raise TokenizerError(f"{role} has id {token_id}, outside the GGUF vocabulary of {len(tokens)} tokens")
