@@ -16,6 +16,23 @@ LayerKind = Literal["sliding_attention", "full_attention"]
 SLIDING: LayerKind = "sliding_attention"
 FULL: LayerKind = "full_attention"
 
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_local_theta",
+    "rope_scaling_factor",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
@@ -51,11 +68,7 @@ class GemmaConfig:
     torch_dtype: str | None = None  # dtype the checkpoint says its weights have
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim max_position_embeddings sliding_window query_pre_attn_scalar rms_norm_eps rope_theta "
-            "rope_local_theta rope_scaling_factor"
-        ).split():
+        for name in _POSITIVE:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"config: {name} is {value}; it must be a positive number")
@@ -78,7 +91,7 @@ class GemmaConfig:
     @property
     def attention_scale(self) -> float:
         """What attention scores are multiplied by: ``query_pre_attn_scalar ** -0.5`` (27B: 1/12, not 128^-0.5)."""
-        return float(self.query_pre_attn_scalar) ** -0.5
+        return 1.0 / math.sqrt(self.query_pre_attn_scalar)
 
     @property
     def query_size(self) -> int:
@@ -264,8 +277,10 @@ def _cap(data: Mapping[str, Any], name: str, default: float | None) -> float | N
 def _sliding_window(data: Mapping[str, Any]) -> int:
     windows = {name: data[name] for name in ("sliding_window", "sliding_window_size") if data.get(name) is not None}
     if len(set(windows.values())) > 1:
-        raise ConfigError(f"sliding_window {windows['sliding_window']} contradicts sliding_window_size "
-                          f"{windows['sliding_window_size']}")
+        raise ConfigError(
+            f"sliding_window {windows['sliding_window']} contradicts sliding_window_size "
+            f"{windows['sliding_window_size']}"
+        )
     if not windows:
         raise ConfigError("sliding_window is missing")
     return _integer(windows, next(iter(windows)))
@@ -305,27 +320,23 @@ def _rope(data: Mapping[str, Any], gemma3: bool) -> tuple[float, float, float]:
     return theta, local, factor
 
 
-def _gemma2(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, head_dim: int, scalar: int) -> GemmaConfig:
-    return GemmaConfig.from_dict(
-        dict(model_type="gemma2", vocab_size=256_000, hidden_size=hidden, intermediate_size=ffn,
-             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-             query_pre_attn_scalar=scalar, sliding_window=4096, torch_dtype="bfloat16")
-    )  # fmt: skip
-
-
-def _gemma3(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> GemmaConfig:
-    return GemmaConfig.from_dict(
-        dict(model_type="gemma3_text", vocab_size=262_144, hidden_size=hidden, intermediate_size=ffn,
-             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-             sliding_window=512, torch_dtype="bfloat16")
-    )  # fmt: skip
+def _published(model_type: str, vocab_size: int, window: int, shape: tuple[int, ...]) -> GemmaConfig:
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    names += ["head_dim", "query_pre_attn_scalar"]
+    data: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "sliding_window": window,
+        "torch_dtype": "bfloat16",
+    }
+    return GemmaConfig.from_dict(data | dict(zip(names, shape, strict=True)))
 
 
 #: Published shapes by short name. Sources: the checkpoints' config.json; Gemma 2 and Gemma 3 technical reports.
 FAMILY: dict[str, GemmaConfig] = {
-    "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4, 256, 256),
-    "gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8, 256, 256),
-    "gemma-2-27b": _gemma2(4608, 36864, 46, 32, 16, 128, 144),
-    "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, 256),
-    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, 256),
+    "gemma-2-2b": _published("gemma2", 256_000, 4096, (2304, 9216, 26, 8, 4, 256, 256)),
+    "gemma-2-9b": _published("gemma2", 256_000, 4096, (3584, 14336, 42, 16, 8, 256, 256)),
+    "gemma-2-27b": _published("gemma2", 256_000, 4096, (4608, 36864, 46, 32, 16, 128, 144)),
+    "gemma-3-270m": _published("gemma3_text", 262_144, 512, (640, 2048, 18, 4, 1, 256, 256)),
+    "gemma-3-1b": _published("gemma3_text", 262_144, 512, (1152, 6912, 26, 4, 1, 256, 256)),
 }

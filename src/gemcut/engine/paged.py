@@ -32,7 +32,7 @@ class _Group:
         self.slots = torch.tensor(slots, dtype=torch.long, device=device)
         self.blocks = [torch.tensor(blocks, dtype=torch.long, device=device) for blocks in live]
         self.lengths = [span.context_length - start for span, start in zip(spans, self.first_positions, strict=True)]
-        self._decode: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self._decode: tuple[Tensor, Tensor, int] | None = None
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         keys, values = self.storage[layer].flatten(1, 2)
@@ -48,15 +48,13 @@ class _Group:
             self.first_positions[sequence],
         )
 
-    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         if self._decode is None:
-            device = self.storage.device
             padded = torch.nn.utils.rnn.pad_sequence(self.blocks, batch_first=True)  # pads with block 0; masked later
-            first = torch.tensor(self.first_positions, dtype=torch.long, device=device)
-            self._decode = (padded, first, torch.tensor(self.lengths, device=device), max(self.lengths))
-        padded, first, lengths, longest = self._decode
+            self._decode = (padded, torch.tensor(self.lengths, device=padded.device), max(self.lengths))
+        padded, lengths, longest = self._decode
         keys, values = self.storage[layer]
-        return keys[padded].flatten(1, 2)[:, :longest], values[padded].flatten(1, 2)[:, :longest], first, lengths
+        return keys[padded].flatten(1, 2)[:, :longest], values[padded].flatten(1, 2)[:, :longest], lengths
 
 
 class PagedKeyValues:
@@ -83,6 +81,6 @@ class PagedKeyValues:
         group, index = self._layers[layer]
         return group.read(index, sequence)
 
-    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         group, index = self._layers[layer]
         return group.read_decode(index)

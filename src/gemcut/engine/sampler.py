@@ -110,9 +110,9 @@ def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p:
     else:
         everything = torch.softmax(row / temperature, dim=-1)
         probabilities, ids = everything.topk(min(SORT_FIRST, vocabulary))
-        enough = top_p < 1 and probabilities.sum(dtype=torch.float64) >= top_p
-        enough |= min_p > 0 and bool(probabilities[-1] < min_p * probabilities[0])
-        if not enough:
+        by_mass = top_p < 1 and bool(probabilities.sum(dtype=torch.float64) >= top_p)
+        by_floor = min_p > 0 and bool(probabilities[-1] < min_p * probabilities[0])
+        if not (by_mass or by_floor):
             probabilities, ids = everything.sort(descending=True)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if top_p < 1:

@@ -54,8 +54,8 @@ class KeyValues(Protocol):
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, int]:
         """(keys, values [L, kv_heads, head_dim], position of the first) up to the sequence's last query."""
 
-    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For sequences of one query each: (keys, values [B, L, kv_heads, head_dim], first positions [B], lengths [B])."""
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For sequences of one query each: (keys, values [B, L, kv_heads, head_dim], lengths [B])."""
 
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, int, KeyValues, AttentionSpec], Tensor]
@@ -67,8 +67,8 @@ def eager_attention(
     """Plain PyTorch attention over any batch. ``query`` [T, heads, head_dim] -> [T, heads · head_dim]."""
     kv.write(layer, key, value)
     if all(span.length == 1 for span in kv.spans):
-        keys, values, first, lengths = kv.read_decode(layer)
-        return attend_decode(query, keys, values, first, lengths, spec).flatten(1)
+        keys, values, lengths = kv.read_decode(layer)
+        return attend_decode(query, keys, values, lengths, spec).flatten(1)
     parts = []
     for index, span in enumerate(kv.spans):
         rows = query[span.start : span.start + span.length]
@@ -108,13 +108,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, offset: int, spec: Atten
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
-def attend_decode(
-    query: Tensor, keys: Tensor, values: Tensor, first: Tensor, lengths: Tensor, spec: AttentionSpec
-) -> Tensor:
+def attend_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, spec: AttentionSpec) -> Tensor:
     """Attention of one query for each of B sequences, each at the last position of its context.
 
-    ``query`` [B, heads, head_dim]; ``keys`` and ``values`` [B, L, kv_heads, head_dim], row j of sequence b at position
-    ``first[b] + j`` and only the first ``lengths[b]`` rows real. Returns [B, heads, head_dim] in the query's dtype.
+    ``query`` [B, heads, head_dim]; ``keys`` and ``values`` [B, L, kv_heads, head_dim]: the first ``lengths[b]`` rows
+    of sequence b are real and end with the query's own. Returns [B, heads, head_dim] in the query's dtype.
     """
     batch, heads, head_dim = query.shape
     length, kv_heads = keys.shape[1], keys.shape[2]
@@ -129,7 +127,7 @@ def attend_decode(
 
 
 def _cap(scores: Tensor, spec: AttentionSpec) -> Tensor:
-    """Scale, then ``cap · tanh(score / cap)``; in place on fp32 ``scores``. Masking comes after, or the future leaks."""
+    """Scale, then ``cap · tanh(score / cap)``; in place on fp32 ``scores``. Masking comes later."""
     if spec.softcap is None:
         return scores.mul_(spec.scale)
     return scores.mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)

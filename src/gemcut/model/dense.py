@@ -24,9 +24,9 @@ class DenseKeyValues:
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, int]:
         return self._key, self._value, 0
 
-    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        first = torch.zeros(1, dtype=torch.long, device=self._key.device)
-        return self._key[None], self._value[None], first, first + self._key.shape[0]
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = torch.tensor([self._key.shape[0]], device=self._key.device)
+        return self._key[None], self._value[None], lengths
 
 
 @torch.inference_mode()

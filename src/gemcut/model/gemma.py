@@ -64,7 +64,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, d] -> [T, d]."""
-        return self.geglu(self.gate_up_proj(x), self.down_proj)
+        out: Tensor = self.geglu(self.gate_up_proj(x), self.down_proj)
+        return out
 
 
 class Layer(nn.Module):
@@ -83,10 +84,11 @@ class Layer(nn.Module):
 
     def forward(self, residual: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
         """``residual`` fp32 [T, d] -> fp32 [T, d]."""
-        attended = self.attention(self.input_norm(residual).to(self.dtype), rotation, kv)
+        attended: Tensor = self.attention(self.input_norm(residual).to(self.dtype), rotation, kv)
         residual = residual + self.post_attention_norm(attended)
         transformed = self.mlp(self.pre_feedforward_norm(residual).to(self.dtype))
-        return residual + self.post_feedforward_norm(transformed)
+        out: Tensor = residual + self.post_feedforward_norm(transformed)
+        return out
 
 
 class Model(nn.Module):
@@ -136,7 +138,7 @@ class Model(nn.Module):
         Returns:
             fp32 [T, d].
         """
-        residual = self.embed(ids).float() * self.embed_scale
+        residual: Tensor = self.embed(ids).float() * self.embed_scale
         full, sliding = self.rope_full.at(positions), self.rope_sliding.at(positions)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             residual = layer(residual, sliding if kind == SLIDING else full, kv)
@@ -144,6 +146,6 @@ class Model(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits after the final soft-cap, fp32 [n, V], of chosen rows of ``forward``'s result, fp32 [n, d]."""
-        logits = self.embed.logits(self.norm(hidden).to(self.dtype))
+        logits: Tensor = self.embed.logits(self.norm(hidden).to(self.dtype))
         cap = self.config.final_logit_softcapping
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

@@ -1,0 +1,303 @@
+"""Gemma: load a model and use it. The path of a request is
+
+    load -> encode -> prefill -> decode -> sample -> detokenise
+
+where the middle three are the engine's steps.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import torch
+
+from gemcut.checkpoint.load import load_model_weights
+from gemcut.checkpoint.source import Source, resolve
+from gemcut.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent
+from gemcut.engine.cache import bytes_per_block, shape_for_tokens
+from gemcut.errors import CapacityError, ParameterError
+from gemcut.hardware import free_memory, parse_device, parse_dtype
+from gemcut.model import Model
+from gemcut.plan import CHUNK, MemoryPlan
+from gemcut.progress import LoadProgress
+from gemcut.results import Collector, Completion, TextStream
+from gemcut.text import Detokenizer, Tokenizer, encode_chat, stop_ids
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+#: New tokens where the caller names no number, as far as the context has room for them.
+DEFAULT_NEW_TOKENS = 256
+DEFAULT_CHAT_TOKENS = 1024
+# Shares of free memory the weights and the cache may take; the rest is for temporary tensors and other programs.
+CACHE_SHARE = 0.8
+
+
+class Gemma:
+    """A Gemma model, ready to use. ``Gemma.load`` makes one."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        *,
+        engine: EngineConfig | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.config, self.dtype = model.config, model.dtype
+        self.generation_config = dict(generation_config or {})
+        self.source = source
+        self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
+        self.engine = Engine(model, device, engine)
+        self.load_seconds = 0.0
+        self._mailboxes: dict[int, deque[TokenEvent]] = {}
+        self._lock = threading.RLock()
+
+    # ---- load ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype | None = "auto",
+        device: str | int | torch.device | None = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        attn_implementation: str = "auto",
+        max_context: int | None = None,
+        max_batch_size: int = 64,
+        max_batch_tokens: int | None = None,
+        kv_memory: int | None = None,
+        progress: bool | Callable[[int, int], None] = True,
+    ) -> Gemma:
+        """Load a checkpoint.
+
+        Args:
+            name: a Hugging Face folder, a ``.gguf`` file, a hub id, or a short name such as "27b-it".
+            dtype: compute dtype; "auto" takes the checkpoint's own (bfloat16 for a quantized GGUF).
+            device: "auto", "cpu", "cuda", "cuda:N".
+            revision: branch, tag or commit of a hub repository.
+            token: hub token; None uses the one you logged in with or HF_TOKEN.
+            cache_dir: where hub files are kept.
+            local_files_only: never ask the network.
+            attn_implementation: "auto", or the name of an attention implementation.
+            max_context: most tokens of one request; the model's limit if None.
+            max_batch_size: most requests in one step.
+            max_batch_tokens: most tokens in one step.
+            kv_memory: bytes for keys and values; None decides from the memory there is.
+            progress: show a bar (on a terminal), or a function called with (bytes done, bytes in all).
+
+        Raises:
+            GemcutError: of the kind that fits; the message says what to do.
+        """
+        started = time.perf_counter()
+        where = parse_device(device)
+        source = resolve(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        config = source.config()
+        compute = parse_dtype(dtype, parse_dtype(config.torch_dtype, torch.bfloat16))
+        chunk = max_batch_tokens or CHUNK[where.type]
+        _check_memory(source, compute, where)
+        with torch.device("meta"):
+            model = Model(config, dtype=compute, attention=attn_implementation, device=where)
+        with LoadProgress(progress, f"loading {source.name}") as report:
+            load_model_weights(
+                model, source.tensors(), dtype=compute, device=where, progress=report, total=source.nbytes
+            )
+        engine = EngineConfig(
+            max_context=max_context,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=chunk,
+            kv_memory=kv_memory if kv_memory is not None else _cache_bytes(model, where, max_context, chunk),
+        )
+        gemma = cls(
+            model,
+            source.tokenizer(),
+            where,
+            engine=engine,
+            generation_config=source.generation_config(),
+            source=source,
+        )
+        gemma.load_seconds = time.perf_counter() - started
+        return gemma
+
+    # ---- generate ------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompts: str, *, stream: Literal[False] = False, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], *, stream: Literal[False] = False, **sampling: Any) -> list[str]: ...
+    @overload
+    def generate(self, prompts: str, *, stream: Literal[True], **sampling: Any) -> TextStream: ...
+    def generate(
+        self, prompts: str | Sequence[Prompt], *, stream: bool = False, **sampling: Any
+    ) -> str | list[str] | TextStream:
+        """Continue texts. A list of prompts is computed together; the answers are the continuations alone.
+
+        Args:
+            prompts: a text, a list of texts, or a list of token-id lists. ``<bos>`` is added to texts.
+            stream: give a TextStream instead (one prompt only).
+            sampling: fields of SamplingParams.
+        """
+        if stream:
+            if not isinstance(prompts, str):
+                raise ParameterError("stream=True takes one text; call stream() once for each prompt")
+            return self.stream(prompts, **sampling)
+        one = isinstance(prompts, str)
+        many = cast(Sequence[Prompt], [prompts] if one else prompts)
+        ids = [self.encode(prompt) for prompt in many]
+        results = self.complete(ids, [self._params(i, sampling, DEFAULT_NEW_TOKENS) for i in ids])
+        return results[0].text if one else [result.text for result in results]
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
+        """Continue one text piece by piece."""
+        ids = self.encode(prompt)
+        return self.stream_ids(ids, self._params(ids, sampling, DEFAULT_NEW_TOKENS))
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        stream: Literal[False] = False,
+        system: Literal["fold", "error"] = "fold",
+        **sampling: Any,
+    ) -> str: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, stream: Literal[True], system: Literal["fold", "error"] = "fold", **sampling: Any
+    ) -> TextStream: ...
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        stream: bool = False,
+        system: Literal["fold", "error"] = "fold",
+        **sampling: Any,
+    ) -> str | TextStream:
+        """Answer a dialogue: ``[{"role": "user", "content": "..."}, ...]``, roles alternating.
+
+        Args:
+            messages: the dialogue so far; it ends with the user's turn.
+            stream: give a TextStream instead of the whole answer.
+            system: what to do with a system message, which Gemma has no turn for: "fold" puts it in front of the
+                first user turn, "error" refuses.
+            sampling: fields of SamplingParams.
+        """
+        ids = encode_chat(self.tokenizer, messages, system=system)
+        answer = self.stream_ids(ids, self._params(ids, sampling, DEFAULT_CHAT_TOKENS))
+        return answer if stream else answer.result.text
+
+    def score(self, texts: str | Sequence[str]) -> list[list[float]]:
+        """Log-probabilities: for each text, one number for each token after ``<bos>`` (natural logarithm)."""
+        many = [texts] if isinstance(texts, str) else texts
+        params = SamplingParams(max_new_tokens=0)
+        results = self.complete([self.encode(text) for text in many], [params] * len(many), prompt_logprobs=True)
+        return [list(result.prompt_logprobs or ()) for result in results]
+
+    # ---- the layer of token ids ----------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; a text gets exactly one ``<bos>``, ids are taken as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        ids = list(prompt)
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise ParameterError("a prompt is a text or a list of token ids (whole numbers)")
+        return ids
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        prompt_logprobs: bool = False,
+    ) -> list[Completion]:
+        """Run prompts of token ids together to their ends; whole results, in the prompts' order."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ParameterError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        streams: list[TextStream] = []
+        try:
+            for ids, own in zip(prompts, each, strict=True):
+                streams.append(self.stream_ids(ids, own, prompt_logprobs=prompt_logprobs))
+            return [stream.result for stream in streams]
+        finally:  # after an error or Ctrl-C nothing keeps running
+            for stream in streams:
+                stream.cancel()
+
+    def stream_ids(self, ids: Sequence[int], params: SamplingParams, *, prompt_logprobs: bool = False) -> TextStream:
+        """Start one request of token ids. Every front door ends here."""
+        text = Detokenizer(self.tokenizer, prompt_ids=ids, stop=params.stop)
+        request = Request(
+            prompt_ids=tuple(ids), params=params, stop_ids=self.stop_ids, text=text, prompt_logprobs=prompt_logprobs
+        )
+        with self._lock:
+            mailbox = self._mailboxes[request.request_id] = deque()
+            try:
+                sequence = self.engine.submit(request)
+            except Exception:
+                del self._mailboxes[request.request_id]
+                raise
+
+        def events() -> list[TokenEvent]:
+            with self._lock:
+                if not mailbox:
+                    self._step()
+                arrived = list(mailbox)
+                mailbox.clear()
+                if any(event.finish_reason is not None for event in arrived):
+                    self._mailboxes.pop(request.request_id, None)
+                return arrived
+
+        def cancel() -> None:
+            self.engine.cancel(request.request_id)
+
+        return TextStream(Collector(sequence), events, cancel)
+
+    def _step(self) -> None:
+        """One step of the engine for everybody; events go to the streams they belong to."""
+        for event in self.engine.step():
+            mailbox = self._mailboxes.get(event.request_id)
+            if mailbox is not None:
+                mailbox.append(event)
+
+    def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], default: int) -> SamplingParams:
+        """Sampling parameters; where no length is named, ``default`` tokens or what the context still holds."""
+        if sampling.get("max_new_tokens") is None:
+            room = max(1, self.engine.max_context - len(ids))
+            sampling = {**sampling, "max_new_tokens": max(min(default, room), sampling.get("min_new_tokens") or 0)}
+        return SamplingParams.from_kwargs(sampling)
+
+
+def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse before loading what cannot fit."""
+    plan = MemoryPlan.make(source.config(), dtype=str(dtype).removeprefix("torch."), context=1)
+    available = free_memory(device)
+    if available is not None and plan.weights > available:
+        raise CapacityError(
+            f"the weights of {source.name} need {plan.weights / 1e9:.1f} GB in {plan.dtype}; {available / 1e9:.1f} GB "
+            f"are free on {device}: choose a smaller model or another device (`gemcut plan` shows what fits)"
+        )
+
+
+def _cache_bytes(model: Model, device: torch.device, max_context: int | None, chunk: int) -> int:
+    """Bytes of cache for a few whole contexts, as far as a share of the memory left after loading allows."""
+    config, size = model.config, EngineConfig.block_size
+    context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
+    sequences = 8 if device.type == "cuda" else 2
+    shape = shape_for_tokens(config, sequences=sequences, context=context, chunk=min(chunk, context), block_size=size)
+    full, sliding = bytes_per_block(config, model.dtype, size)
+    wanted = shape.full_blocks * full + shape.sliding_blocks * sliding
+    available = free_memory(device)
+    return wanted if available is None else min(wanted, int(available * CACHE_SHARE))

@@ -1,0 +1,121 @@
+"""MemoryPlan: what a model needs before anything is downloaded or loaded. Works from the config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemcut.config import GemmaConfig
+from gemcut.errors import ParameterError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BLOCK_SIZE = 16  # tokens a cache block holds
+CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step computes at most
+
+
+def weight_bytes(config: GemmaConfig, dtype: str) -> int:
+    """Bytes of all weights; norms are kept in fp32 whatever ``dtype`` is."""
+    norms = config.hidden_size * (4 * config.num_hidden_layers + 1)
+    norms += 2 * config.head_dim * config.num_hidden_layers if config.qk_norm else 0
+    return (config.num_parameters() - norms) * DTYPE_BYTES[dtype] + norms * 4
+
+
+def workspace_bytes(config: GemmaConfig, dtype: str, chunk: int) -> int:
+    """A rough upper bound of temporary tensors in one step of ``chunk`` tokens: MLP, logits and attention scores."""
+    size = DTYPE_BYTES[dtype]
+    mlp = chunk * (3 * config.intermediate_size * size + 4 * config.hidden_size * 4)
+    scores = config.num_attention_heads * 256 * config.max_position_embeddings * (4 + size)
+    logits = 64 * config.vocab_size * 4
+    return max(mlp, scores, logits) + mlp // 2
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one model in one dtype. All sizes are bytes.
+
+    Attributes:
+        full_kv_per_token: keys and values of the full-attention layers; grows over the whole context.
+        sliding_kv_per_token: those of sliding layers; grows until the window is full.
+        context: the context the plan is for.
+        batch: how many requests of that context.
+        memory: what there is, or None if that is not known.
+    """
+
+    config: GemmaConfig
+    dtype: str
+    context: int
+    batch: int
+    chunk: int
+    memory: int | None
+    weights: int
+    workspace: int
+    full_kv_per_token: int
+    sliding_kv_per_token: int
+
+    @classmethod
+    def make(
+        cls,
+        config: GemmaConfig,
+        *,
+        dtype: str = "bfloat16",
+        context: int | None = None,
+        batch: int = 1,
+        chunk: int = 512,
+        memory: int | None = None,
+    ) -> MemoryPlan:
+        """Plan for ``batch`` requests of ``context`` tokens (the model's limit if None) in ``memory`` bytes."""
+        limit = config.max_position_embeddings
+        if context is not None and not 1 <= context <= limit:
+            raise ParameterError(f"context is {context}; this model takes from 1 to {limit} tokens")
+        for name, value in (("batch", batch), ("chunk", chunk)):
+            if value < 1:
+                raise ParameterError(f"{name} is {value}; expected at least 1")
+        if dtype not in DTYPE_BYTES:
+            raise ParameterError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+        row = 2 * config.key_value_size * DTYPE_BYTES[dtype]
+        return cls(
+            config=config,
+            dtype=dtype,
+            context=context or limit,
+            batch=batch,
+            chunk=chunk,
+            memory=memory,
+            weights=weight_bytes(config, dtype),
+            workspace=workspace_bytes(config, dtype, chunk),
+            full_kv_per_token=row * len(config.full_layers),
+            sliding_kv_per_token=row * len(config.sliding_layers),
+        )
+
+    def kv(self, context: int) -> int:
+        """Bytes of keys and values one request of ``context`` tokens holds at most, in whole blocks."""
+        full = -(-context // BLOCK_SIZE) * BLOCK_SIZE
+        window = (-(-(self.config.sliding_window - 1 + self.chunk) // BLOCK_SIZE) + 1) * BLOCK_SIZE
+        return full * self.full_kv_per_token + min(full, window) * self.sliding_kv_per_token
+
+    @property
+    def total(self) -> int:
+        """Weights, workspace, and keys and values of the whole batch."""
+        return self.weights + self.workspace + self.batch * self.kv(self.context)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether ``memory`` suffices; None if it is not known."""
+        return None if self.memory is None else self.total <= self.memory
+
+    @property
+    def largest_context(self) -> int | None:
+        """The longest context one request can have in ``memory``; 0 if not even the weights fit."""
+        if self.memory is None:
+            return None
+        room = self.memory - self.weights - self.workspace
+        low, high = 0, self.config.max_position_embeddings
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.kv(middle) <= room else (low, middle - 1)
+        return low
+
+    @property
+    def largest_batch(self) -> int | None:
+        """How many requests of ``context`` tokens ``memory`` holds at once."""
+        if self.memory is None:
+            return None
+        return max(0, self.memory - self.weights - self.workspace) // self.kv(self.context)
