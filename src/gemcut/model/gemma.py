@@ -122,7 +122,7 @@ class Model(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # √d is rounded to the compute dtype, as in training: 67.88 becomes 68 at 27B in bf16.
-        self.embed_scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype).item()
+        self.embed_scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         positions = config.max_position_embeddings
         self.rope_full = RotaryTable(config.head_dim, config.rope_theta, positions, config.rope_scaling_factor)
         self.rope_sliding = RotaryTable(config.head_dim, config.rope_local_theta, positions)
