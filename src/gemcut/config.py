@@ -191,6 +191,7 @@ class GemmaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The Hugging Face config.json of this network; ``from_dict`` of it gives the same config back."""
         gemma3 = self.model_type == "gemma3_text"
+        scalar = float(self.query_pre_attn_scalar)
         data: dict[str, Any] = {
             "architectures": ["Gemma3ForCausalLM" if gemma3 else "Gemma2ForCausalLM"],
             "model_type": self.model_type,
@@ -201,7 +202,8 @@ class GemmaConfig:
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
-            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            # transformers insists on a whole number here; every published model has one
+            "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
             "sliding_window": self.sliding_window,
