@@ -1,0 +1,1 @@
+"""Files and tensors: where a checkpoint is, streaming readers, the strict loader, and the writer."""

@@ -1,0 +1,161 @@
+"""Checkpoints on the Hugging Face hub, through huggingface_hub: its cache, its token, its resumable downloads."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gemcut.errors import CheckpointError, CheckpointNotFoundError, GatedRepositoryError
+
+if TYPE_CHECKING:
+    from gemcut.checkpoint.source import Progress
+
+_SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+]
+
+
+def download(
+    repo: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    progress: Progress | None,
+    weights: bool,
+) -> tuple[Path, str]:
+    """Bring the needed files of a repository into the shared cache; return (snapshot folder, commit).
+
+    The revision is resolved to a commit once, with the small files; the weights are fetched from that commit, so a
+    push in between cannot mix two versions. Files already cached are not fetched again, broken downloads resume.
+    Raises CheckpointNotFoundError, GatedRepositoryError or CheckpointError.
+    """
+    # huggingface_hub reads the variable on import. We ask the hub for files, and tell it nothing else.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+
+    from gemcut.checkpoint.safetensors_reader import INDEX, weight_files
+
+    def fetch(patterns: list[str], at: str | None) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=at,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*/*"],  # a pattern's * also matches folders
+                    tqdm_class=_bar(progress),
+                    library_name="gemcut",
+                )
+            )
+        except Exception as error:
+            _explain(error, repo, revision, local_files_only, cache_dir)
+
+    folder = fetch(_SMALL_FILES, revision)
+    if not (folder / "config.json").is_file():
+        raise CheckpointNotFoundError(_absent(repo, "config.json", local_files_only))
+    commit = folder.name
+    if weights:
+        index = folder / INDEX
+        wanted = list(weight_files(index)) if index.is_file() else ["*.safetensors"]
+        folder = fetch(wanted, commit)
+        if not all((folder / file).is_file() for file in wanted) if index.is_file() else not _any_weights(folder):
+            raise CheckpointNotFoundError(_absent(repo, "all of its safetensors files", local_files_only))
+    return folder, commit
+
+
+def _any_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _absent(repo: str, what: str, local_files_only: bool) -> str:
+    from huggingface_hub import constants
+
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        return f"{repo}: the cache does not hold {what}; go online once to download (unset HF_HUB_OFFLINE)"
+    return f"{repo} on the hub does not hold {what}: not a checkpoint gemcut can read"
+
+
+def _explain(
+    error: Exception, repo: str, revision: str | None, local_files_only: bool, cache_dir: str | Path | None
+) -> NoReturn:
+    """Raise what a person can act on in place of huggingface_hub's error."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(cause, errors.RevisionNotFoundError):
+        raise CheckpointNotFoundError(f"{repo} has no revision {revision!r}; see {page}/tree/main for its branches")
+    if isinstance(cause, errors.GatedRepoError) or (
+        status in (401, 403) and not isinstance(cause, errors.RepositoryNotFoundError)
+    ):
+        if status == 403:
+            raise GatedRepositoryError(
+                f"{repo} is gated and this token's account has no access: accept the licence on {page} with that "
+                "account, then try again"
+            )
+        raise GatedRepositoryError(
+            f"{repo} is gated: accept the licence on {page}, then run `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        raise CheckpointNotFoundError(
+            f"the hub has no repository {repo} (if it is private: run `hf auth login` or set HF_TOKEN)"
+        )
+    if isinstance(error, errors.HFValidationError):
+        raise CheckpointNotFoundError(f"{repo!r} is not a hub id; expected owner/name, such as google/gemma-2-2b-it")
+    if isinstance(error, errors.LocalEntryNotFoundError) or isinstance(cause, ConnectionError):
+        at = f" at revision {revision!r}" if revision else ""
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            raise CheckpointNotFoundError(
+                f"{repo}{at} is not complete in the cache and going online is switched off; unset HF_HUB_OFFLINE (or "
+                "local_files_only) to download it"
+            )
+        raise CheckpointError(f"cannot reach {constants.ENDPOINT} and {repo}{at} is not in the cache: {_line(cause)}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = cache_dir or constants.HF_HUB_CACHE
+        raise CheckpointError(
+            f"no space left in {where} for {repo}; free some or set HF_HOME to another disk (the download will resume)"
+        )
+    raise CheckpointError(f"downloading {repo} failed: {_line(error)}; try again, the download resumes")
+
+
+def _line(error: object) -> str:
+    """The first line of a message, or the class where there is no message."""
+    text = " ".join(str(error).split())
+    return text[:200] if text else type(error).__name__
+
+
+def _bar(progress: Progress | None) -> Any:
+    """A silent stand-in for tqdm that passes bytes on to ``progress``."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Silent(tqdm):  # type: ignore[misc]
+        most = 0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self.counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            # The hub counts received and written bytes in two bars, the totals growing as files start.
+            if progress and self.counts_bytes and self.total and self.n > Silent.most:
+                Silent.most = self.n
+                progress(int(min(self.n, self.total)), int(self.total))
+            return None
+
+    return Silent

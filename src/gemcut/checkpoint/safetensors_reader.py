@@ -1,0 +1,222 @@
+"""Read a Hugging Face folder of safetensors files: headers checked first, then tensors streamed from memory maps.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header that gives each
+tensor's dtype, shape and byte range, then the data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemcut.checkpoint import names
+from gemcut.checkpoint.mapped import MappedFile
+from gemcut.config import GemmaConfig
+from gemcut.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_HEADER = 100_000_000
+_COMPARE_ROWS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    name: str  # as the file calls it
+    file: MappedFile
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tensor(self) -> torch.Tensor:
+        return self.file.tensor(self.offset, self.shape, self.dtype)
+
+    def release(self) -> None:
+        self.file.release(self.offset, self.nbytes)
+
+
+class SafetensorsFolder:
+    """The tensors of a checkpoint folder. Opening reads and checks every header; no data is read before ``tensors``.
+
+    Raises CheckpointError when a file is missing, damaged, or does not hold exactly what ``config`` needs.
+    """
+
+    def __init__(self, folder: Path, config: GemmaConfig) -> None:
+        self.folder = folder
+        self._entries: dict[str, Entry] = {}
+        for path, wanted in _files(folder):
+            self._add(read_header(path), wanted, path)
+        self._head = self._entries.pop(names.LM_HEAD, None)
+        theirs = {ours: entry.name for ours, entry in self._entries.items()}
+        names.check_shapes(folder, self.shapes, config, theirs, "hf")
+        if self._head and self._head.shape != self._entries["embed.weight"].shape:
+            raise CheckpointError(f"{folder}: lm_head.weight has shape {list(self._head.shape)}, unlike the embedding")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Our names and shapes, in file order."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data that ``tensors`` goes through."""
+        return sum(entry.nbytes for entry in self._all())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in (the embedding's)."""
+        return self._entries["embed.weight"].dtype
+
+    def tensors(self, progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Stream (our name, tensor) in file order; norms come as ``1 + w`` in fp32, weights as stored.
+
+        A tensor's memory belongs to the file's map and is given back when the next one is asked for; keeping the
+        tensor is allowed (its pages are then read again on use).
+        """
+        done, total = 0, self.nbytes
+        for name, entry in self._entries.items():
+            tensor = entry.tensor()
+            yield name, tensor.float() + 1.0 if name.endswith(".scale") else tensor
+            del tensor
+            entry.release()
+            done += entry.nbytes
+            if progress:
+                progress(done, total)
+        if self._head:
+            _require_tied(self._head, self._entries["embed.weight"])
+            if progress:
+                progress(total, total)
+
+    def _all(self) -> list[Entry]:
+        return [*self._entries.values(), *([self._head] if self._head else [])]
+
+    def _add(self, entries: list[Entry], wanted: set[str] | None, path: Path) -> None:
+        present = {entry.name for entry in entries}
+        for name in sorted((wanted or set()) - present):
+            raise CheckpointError(f"{path} lacks the tensor {name} that {INDEX} places there; copy the folder again")
+        for entry in entries:
+            if wanted is not None and entry.name not in wanted:
+                raise CheckpointError(f"{path}: unexpected tensor {entry.name}: {INDEX} does not place it there")
+            try:
+                ours = names.from_hf(entry.name)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+            if ours is None:
+                continue
+            if ours in self._entries:
+                raise CheckpointError(f"{path}: tensor {entry.name} is there twice")
+            self._entries[ours] = entry
+
+
+def weight_files(index: Path) -> dict[str, set[str]]:
+    """File name -> tensor names, from a ``model.safetensors.index.json``. Only plain names inside the folder pass."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{index} is damaged: expected a JSON object with a weight_map") from None
+    files: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        # A name with a separator could read any file of the machine.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in '/\\:\0\n"'):
+            raise CheckpointError(
+                f"{index} places a tensor in {file!r}; expected the plain name of a .safetensors file"
+            )
+        files.setdefault(file, set()).add(tensor)
+    return dict(sorted(files.items()))
+
+
+def read_header(path: Path) -> list[Entry]:
+    """Check a safetensors file against its own header and return where its tensors lie, in file order."""
+    file = MappedFile(path)
+    length = int.from_bytes(file.map[:8], "little")
+    if file.size < 8 or length > min(file.size - 8, _MAX_HEADER):
+        raise CheckpointError(f"{path} is not a safetensors file or is cut short ({file.size:,} bytes); get it again")
+    try:
+        header = json.loads(file.map[8 : 8 + length], object_pairs_hook=_no_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+        header.pop("__metadata__", None)
+        entries = [_entry(name, value, file, 8 + length) for name, value in header.items()]
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path} has a damaged safetensors header; get the file again") from None
+    entries.sort(key=lambda entry: entry.offset)
+    end = 8 + length
+    for entry in entries:
+        if entry.offset != end:
+            raise CheckpointError(f"{path} has a damaged safetensors header: holes or overlaps at tensor {entry.name}")
+        end += entry.nbytes
+    if file.size != end:
+        state = "is cut short" if file.size < end else "has bytes too many"
+        raise CheckpointError(f"{path} {state}: {file.size:,} bytes, its header says {end:,}; get the file again")
+    return entries
+
+
+def _entry(name: str, value: dict[str, Any], file: MappedFile, start: int) -> Entry:
+    dtype = value["dtype"]
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{file.path}: tensor {name} has dtype {dtype}; gemcut reads {', '.join(_DTYPES)}")
+    shape, (begin, end) = value["shape"], value["data_offsets"]
+    if not all(type(n) is int and 0 < n < 1 << 48 for n in shape) or not all(type(n) is int for n in (begin, end)):
+        raise ValueError("a size is not a positive whole number")
+    entry = Entry(name, file, start + begin, tuple(shape), _DTYPES[dtype])
+    if begin < 0 or end - begin != entry.nbytes:
+        raise ValueError("byte range and shape disagree")
+    return entry
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate key")
+    return dict(pairs)
+
+
+def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
+    """The weight files of a folder, each with the tensors an index places in it (None without an index)."""
+    if (folder / "model.safetensors").is_file():
+        return [(folder / "model.safetensors", None)]
+    if (folder / INDEX).is_file():
+        files = [(folder / file, tensors) for file, tensors in weight_files(folder / INDEX).items()]
+        for path, _ in files:
+            if not path.is_file():
+                raise CheckpointError(f"{folder} lacks the shard {path.name} that {INDEX} names; copy or download it")
+        return [*files]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return [(found[0], None)]
+    if found:
+        raise CheckpointError(f"{folder} has {len(found)} .safetensors files but no {INDEX} to say what is where")
+    other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
+    hint = f" (it has {other[0]}; gemcut reads safetensors folders, or a .gguf file by its own path)" if other else ""
+    raise CheckpointError(f"{folder} has no model.safetensors{hint}")
+
+
+def _require_tied(head: Entry, embedding: Entry) -> None:
+    """Raise unless the head's values are the embedding's, comparing a few rows at a time."""
+    rows = max(1, _COMPARE_ROWS_BYTES // (head.nbytes // head.shape[0]))
+    for start in range(0, head.shape[0], rows):
+        ours, theirs = embedding.tensor()[start : start + rows], head.tensor()[start : start + rows]
+        same = torch.equal(ours, theirs) if ours.dtype == theirs.dtype else torch.equal(ours.float(), theirs.float())
+        if not same:
+            raise CheckpointError(
+                f"{head.file.path}: {head.name} differs from the embedding; every Gemma ties the two, so this file "
+                "is of another kind or damaged"
+            )
+        for entry in (head, embedding):
+            row_bytes = entry.nbytes // entry.shape[0]
+            entry.file.release(entry.offset + start * row_bytes, len(ours) * row_bytes)

@@ -1,0 +1,193 @@
+"""Where a checkpoint is: from what a person types to files that exist, and what those files say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gemcut.config import GemmaConfig
+from gemcut.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemcut.checkpoint.gguf_reader import GgufFile
+    from gemcut.checkpoint.safetensors_reader import SafetensorsFolder
+    from gemcut.text.tokenizer import Tokenizer
+
+#: Called with (bytes done, bytes in all) while files are downloaded or read.
+Progress = Callable[[int, int], None]
+
+GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+_ALIAS = re.compile(r"(?:gemma-2-)?(2b|9b|27b)(-it)?", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that exists on this machine.
+
+    ``name`` is what was asked for; ``revision`` the hub's commit, if it came from there.
+    """
+
+    kind: Literal["folder", "gguf"]
+    path: Path
+    name: str
+    revision: str | None = None
+    licence_notice: str | None = None
+
+    def config(self) -> GemmaConfig:
+        """The network's shape. Raises ConfigError when the checkpoint has none or is of another model."""
+        return self._config
+
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or what a GGUF file's metadata says of it; empty where there is none."""
+        if self.kind == "gguf":
+            return self._gguf.generation_config()
+        path = self.path / "generation_config.json"
+        if not path.is_file():
+            return {}
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from None
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} holds {type(data).__name__}; expected a JSON object")
+        return data
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises TokenizerError when it is missing or damaged."""
+        from gemcut.text.tokenizer import Tokenizer
+
+        if self.kind == "gguf":
+            return Tokenizer.from_gguf_vocab(**self._gguf.vocabulary())
+        return Tokenizer.from_folder(self.path)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Our tensor names and shapes, from headers alone."""
+        return self._reader.shapes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the files; what ``tensors`` reports progress against."""
+        return self._reader.nbytes
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """dtype of a folder's weights; None for a GGUF file, whose tensors are of many kinds."""
+        return None if self.kind == "gguf" else self._folder.dtype
+
+    def tensors(
+        self, progress: Progress | None = None, *, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Stream every tensor once, on the CPU: (our name, tensor). See gemcut.checkpoint.names for the names.
+
+        Norms come as ``scale = 1 + w`` in fp32. A folder's weights come as stored; a GGUF file's are dequantized to
+        ``dtype`` (None: fp32). A tensor may be backed by the file itself: copy it if it is to stay in memory.
+        """
+        if self.kind == "gguf":
+            return self._gguf.tensors(progress, dtype)
+        return self._folder.tensors(progress)
+
+    @cached_property
+    def _config(self) -> GemmaConfig:
+        return self._gguf.config if self.kind == "gguf" else GemmaConfig.from_file(self.path / "config.json")
+
+    @property
+    def _reader(self) -> GgufFile | SafetensorsFolder:
+        return self._gguf if self.kind == "gguf" else self._folder
+
+    @cached_property
+    def _folder(self) -> SafetensorsFolder:
+        from gemcut.checkpoint.safetensors_reader import SafetensorsFolder
+
+        return SafetensorsFolder(self.path, self._config)
+
+    @cached_property
+    def _gguf(self) -> GgufFile:
+        from gemcut.checkpoint.gguf_reader import GgufFile
+
+        return GgufFile(self.path)
+
+
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+    weights: bool = True,
+) -> Source:
+    """Find a checkpoint: a folder, a ``.gguf`` file, a bundled or short name, or a hub id, in this order.
+
+    ``revision`` (branch, tag or commit), ``token``, ``cache_dir`` and ``local_files_only`` are for the hub; the
+    environment variables of huggingface_hub (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, …) work as everywhere.
+    ``weights=False`` fetches configuration and tokenizer only.
+    Raises CheckpointNotFoundError, GatedRepositoryError, or CheckpointError when a download fails.
+    """
+    text = str(name)
+    path = Path(text).expanduser()
+    if _exists(path):
+        if revision is not None:
+            raise CheckpointError(f"{path} is on this machine; revision={revision!r} can be chosen only on the hub")
+        return _local(path, text)
+    from gemcut.checkpoint import bundled
+
+    if text in bundled.NAMES:
+        file = bundled.gguf_file(cache_dir)
+        return Source("gguf", file, text, licence_notice=bundled.licence_notice())
+    alias = _ALIAS.fullmatch(text)
+    if alias:
+        repo = f"google/gemma-2-{alias.group(1).lower()}{'-it' if alias.group(2) else ''}"
+    elif _HUB_ID.fullmatch(text) and not text.endswith(".gguf") and not text.startswith("."):
+        repo = text
+    else:
+        raise CheckpointNotFoundError(_not_found(text))
+    from gemcut.checkpoint import hub
+
+    folder, commit = hub.download(
+        repo,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        progress=progress,
+        weights=weights,
+    )
+    notice = GEMMA_NOTICE if repo.lower().startswith("google/gemma") else None
+    return Source("folder", folder, repo, revision=commit, licence_notice=notice)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long or with a NUL is no file
+        return False
+
+
+def _local(path: Path, name: str) -> Source:
+    if path.is_file():
+        if path.suffix in (".safetensors", ".json", ".bin"):
+            raise CheckpointError(f"{path} is one file of a checkpoint; give its folder, {path.parent}")
+        return Source("gguf", path, name)
+    if not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        hint = f"; to read {ggufs[0].name}, give its own path" if ggufs else ""
+        raise ConfigError(f"{path} has no config.json: not a checkpoint folder{hint}")
+    return Source("folder", path, name)
+
+
+def _not_found(text: str) -> str:
+    if text.startswith((".", "/", "~")) or text.endswith(".gguf"):
+        return f"{text} does not exist: expected a checkpoint folder or a .gguf file"
+    return (
+        f"no checkpoint called {text!r}: not a folder or .gguf file here, not gemma-3-270m, not a short name such as "
+        "2b-it, 9b-it or 27b-it, and not a hub id such as google/gemma-2-27b-it"
+    )
