@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gemcut.errors import ChatTemplateError
+from gemcut.errors import ChatTemplateError, ParameterError
 from gemcut.text.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 
 Message = Mapping[str, Any]
 System = Literal["fold", "error"]
 
 _ROLE_NAMES = {"user": "user", "assistant": "model", "model": "model", "system": "system"}
+#: Parts of OpenAI's messages that would be lost without a word.
+_REFUSED = ("tool_calls", "function_call", "audio")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ def normalize_messages(messages: Sequence[Message], system: System = "fold") -> 
     Raises:
         ChatTemplateError: no messages, an unknown role, content that is no text, roles that don't alternate. The
             message names the turn by its index.
+        ParameterError: system is neither "fold" nor "error".
     """
     if system not in ("fold", "error"):
-        raise ChatTemplateError(f"system is {system!r}; expected 'fold' or 'error'")
+        raise ParameterError(f"system is {system!r}; expected 'fold' or 'error'")
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ChatTemplateError(f"messages is of type {type(messages).__name__}; expected a list of messages")
     if not messages:
@@ -206,19 +209,23 @@ def _read(index: int, message: object) -> tuple[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLE_NAMES:
         raise ChatTemplateError(f"messages[{index}] has role {role!r}; expected one of {', '.join(_ROLE_NAMES)}")
+    for name in _REFUSED:
+        if message.get(name):
+            raise ChatTemplateError(f"messages[{index}] has {name!r}, which Gemma's chat format cannot express")
     content = message.get("content")
     if isinstance(content, str):
         return _ROLE_NAMES[role], content.strip()
-    if not isinstance(content, (list, tuple)) or not content:
-        raise ChatTemplateError(
-            f"messages[{index}] has content of type {type(content).__name__}; expected a text or a list of text parts"
-            if not isinstance(content, (list, tuple))
-            else f"messages[{index}] has an empty list as content; expected a text or a list of text parts"
-        )
+    expected = "expected a text or a list of text parts"
+    if not isinstance(content, (list, tuple)):
+        raise ChatTemplateError(f"messages[{index}] has content of type {type(content).__name__}; {expected}")
+    if not content:
+        raise ChatTemplateError(f"messages[{index}] has an empty list as content; {expected}")
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if not isinstance(part, Mapping) or kind != "text":
             raise ChatTemplateError(f"messages[{index}] has a content part of type {kind!r}; Gemma reads text alone")
+        if not isinstance(part.get("text"), str):
+            raise ChatTemplateError(f"messages[{index}] has a text part without a str as text")
     return _ROLE_NAMES[role], "".join(part["text"] for part in content).strip()
 
 
