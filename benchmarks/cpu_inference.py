@@ -114,7 +114,9 @@ def engine_seconds(model: Model, prompts: list[list[int]], steps: int) -> tuple[
 
 
 @torch.inference_mode()
-def transformers_seconds(peer: transformers.PreTrainedModel, prompts: list[list[int]], steps: int) -> tuple[float, float]:
+def transformers_seconds(
+    peer: transformers.PreTrainedModel, prompts: list[list[int]], steps: int
+) -> tuple[float, float]:
     """The same of transformers: forward with its default cache, greedy."""
     start = time.perf_counter()
     out = peer(input_ids=torch.tensor(prompts), use_cache=True, logits_to_keep=1)
@@ -149,7 +151,11 @@ def measure(model: Model, repeat: int, steps: int) -> list[Row]:
     vocabulary = model.config.vocab_size
     one = torch.randint(10, vocabulary, (1, PROMPT), generator=generator).tolist()
     many = torch.randint(10, vocabulary, (BATCH, 64), generator=generator).tolist()
-    rows = [Row(f"prefill {PROMPT}", PROMPT), Row("decode, 1 request", steps), Row(f"decode, {BATCH} together", BATCH * steps)]
+    rows = [
+        Row(f"prefill {PROMPT}", PROMPT),
+        Row("decode, 1 request", steps),
+        Row(f"decode, {BATCH} together", BATCH * steps),
+    ]
     runs: list[tuple[str, Callable[[list[list[int]], int], tuple[float, float]]]] = [
         ("ours", lambda prompts, n: engine_seconds(model, prompts, n)),
         ("peer", lambda prompts, n: transformers_seconds(peer, prompts, n)),
@@ -205,8 +211,10 @@ def main() -> None:
     except (OSError, StopIteration):
         pass
     amx = torch.cpu._is_amx_tile_supported() if hasattr(torch.cpu, "_is_amx_tile_supported") else "?"
-    print(f"{cpu}, {torch.get_num_threads()} threads, AMX {amx}; Python {platform.python_version()}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, gemcut {gemcut.__version__}")
+    print(
+        f"{cpu}, {torch.get_num_threads()} threads, AMX {amx}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, gemcut {gemcut.__version__}"
+    )
     print(f"{args.repeat} repetitions in turns; median (min–max); {args.steps} decode steps")
     for title, make in (
         ("Gemma 2 2B shape, random weights", lambda: random_model(FAMILY["gemma-2-2b"], args.layers)),

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import hf_model, save_checkpoint, tiny_config
 
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.source import resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
+from support import hf_model, save_checkpoint, tiny_config
 
 pytestmark = pytest.mark.gpu
 

@@ -43,8 +43,8 @@ class _Group:
         keys, values = self.storage[layer]
         blocks, length = self.blocks[sequence], self.lengths[sequence]
         return (
-            keys[blocks].flatten(0, 1)[:length],
-            values[blocks].flatten(0, 1)[:length],
+            keys.index_select(0, blocks).flatten(0, 1)[:length],
+            values.index_select(0, blocks).flatten(0, 1)[:length],
             self.first_positions[sequence],
         )
 
@@ -53,8 +53,11 @@ class _Group:
             padded = torch.nn.utils.rnn.pad_sequence(self.blocks, batch_first=True)  # pads with block 0; masked later
             self._decode = (padded, torch.tensor(self.lengths, device=padded.device), max(self.lengths))
         padded, lengths, longest = self._decode
-        keys, values = self.storage[layer]
-        return keys[padded].flatten(1, 2)[:, :longest], values[padded].flatten(1, 2)[:, :longest], lengths
+        keys, values = (
+            part.index_select(0, padded.flatten()).view(len(padded), -1, *part.shape[2:])[:, :longest]
+            for part in self.storage[layer]
+        )
+        return keys, values, lengths
 
 
 class PagedKeyValues:
