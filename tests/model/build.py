@@ -1,0 +1,69 @@
+"""Our network from a transformers model's weights, by a mapping of its own (the loader has its own tests)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.config import GemmaConfig
+from gemcut.model import Model
+from gemcut.model.dense import dense_logits
+
+_NORMS = {
+    "input_layernorm": "input_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "pre_feedforward_norm",
+    "post_feedforward_layernorm": "post_feedforward_norm",
+}
+
+
+def our_model(theirs: Any, dtype: torch.dtype | None = None, **config_changes: Any) -> Model:
+    """``theirs``, a transformers model, as our ``Model`` computing in ``dtype`` (its own dtype by default)."""
+    weights = theirs.state_dict()
+    config = GemmaConfig.from_dict(theirs.config.to_dict()).replace(**config_changes)
+    dtype = dtype or theirs.dtype
+    with torch.device("meta"):
+        model = Model(config, dtype=dtype)
+    ours = {"embed.weight": weights["model.embed_tokens.weight"].to(dtype)}
+    ours["norm.scale"] = 1 + weights["model.norm.weight"].float()
+    for i in range(config.num_hidden_layers):
+        source, target = f"model.layers.{i}.", f"layers.{i}."
+        for name, name_of_ours in _NORMS.items():
+            ours[f"{target}{name_of_ours}.scale"] = 1 + weights[f"{source}{name}.weight"].float()
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                ours[f"{target}attention.{name}.scale"] = 1 + weights[f"{source}self_attn.{name}.weight"].float()
+
+        def fused(*names: str, source: str = source) -> Tensor:
+            return torch.cat([weights[f"{source}{name}_proj.weight"].to(dtype) for name in names])
+
+        ours[f"{target}attention.qkv_proj.weight"] = fused("self_attn.q", "self_attn.k", "self_attn.v")
+        ours[f"{target}attention.o_proj.weight"] = fused("self_attn.o")
+        ours[f"{target}mlp.gate_up_proj.weight"] = fused("mlp.gate", "mlp.up")
+        ours[f"{target}mlp.down_proj.weight"] = fused("mlp.down")
+    model.load_state_dict(ours, strict=True, assign=True)
+    return model.eval()
+
+
+def our_logits(theirs: Any, ids: Tensor, dtype: torch.dtype | None = None, **config_changes: Any) -> Tensor:
+    """fp32 [T, V] of our network with the weights of ``theirs``."""
+    return dense_logits(our_model(theirs, dtype, **config_changes), ids)
+
+
+@torch.no_grad()
+def their_logits(theirs: Any, ids: Tensor) -> Tensor:
+    """[T, V] of a transformers model, in the dtype it gives."""
+    logits: Tensor = theirs(ids[None]).logits[0]
+    return logits
+
+
+def random_ids(count: int, *, vocab_size: int = 320, seed: int = 0) -> Tensor:
+    """``count`` token ids, int64."""
+    return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def rms(error: Tensor) -> float:
+    """Root of the mean square, in float64."""
+    return error.double().square().mean().sqrt().item()
