@@ -148,6 +148,13 @@ def test_stop_at_the_first_token_and_nothing_after(gemma2: Tokenizer) -> None:
     assert detokenizer.finish() == ""
 
 
+def test_of_two_stops_that_end_together_the_longest_counts(small: Tokenizer) -> None:
+    for stops in (["c", "bc", "abc"], ["abc", "bc", "c"]):
+        detokenizer = Detokenizer(small, stop=stops)
+        assert "".join(stream(detokenizer, small.encode("d abc e", add_bos=False))) == "d "
+        assert detokenizer.stopped == "abc"
+
+
 def test_a_stop_made_of_byte_tokens(gemma2: Tokenizer) -> None:
     ids = gemma2.encode("a𒀀𒁀b", add_bos=False)
     detokenizer = Detokenizer(gemma2, stop=["𒁀"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,15 @@ def test_ids_may_be_a_tensor(small: Tokenizer) -> None:
     assert small.decode(torch.tensor(ids)) == "the cat"
 
 
+@pytest.fixture
+def _frequent_thread_switches() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("_frequent_thread_switches")
 def test_both_ways_of_encoding_from_many_threads(gemma2: Tokenizer) -> None:
     wrong: list[object] = []
 

@@ -23,7 +23,6 @@ FORMAT_VERSION = 1
 
 # Kinds of pieces: tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_TURNS = ("<start_of_turn>", "<end_of_turn>")  # some converters marked these user-defined
 
 
 def cache_folder(cache_key: str) -> Path:
@@ -70,7 +69,6 @@ def build(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, special["bos_token"])]
     )
     is_special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | set(special.values())
-    is_special |= {vocab[name] for name in _TURNS if name in vocab}
     added = is_special | {i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in space_runs}
     backend.add_tokens([AddedToken(pieces[i], special=i in is_special, normalized=False) for i in sorted(added)])
     return backend, names

@@ -255,7 +255,10 @@ class Tokenizer:
         return value
 
     def _mark_special(self, names: Iterable[str]) -> None:
-        """Make sure the named tokens are special: one that is not could be typed by a user into a chat."""
+        """Make sure the named tokens are special: one that is not could be typed by a user into a chat.
+
+        Some GGUF converters, for one, marked the turn markers as user-defined tokens.
+        """
         special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
         unmarked = [name for name in names if name not in special and self.backend.token_to_id(name) is not None]
         if unmarked:
