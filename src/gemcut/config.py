@@ -183,7 +183,7 @@ class GemmaConfig:
             rope_scaling_factor=factor,
             qk_norm=gemma3,
             bos_token_id=_integer(data, "bos_token_id", 2),
-            eos_token_ids=token_ids(data.get("eos_token_id", 1), "eos_token_id"),
+            eos_token_ids=token_ids(1 if data.get("eos_token_id") is None else data["eos_token_id"], "eos_token_id"),
             pad_token_id=_integer(data, "pad_token_id", 0),
             torch_dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
         )
@@ -272,12 +272,22 @@ def _integer(data: Mapping[str, Any], name: str, default: int | None = None) -> 
     return value
 
 
+def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = data.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is {value!r}; expected an object")
+    return value or {}
+
+
 def _cap(data: Mapping[str, Any], name: str, default: float | None) -> float | None:
-    return _number(data, name) if data.get(name, default) is not None and name in data else data.get(name, default)
+    if name not in data:
+        return default
+    return None if data[name] is None else _number(data, name)  # null switches the cap off
 
 
 def _sliding_window(data: Mapping[str, Any]) -> int:
-    windows = {name: data[name] for name in ("sliding_window", "sliding_window_size") if data.get(name) is not None}
+    names = [name for name in ("sliding_window", "sliding_window_size") if data.get(name) is not None]
+    windows = {name: _integer(data, name) for name in names}
     if len(set(windows.values())) > 1:
         raise ConfigError(
             f"sliding_window {windows['sliding_window']} contradicts sliding_window_size "
@@ -285,13 +295,13 @@ def _sliding_window(data: Mapping[str, Any]) -> int:
         )
     if not windows:
         raise ConfigError("sliding_window is missing")
-    return _integer(windows, next(iter(windows)))
+    return next(iter(windows.values()))
 
 
 def _layer_types(data: Mapping[str, Any], layers: int, gemma3: bool) -> tuple[LayerKind, ...]:
     given = data.get("layer_types")
     if given is not None:
-        if not isinstance(given, list) or any(kind not in (SLIDING, FULL) for kind in given):
+        if not isinstance(given, (list, tuple)) or any(kind not in (SLIDING, FULL) for kind in given):
             raise ConfigError(f"layer_types holds {given!r}; known kinds are {SLIDING!r} and {FULL!r}")
         return tuple(given)
     # Gemma 2: 0-indexed even layers slide. Gemma 3: every sixth layer is full.
@@ -305,13 +315,13 @@ def _rope(data: Mapping[str, Any], gemma3: bool) -> tuple[float, float, float]:
     """(theta of full layers, theta of sliding layers, linear factor of full layers) from either era of config keys."""
     theta = _number(data, "rope_theta", 1_000_000.0 if gemma3 else 10_000.0)
     local = _number(data, "rope_local_base_freq", 10_000.0) if gemma3 else theta
-    full_rope, local_rope = data.get("rope_scaling") or {}, {}
-    parameters = data.get("rope_parameters")
-    if parameters:
-        full_rope = parameters.get(FULL, parameters)
-        local_rope = parameters.get(SLIDING, {} if gemma3 else parameters)
-        theta = _number(full_rope, "rope_theta", theta)
-        local = _number(local_rope, "rope_theta", local if gemma3 else theta)
+    scaling, parameters = _mapping(data, "rope_scaling"), _mapping(data, "rope_parameters")
+    full_rope, local_rope = parameters, {} if gemma3 else parameters
+    if FULL in parameters or SLIDING in parameters:
+        full_rope, local_rope = _mapping(parameters, FULL), _mapping(parameters, SLIDING)
+    full_rope = {**full_rope, **scaling}
+    theta = _number(full_rope, "rope_theta", theta)
+    local = _number(local_rope, "rope_theta", local if gemma3 else theta)
     factor = 1.0
     for rope, scalable in ((full_rope, True), (local_rope, False)):
         kind = rope.get("rope_type", rope.get("type", "default"))
