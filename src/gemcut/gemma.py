@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -103,16 +104,21 @@ class Gemma:
         """
         started = time.perf_counter()
         where = parse_device(device)
-        source = resolve(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        config = source.config()
+        find = partial(
+            resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only, progress=None
+        )
+        # Configuration first: what cannot fit is refused before gigabytes are downloaded.
+        config_source = find(revision=revision, weights=False)
+        config = config_source.config()
         compute = parse_dtype(dtype, parse_dtype(config.torch_dtype, torch.bfloat16))
         chunk = max_batch_tokens or CHUNK[where.type]
-        _check_memory(source, compute, where)
+        _check_memory(config_source, compute, where)
+        source = find(revision=config_source.revision or revision)
         with torch.device("meta"):
             model = Model(config, dtype=compute, attention=attn_implementation, device=where)
         with LoadProgress(progress, f"loading {source.name}") as report:
             load_model_weights(
-                model, source.tensors(), dtype=compute, device=where, progress=report, total=source.nbytes
+                model, source.tensors(dtype=compute), dtype=compute, device=where, progress=report, total=source.nbytes
             )
         engine = EngineConfig(
             max_context=max_context,

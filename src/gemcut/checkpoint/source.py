@@ -141,6 +141,10 @@ def resolve(
     from gemcut.checkpoint import bundled
 
     if text in bundled.NAMES:
+        if revision is not None:
+            raise CheckpointError(
+                f"{text} comes with a Python package; revision={revision!r} can be chosen only on the hub"
+            )
         file = bundled.gguf_file(cache_dir)
         return Source("gguf", file, text, licence_notice=bundled.licence_notice())
     alias = _ALIAS.fullmatch(text)
