@@ -1,0 +1,159 @@
+"""AutoTokenizer and AutoModelForCausalLM: where programs written for transformers begin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemcut.checkpoint.source import resolve
+from gemcut.errors import ParameterError
+from gemcut.gemma import Gemma
+from gemcut.hf.common import Refusal, refuse, usable_revision, warn_once
+from gemcut.hf.loading import LOAD, placement, wanted_dtype
+from gemcut.hf.model import GemmaForCausalLM
+from gemcut.hf.options import GenerationConfig
+from gemcut.hf.tokenizer import GemmaTokenizer
+from gemcut.text import Tokenizer
+from gemcut.text import files as text_files
+
+_TOKENIZER: dict[str, Refusal] = {
+    "trust_remote_code": ((False,), "gemcut runs no code from checkpoints"),
+    "force_download": ((False,), "delete the cached files instead"),
+    "subfolder": (("",), "give the folder's own path"),
+    "gguf_file": ((), "give the .gguf file's own path as the name"),
+    "proxies": ((), "set HTTPS_PROXY instead"),
+    "tokenizer_type": ((), "there is one tokenizer"),
+    "config": ((), "the checkpoint's own is read"),
+    "resume_download": ((True, False), ""),
+    "legacy": ((True, False), ""),
+    "clean_up_tokenization_spaces": ((False,), "Gemma's spaces are exact"),
+}
+
+
+class AutoTokenizer:
+    """``AutoTokenizer.from_pretrained`` makes a `GemmaTokenizer`."""
+
+    def __init__(self) -> None:
+        raise ParameterError("AutoTokenizer is not built directly; use AutoTokenizer.from_pretrained(name)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        use_fast: bool = True,
+        padding_side: str | None = None,
+        truncation_side: str | None = None,
+        model_max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        **others: Any,
+    ) -> GemmaTokenizer:
+        """The tokenizer of a checkpoint: folder, ``.gguf`` file, short name or hub id.
+
+        Args:
+            pretrained_model_name_or_path: the checkpoint; no weights are read or downloaded.
+            revision, token, cache_dir, local_files_only: for the hub, as in ``Gemma.load``.
+            use_fast: there is one tokenizer; False warns.
+            padding_side, truncation_side: "left" or "right"; by default what the checkpoint says, or left and right.
+            model_max_length: the length ``truncation=True`` cuts at.
+            add_bos_token, add_eos_token: whether encoding puts ``<bos>`` in front and ``<eos>`` behind.
+
+        Raises:
+            UnsupportedError: a known option of transformers that gemcut does not have.
+            ParameterError: an unknown one.
+            GemcutError: the checkpoint cannot be found or read.
+        """
+        refuse("AutoTokenizer.from_pretrained", others, _TOKENIZER)
+        if not use_fast:
+            warn_once("use_fast=False has no effect: gemcut has one tokenizer, with the same ids")
+        name = pretrained_model_name_or_path
+        folder = Path(name).expanduser()
+        if (folder / "tokenizer.json").is_file():  # also a folder that holds a tokenizer alone
+            usable_revision(name, revision)
+            tokenizer = Tokenizer.from_folder(folder)
+        else:
+            source = resolve(
+                name,
+                revision=usable_revision(name, revision),
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                weights=False,
+            )
+            tokenizer, folder = source.tokenizer(), source.path
+        stored = text_files.read_json_object(folder / "tokenizer_config.json") if folder.is_dir() else {}
+        given = {
+            "padding_side": padding_side,
+            "truncation_side": truncation_side,
+            "model_max_length": model_max_length,
+            "add_bos_token": add_bos_token,
+            "add_eos_token": add_eos_token,
+        }
+        options: dict[str, Any] = {key: stored.get(key) if value is None else value for key, value in given.items()}
+        named = {key: value for key, value in options.items() if value is not None}
+        return GemmaTokenizer(tokenizer, name_or_path=str(name), **named)
+
+
+class AutoModelForCausalLM:
+    """``AutoModelForCausalLM.from_pretrained`` makes a `GemmaForCausalLM`."""
+
+    def __init__(self) -> None:
+        raise ParameterError("AutoModelForCausalLM is not built directly; use from_pretrained(name)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device_map: Any = None,
+        torch_dtype: str | torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        generation_config: GenerationConfig | None = None,
+        **others: Any,
+    ) -> GemmaForCausalLM:
+        """Load a model: folder, ``.gguf`` file, short name or hub id.
+
+        Args:
+            pretrained_model_name_or_path: the checkpoint.
+            device_map: "auto" takes the GPU if there is one; "cuda", "cuda:N", a number, "cpu" or {"": device} that
+                device; None the CPU, as in transformers. A GPU that the machine does not have is replaced by the CPU,
+                with one warning.
+            torch_dtype, dtype: compute dtype under either name; "auto" is the checkpoint's own. Skipped, it is
+                float32, as the Gemma 2 model card says (transformers 5 takes the checkpoint's own).
+            revision, token, cache_dir, local_files_only: for the hub, as in ``Gemma.load``.
+            attn_implementation: name of an attention implementation; None takes the best there is.
+            generation_config: used in place of the checkpoint's.
+            others: transformers' other arguments; refused by name unless they change nothing.
+
+        Raises:
+            UnsupportedError: a known option that gemcut does not have (quantization, several devices, …).
+            ParameterError: an unknown one, or torch_dtype and dtype that differ.
+            GemcutError: the checkpoint cannot be found, read, or held in memory.
+        """
+        refuse("AutoModelForCausalLM.from_pretrained", others, LOAD)
+        attention = "auto" if attn_implementation is None else attn_implementation
+        if not isinstance(attention, str):
+            raise ParameterError(f"attn_implementation is of type {type(attention).__name__}; expected a name")
+        gemma = Gemma.load(
+            pretrained_model_name_or_path,
+            dtype=wanted_dtype(torch_dtype, dtype),
+            device=placement(device_map),
+            revision=usable_revision(pretrained_model_name_or_path, revision),
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            attn_implementation=attention,
+        )
+        return GemmaForCausalLM(gemma, str(pretrained_model_name_or_path), generation_config)

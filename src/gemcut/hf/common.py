@@ -1,0 +1,87 @@
+"""What all of this front door shares: warnings given once, refusals by name, and "cuda" on a machine without a GPU."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemcut.errors import ParameterError, UnsupportedError
+from gemcut.hardware import parse_device
+
+#: An option gemcut knows but does not have: the values that change nothing (None always is one), and why it is refused.
+Refusal = tuple[tuple[Any, ...], str]
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn, at the caller's line outside gemcut, unless this process has given this very warning before."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "gemcut":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def refuse(where: str, given: Mapping[str, Any], known: Mapping[str, Refusal]) -> None:
+    """Raise for the first option in ``given`` that is unknown, or known and set to something gemcut cannot do.
+
+    Raises:
+        ParameterError: ``known`` does not list the option.
+        UnsupportedError: it does, and the value is none of those that change nothing.
+    """
+    for name, value in given.items():
+        if name not in known:
+            raise ParameterError(f"{where} has no argument {name!r}; check its spelling or leave it out")
+        neutral, reason = known[name]
+        if not _is_one_of(value, neutral):
+            raise UnsupportedError(f"{where}: {name}={_short(value)} is not supported: {reason}")
+
+
+def _is_one_of(value: object, neutral: tuple[Any, ...]) -> bool:
+    if value is None or (isinstance(value, (list, tuple, dict)) and not value):
+        return True
+    if not isinstance(value, (bool, int, float, str)):  # comparing tensors or models with == may not give a bool
+        return False
+    return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral)
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def find_device(device: str | int | torch.device) -> torch.device:
+    """The device a program names; the CPU, with one warning, where it names a GPU and the machine has none.
+
+    Raises:
+        ParameterError: no such device; a GPU's number is too large.
+    """
+    wants_gpu = str(device).startswith("cuda") or (isinstance(device, int) and not isinstance(device, bool))
+    if wants_gpu and not torch.cuda.is_available():
+        warn_once("this machine has no GPU that torch can use: 'cuda' is taken as 'cpu'")
+        return torch.device("cpu")
+    return parse_device(device)
+
+
+def usable_revision(name: str | Path, revision: str | None) -> str | None:
+    """The revision to ask the hub for; None, with a warning, where ``name`` is a file or folder of this machine."""
+    if revision is None or not _exists(Path(name).expanduser()):
+        return revision
+    if revision != "main":
+        warn_once(f"{name} is on this machine, so revision={revision!r} has no effect")
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long or with a NUL is no file
+        return False

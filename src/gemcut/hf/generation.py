@@ -1,0 +1,211 @@
+"""From transformers' generation options to requests of the engine, and from their tokens to a padded tensor."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.config import token_ids
+from gemcut.engine import SamplingParams, TokenEvent
+from gemcut.errors import ParameterError
+from gemcut.gemma import Gemma
+from gemcut.hf.common import warn_once
+from gemcut.hf.inputs import Rows
+
+#: New tokens where nothing names a length, as far as the context has room for them (transformers: 20).
+DEFAULT_NEW_TOKENS = 1024
+#: transformers' top_k where sampling is on and none is named.
+DEFAULT_TOP_K = 50
+
+# Sampling options and the values at which each does nothing.
+_NEUTRAL: dict[str, tuple[float, ...]] = {"temperature": (0, 1), "top_k": (0, 1, 50), "top_p": (1,), "min_p": (0,)}
+# Added to a suppressed token's logit; finite, since log-probabilities of all-suppressed vocabularies must be too.
+SUPPRESSED = -1e9
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch, ready to run: one request for each row of the result.
+
+    Attributes:
+        inputs: the rows, each repeated ``num_return_sequences`` times.
+        params: how each samples.
+        stop_ids: token ids that end a row.
+        pad_id: fills rows that end before the longest.
+        max_time: seconds after which no more tokens are computed.
+    """
+
+    inputs: Rows
+    params: list[SamplingParams]
+    stop_ids: frozenset[int]
+    pad_id: int
+    max_time: float | None
+
+
+def make_job(gemma: Gemma, inputs: Rows, options: Mapping[str, Any], asked: frozenset[str], seed: int | None) -> Job:
+    """Turn merged options into a Job.
+
+    Args:
+        gemma: the model that will run it.
+        inputs: the prompts.
+        options: honoured options, those of the model's own config included.
+        asked: the names the caller set; the others do not cause warnings.
+        seed: of all draws; None takes them from torch's global generator.
+
+    Raises:
+        ParameterError: an option is out of range or contradicts another.
+    """
+    do_sample = options.get("do_sample", False)
+    copies = _whole(options, "num_return_sequences", 1)
+    if copies > 1 and do_sample is not True:
+        raise ParameterError(
+            f"num_return_sequences={copies} needs do_sample=True: greedy sequences would all be the same"
+        )
+    new, least = _lengths(gemma, inputs, options, asked)
+    base = SamplingParams(
+        max_new_tokens=new,
+        min_new_tokens=least,
+        temperature=options.get("temperature", 1.0),
+        top_k=options.get("top_k", DEFAULT_TOP_K),
+        top_p=options.get("top_p", 1.0),
+        min_p=options.get("min_p", 0.0),
+        repetition_penalty=options.get("repetition_penalty", 1.0),
+        logit_bias=dict.fromkeys(_token_ids(gemma, options, "suppress_tokens"), SUPPRESSED),
+        stop=options.get("stop_strings", ()),
+        do_sample=do_sample,
+        seed=seed,
+    )
+    if not base.do_sample:
+        _warn_without_effect(options, asked)
+    repeated = _repeat(inputs, copies)
+    stops = _token_ids(gemma, options, "eos_token_id")
+    pads = _token_ids(gemma, options, "pad_token_id") or [gemma.tokenizer.pad_id]
+    max_time = options.get("max_time")
+    if max_time is not None and not (isinstance(max_time, (int, float)) and max_time > 0):
+        raise ParameterError(f"max_time is {max_time!r}; expected a number of seconds above 0")
+    return Job(repeated, _seeded(base, len(repeated.rows)), frozenset(stops), pads[0], max_time)
+
+
+def run(gemma: Gemma, job: Job, streamer: Any) -> list[list[int]]:
+    """Run a job to its end and return each row's new tokens. ``streamer`` gets one token of every row at a time."""
+    # A view of the same engine: each row ends at this call's stop ids, whatever other calls use.
+    view = copy.copy(gemma)
+    view.stop_ids = job.stop_ids
+    rows = job.inputs.rows
+    new: list[list[int]] = [[] for _ in rows]
+    streams = []
+    if streamer is not None:
+        streamer.put(job.inputs.ids.cpu())
+    deadline = None if job.max_time is None else time.monotonic() + job.max_time
+    try:
+        for ids, params in zip(rows, job.params, strict=True):
+            streams.append(view.stream_ids(ids, params))
+        running: dict[int, Iterator[TokenEvent]] = {i: stream.events() for i, stream in enumerate(streams)}
+        while running and (deadline is None or time.monotonic() < deadline):
+            column = [job.pad_id] * len(rows)
+            for i, events in list(running.items()):
+                event = next(events, None)
+                if event is not None and event.token_id is not None:
+                    new[i].append(event.token_id)
+                    column[i] = event.token_id
+                if event is None or event.finish_reason is not None:
+                    del running[i]
+            if streamer is not None:
+                streamer.put(torch.tensor(column))
+    finally:  # after an error, Ctrl-C or the deadline nothing keeps running
+        for stream in streams:
+            stream.cancel()
+    if streamer is not None:
+        streamer.end()
+    return new
+
+
+def assemble(ids: Tensor, new: list[list[int]], pad_id: int) -> Tensor:
+    """int64 [B, T + longest]: prompts as they came, then the new tokens, then padding; on the prompts' device."""
+    width = ids.shape[1]
+    out = torch.full((len(new), width + max(map(len, new), default=0)), pad_id, dtype=torch.int64)
+    out[:, :width] = ids
+    for row, tokens in zip(out, new, strict=True):
+        row[width : width + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return out.to(ids.device)
+
+
+def _lengths(gemma: Gemma, inputs: Rows, options: Mapping[str, Any], asked: frozenset[str]) -> tuple[int, int]:
+    """(most, least) new tokens. Lengths count the padded prompt, as in transformers."""
+    width = inputs.ids.shape[1]
+    least = _whole(options, "min_new_tokens", 0)
+    if "min_new_tokens" not in options:
+        least = max(0, _whole(options, "min_length", 0) - width)
+    if "max_new_tokens" in options:
+        if {"max_new_tokens", "max_length"} <= asked:
+            warn_once("max_new_tokens and max_length are both given; max_new_tokens counts")
+        return _whole(options, "max_new_tokens", 1, low=1), least
+    if "max_length" in options:
+        longest = _whole(options, "max_length", 1, low=1)
+        if longest <= width:
+            raise ParameterError(
+                f"max_length is {longest} but the prompt alone has {width} tokens; raise it or use max_new_tokens"
+            )
+        return longest - width, least
+    room = max(1, gemma.engine.max_context - max(map(len, inputs.rows)))
+    return max(min(DEFAULT_NEW_TOKENS, room), least), least
+
+
+def _whole(options: Mapping[str, Any], name: str, default: int, *, low: int | None = None) -> int:
+    value = options.get(name, default)
+    low = default if low is None else low
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < low:
+        raise ParameterError(f"{name} is {value!r}; expected a whole number of at least {low}")
+    return number
+
+
+def _token_ids(gemma: Gemma, options: Mapping[str, Any], name: str) -> list[int]:
+    """The ids an option names; none where it is not set."""
+    value = options.get(name)
+    if value is None:
+        return []
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    ids = token_ids(value, name) if value != [] else ()
+    size = gemma.config.vocab_size
+    if any(i >= size for i in ids):
+        raise ParameterError(f"{name} is {value!r}; this model's ids go from 0 to {size - 1}")
+    return list(ids)
+
+
+def _warn_without_effect(options: Mapping[str, Any], asked: frozenset[str]) -> None:
+    idle = [n for n, neutral in _NEUTRAL.items() if n in asked and n in options and options[n] not in neutral]
+    if idle:
+        verb = "has" if len(idle) == 1 else "have"
+        warn_once(f"{', '.join(idle)} {verb} no effect without do_sample=True; the likeliest token is taken each time")
+
+
+def _repeat(inputs: Rows, copies: int) -> Rows:
+    if copies == 1:
+        return inputs
+    return Rows(
+        inputs.ids.repeat_interleave(copies, dim=0),
+        [span for span in inputs.spans for _ in range(copies)],
+        [row for row in inputs.rows for _ in range(copies)],
+    )
+
+
+def _seeded(base: SamplingParams, count: int) -> list[SamplingParams]:
+    """One seed a row, drawn from torch's generator, so that ``torch.manual_seed`` makes a call repeatable."""
+    if base.greedy:
+        return [base] * count
+    generator = None if base.seed is None else torch.Generator().manual_seed(base.seed)
+    seeds = torch.randint(2**63 - 1, (count,), generator=generator).tolist()
+    return [dataclasses.replace(base, seed=seed) for seed in seeds]

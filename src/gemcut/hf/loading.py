@@ -1,0 +1,217 @@
+"""Loading, moving and saving a model: what transformers' arguments mean here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemcut.checkpoint.names import export_tensors
+from gemcut.checkpoint.write import save_folder
+from gemcut.config import GemmaConfig
+from gemcut.errors import CheckpointError, ParameterError, UnsupportedError
+from gemcut.gemma import Gemma
+from gemcut.hardware import parse_dtype
+from gemcut.hf.common import Refusal, find_device
+from gemcut.model import Model
+
+_QUANTIZED = "quantized loading is not in this version; load with dtype=torch.bfloat16"
+_DEVICES = "a model is on one device in this version"
+_OFFLOAD = "nothing is offloaded in this version"
+_ANY = (True, False)
+
+#: Arguments of from_pretrained beside those it names.
+LOAD: dict[str, Refusal] = {
+    "quantization_config": ((), _QUANTIZED),
+    "load_in_4bit": ((False,), _QUANTIZED),
+    "load_in_8bit": ((False,), _QUANTIZED),
+    "low_cpu_mem_usage": (_ANY, ""),  # always so
+    "use_safetensors": ((True,), "only safetensors and GGUF are read; pickled weights can run code"),
+    "weights_only": ((True,), "gemcut reads weights alone"),
+    "trust_remote_code": ((False,), "gemcut runs no code from checkpoints"),
+    "force_download": ((False,), "delete the cached files instead"),
+    "resume_download": (_ANY, ""),
+    "ignore_mismatched_sizes": ((False,), "every tensor must fit"),
+    "output_loading_info": ((False,), "a checkpoint either fits exactly or is refused"),
+    "use_auth_token": ((), "use token= instead"),
+    "use_cache": ((True,), "gemcut always keeps keys and values"),
+    "config": ((), "the checkpoint's own config.json is read"),
+    "state_dict": ((), "save the weights as a checkpoint folder first"),
+    "gguf_file": ((), "give the .gguf file's own path as the name"),
+    "subfolder": (("",), "give the folder's own path"),
+    "variant": ((), "use revision= to choose other files"),
+    "proxies": ((), "set HTTPS_PROXY instead"),
+    "mirror": ((), "set HF_ENDPOINT instead"),
+    "from_tf": ((False,), "only safetensors and GGUF are read"),
+    "from_flax": ((False,), "only safetensors and GGUF are read"),
+    "max_memory": ((), _OFFLOAD),
+    "offload_folder": ((), _OFFLOAD),
+    "offload_state_dict": ((False,), _OFFLOAD),
+    "offload_buffers": ((False,), _OFFLOAD),
+    "tp_plan": ((), _DEVICES),
+    "tp_size": ((1,), _DEVICES),
+    "device_mesh": ((), _DEVICES),
+    "distributed_config": ((), _DEVICES),
+    "adapter_name": ((), "adapters are not in this version"),
+    "adapter_kwargs": ((), "adapters are not in this version"),
+    "use_kernels": ((False,), "no kernels are taken from the hub"),
+    "allow_all_kernels": ((False,), "no kernels are taken from the hub"),
+    "kernel_config": ((), "no kernels are taken from the hub"),
+    "key_mapping": ((), "tensor names are fixed"),
+    "experts_implementation": ((), "Gemma 2 has no experts"),
+    "fusion_config": ((), "gemcut fuses what it can by itself"),
+    "disable_mmap": ((False,), "files are memory-mapped"),
+    "tqdm_class": ((), "the progress bar is gemcut's own"),
+}
+#: Arguments of the forward call beside those it names.
+FORWARD: dict[str, Refusal] = {
+    "position_ids": ((), "positions follow from attention_mask"),
+    "past_key_values": ((), "generate keeps keys and values itself"),
+    "inputs_embeds": ((), "give input_ids"),
+    "use_cache": ((False,), "the forward call returns no keys and values"),
+    "cache_position": ((), "the forward call has no cache"),
+    "token_type_ids": ((), "Gemma has no token types"),
+    "output_attentions": ((False,), "inner states are not kept"),
+    "output_hidden_states": ((False,), "inner states are not kept"),
+    "return_dict": ((True,), "use .to_tuple() on the output"),
+    "num_items_in_batch": ((), "divide the loss yourself"),
+}
+#: Arguments of generate that are no fields of GenerationConfig.
+CALL: dict[str, Refusal] = {
+    "logits_processor": ((), "use the options of GenerationConfig"),
+    "stopping_criteria": ((), "use eos_token_id, stop_strings, max_new_tokens or max_time"),
+    "prefix_allowed_tokens_fn": ((), "constrained generation is not in this version"),
+    "synced_gpus": ((False,), "a model is on one device in this version"),
+    "assistant_model": ((), "assisted generation is not in this version"),
+    "assistant_tokenizer": ((), "assisted generation is not in this version"),
+    "negative_prompt_ids": ((), "guidance is not in this version"),
+    "negative_prompt_attention_mask": ((), "guidance is not in this version"),
+    "custom_generate": ((), "gemcut runs no code from the hub"),
+    "trust_remote_code": ((False,), "gemcut runs no code from checkpoints"),
+    "use_model_defaults": ((True,), "change model.generation_config instead"),
+    "inputs_embeds": ((), "give input_ids"),
+    "position_ids": ((), "positions follow from attention_mask"),
+    "past_key_values": ((), "a prompt seen before is found in the cache by itself"),
+    "token_type_ids": ((), "Gemma has no token types"),
+}
+
+
+def wanted_dtype(torch_dtype: str | torch.dtype | None, dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """The dtype under either of its two names; float32 where neither is given, as the model card says."""
+    if torch_dtype is None or dtype is None:
+        either = torch_dtype if dtype is None else dtype
+        return torch.float32 if either is None else either
+    same = torch_dtype == dtype == "auto" or (
+        "auto" not in (torch_dtype, dtype)
+        and parse_dtype(torch_dtype, torch.float32) == parse_dtype(dtype, torch.float32)
+    )
+    if not same:
+        raise ParameterError(f"torch_dtype={torch_dtype} contradicts dtype={dtype}; they are the same option, give one")
+    return dtype
+
+
+def placement(device_map: Any) -> torch.device:
+    """The one device a ``device_map`` means.
+
+    Raises:
+        UnsupportedError: it spreads the model over several devices.
+        ParameterError: it names no device.
+    """
+    if device_map is None:
+        return torch.device("cpu")
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise UnsupportedError(f"device_map with keys {', '.join(map(str, device_map))}: {_DEVICES}; use 'auto'")
+        device_map = device_map[""]
+    if isinstance(device_map, str) and device_map in ("balanced", "balanced_low_0", "sequential", "disk"):
+        raise UnsupportedError(f"device_map={device_map!r} is not supported: {_DEVICES}; use 'auto'")
+    try:
+        return find_device(device_map)
+    except ParameterError as error:
+        raise ParameterError(f"device_map: {error}") from None
+
+
+def moved(gemma: Gemma, device: torch.device) -> Gemma:
+    """The same model on another device, its weights moved one at a time, with a fresh cache."""
+    if gemma.engine.has_work:
+        raise ParameterError("the model is still generating; wait for it, or cancel it, before moving it")
+    old = gemma.model
+    with torch.device("meta"):
+        model = Model(gemma.config, dtype=gemma.dtype, attention=old.attention_implementation.name, device=device)
+    for name, parameter in list(old.named_parameters()):
+        model.load_state_dict({name: parameter.to(device)}, strict=False, assign=True)
+    result = Gemma(
+        model,
+        gemma.tokenizer,
+        device,
+        engine=gemma.engine.config,
+        generation_config=gemma.generation_config,
+        source=gemma.source,
+    )
+    result.load_seconds = gemma.load_seconds
+    return result
+
+
+def shard_bytes(size: int | str) -> int:
+    """Bytes from "5GB", "500MB", "2GiB" or a number."""
+    match = re.fullmatch(r"(\d+)\s*([KMG])(i?)B", str(size).strip(), re.IGNORECASE)
+    if match:
+        base = 1024 if match.group(3) else 1000
+        return int(match.group(1)) * int(base ** ("KMG".index(match.group(2).upper()) + 1))
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ParameterError(f"max_shard_size is {size!r}; expected a number of bytes, or a text such as '5GB'")
+    return size
+
+
+def save(gemma: Gemma, folder: Path, max_shard_bytes: int, generation_config: dict[str, Any]) -> None:
+    """Write the model into ``folder``, which may hold a tokenizer but no other model."""
+    taken = [*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")]
+    if taken:
+        raise CheckpointError(f"{folder} already holds a model ({taken[0].name}); choose another name or remove it")
+    tensors = export_tensors(dict(gemma.model.named_parameters()), gemma.config)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        save_folder(folder, gemma.config, tensors, None, max_shard_bytes, generation_config=generation_config)
+        return
+    part = folder / f".model.{os.getpid()}"
+    try:
+        save_folder(part, gemma.config, tensors, None, max_shard_bytes, generation_config=generation_config)
+        # config.json last: where it is, everything is.
+        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+class ModelConfig:
+    """A checkpoint's config.json as attributes, under transformers' names. Read-only."""
+
+    def __init__(self, config: GemmaConfig, dtype: torch.dtype, name_or_path: str) -> None:
+        values = {**config.to_dict(), "torch_dtype": dtype, "dtype": dtype, "name_or_path": name_or_path}
+        object.__setattr__(self, "_values", {**values, "_name_or_path": name_or_path})
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values", {})
+        if name not in values:
+            raise AttributeError(f"the config has no {name!r}")
+        return values[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnsupportedError(
+            f"config.{name} cannot be changed: the network is built; edit config.json and load again"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __repr__(self) -> str:
+        return f"ModelConfig({self.to_dict()})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
+        values = {k: v for k, v in self.__dict__["_values"].items() if k not in ("dtype", "name_or_path")}
+        return {**values, "torch_dtype": str(values["torch_dtype"]).removeprefix("torch.")}

@@ -1,0 +1,271 @@
+"""GemmaForCausalLM: gemcut's model with transformers' methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemcut.errors import ContextLengthError, ParameterError, UnsupportedError
+from gemcut.gemma import Gemma
+from gemcut.hardware import parse_dtype
+from gemcut.hf import generation, scores
+from gemcut.hf.common import find_device, refuse, warn_once
+from gemcut.hf.inputs import read_rows, split_mapping
+from gemcut.hf.loading import CALL, FORWARD, ModelConfig, moved, save, shard_bytes
+from gemcut.hf.options import FIXED, HONOURED, GenerationConfig, merge_options
+from gemcut.hf.outputs import CausalLMOutput, GenerateOutput
+
+
+class GemmaForCausalLM:
+    """A Gemma model with transformers' methods. It is for inference: nothing here computes gradients.
+
+    Attributes:
+        gemma: gemcut's own model underneath.
+        name_or_path: what ``from_pretrained`` was given.
+        generation_config: defaults of ``generate``; it may be changed. Its eos_token_id is the union of what config,
+            generation_config and tokenizer call an end, ``<end_of_turn>`` included.
+    """
+
+    def __init__(self, gemma: Gemma, name_or_path: str = "", generation_config: GenerationConfig | None = None) -> None:
+        self.gemma, self.name_or_path = gemma, name_or_path
+        if generation_config is None:
+            generation_config = GenerationConfig.from_dict(gemma.generation_config)
+            generation_config.update(eos_token_id=sorted(gemma.stop_ids))
+            for name, value in (("bos", gemma.tokenizer.bos_id), ("pad", gemma.tokenizer.pad_id)):
+                if getattr(generation_config, f"{name}_token_id") is None:
+                    generation_config.update(**{f"{name}_token_id": value})
+        self.generation_config = generation_config
+
+    def __repr__(self) -> str:
+        return f"GemmaForCausalLM({self.name_or_path!r}, dtype={self.dtype}, device='{self.device}')"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.gemma.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.gemma.dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's shape under transformers' names; read-only."""
+        return ModelConfig(self.gemma.config, self.dtype, self.name_or_path)
+
+    @property
+    def training(self) -> bool:
+        """Always False."""
+        return False
+
+    def eval(self) -> GemmaForCausalLM:
+        """This model; it is always in evaluation mode."""
+        return self
+
+    def train(self, mode: bool = True) -> GemmaForCausalLM:
+        """Refused: this front door is for inference."""
+        if mode:
+            raise UnsupportedError("train: gemcut.hf models are for inference; they compute no gradients")
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The network's parameters."""
+        return self.gemma.model.parameters()
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of distinct parameters; the output head shares the embedding."""
+        config = self.gemma.config
+        if only_trainable:
+            return 0
+        return config.num_parameters() - (config.vocab_size * config.hidden_size if exclude_embeddings else 0)
+
+    def to(self, *args: Any, device: Any = None, dtype: Any = None) -> GemmaForCausalLM:
+        """Move the model and return it: ``to("cuda")``, ``to(0)``, ``to("cpu")``.
+
+        "cuda" on a machine without a GPU warns once and keeps the CPU. The dtype is chosen when loading; another one
+        here is refused. Answers that are being generated must have ended.
+        """
+        for value in args:
+            if isinstance(value, torch.dtype):
+                dtype = value
+            else:
+                device = value
+        if dtype is not None and parse_dtype(dtype, self.dtype) != self.dtype:
+            raise UnsupportedError(f"to: the model computes in {self.dtype}; load it with dtype={dtype} instead")
+        if device is not None and (where := find_device(device)) != self.device:
+            self.gemma = moved(self.gemma, where)
+        return self
+
+    def cuda(self, device: int = 0) -> GemmaForCausalLM:
+        """``to(device)``."""
+        return self.to(device)
+
+    def cpu(self) -> GemmaForCausalLM:
+        """``to("cpu")``."""
+        return self.to("cpu")
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalLMOutput:
+        """Logits of every position.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], zero at padding; padding may be on either side.
+            labels: int64 [B, T]; -100, and padding, do not count. The loss is the mean over all that do.
+            logits_to_keep: only the last so many columns; 0 keeps all.
+            others: transformers' other arguments; refused by name unless they change nothing.
+
+        Returns:
+            ``logits`` fp32 [B, T, V], zero at padding; and ``loss`` with labels.
+        """
+        refuse("the model", others, FORWARD)
+        input_ids, attention_mask = split_mapping(input_ids, attention_mask)
+        if input_ids is None:
+            raise ParameterError("the model needs input_ids, int64 [B, T]")
+        config = self.gemma.config
+        batch = read_rows(input_ids, attention_mask, pad_id=None, vocab_size=config.vocab_size)
+        rows, width = batch.ids.shape
+        longest, limit = max(map(len, batch.rows)), config.max_position_embeddings
+        if longest > limit:
+            raise ContextLengthError(f"input_ids has {longest} tokens in a row; this model takes {limit}: shorten it")
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ParameterError(f"logits_to_keep is {logits_to_keep!r}; expected a whole number of at least 0")
+        if labels is not None and (labels.shape != batch.ids.shape or logits_to_keep):
+            raise ParameterError(
+                f"labels has shape {list(labels.shape)}; expected that of input_ids, {list(batch.ids.shape)}, "
+                "and logits_to_keep=0"
+            )
+        first = max(0, width - logits_to_keep) if logits_to_keep else 0
+        logits = torch.zeros(rows, width - first, config.vocab_size, device=self.device)
+        for row, (start, stop), ids in zip(logits, batch.spans, batch.rows, strict=True):
+            kept = max(start, first)
+            if kept < stop:
+                row[kept - first : stop - first] = self.gemma.model.head(
+                    scores.hidden_states(self.gemma, ids)[kept - start :]
+                )
+        loss = None
+        if labels is not None:
+            targets = labels.to(self.device).long().clone()
+            for row, (start, stop) in zip(targets, batch.spans, strict=True):
+                row[: start + 1], row[stop:] = -100, -100  # nothing predicts a row's first token
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).to(batch.ids.device)
+        return CausalLMOutput(loss=loss, logits=logits.to(batch.ids.device))
+
+    forward = __call__
+
+    # ---- generate ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: Any = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        streamer: Any = None,
+        seed: int | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Continue a batch of prompts.
+
+        Options are those of transformers' GenerationConfig; each is honoured, or refused by name. What differs:
+
+        - Where neither ``max_new_tokens`` nor ``max_length`` is given anywhere, an answer may have 1024 tokens, or as
+          many as the context has room for (transformers: 20).
+        - ``seed`` is gemcut's own; without it the draws follow ``torch.manual_seed``, one seed a sequence, so a
+          sequence does not depend on its neighbours. Draws are not those of transformers.
+        - Padding on the right is understood too: the new tokens come after it.
+        - ``output_logits`` and ``output_scores`` are computed by a second pass over prompt and answer.
+
+        Args:
+            inputs: int64 [B, T], or what the tokenizer returned. None starts from ``<bos>`` alone.
+            generation_config: a GenerationConfig (transformers' own works too) between the model's and ``options``.
+            input_ids: the same as ``inputs``.
+            attention_mask: [B, T], zero at padding. Without it, pad tokens at the start of a row are padding.
+            streamer: gets the prompts, then each token, then the end (``put``, ``end``).
+            seed: makes this call repeatable.
+            tokenizer: accepted beside ``stop_strings``, as transformers needs it; the model's own is used.
+            options: fields of GenerationConfig.
+
+        Returns:
+            int64 [B, T + new] on the device of the inputs: the prompts as they came, the new tokens, padding; or a
+            `GenerateOutput` with ``return_dict_in_generate=True``.
+
+        Raises:
+            ParameterError: an option is unknown, out of range, or contradicts another.
+            UnsupportedError: an option gemcut does not have.
+            ContextLengthError: prompt and answer do not fit the context.
+        """
+        try:
+            return self._generate(inputs, generation_config, input_ids, attention_mask, streamer, seed, options)
+        except BaseException as error:
+            # A reader in another thread would wait for ever.
+            if hasattr(streamer, "fail"):
+                streamer.fail(error)
+            raise
+
+    def _generate(
+        self,
+        inputs: Any,
+        config: Any,
+        input_ids: Any,
+        mask: Any,
+        streamer: Any,
+        seed: int | None,
+        given: dict[str, Any],
+    ) -> Any:
+        gemma = self.gemma
+        known = {name: value for name, value in given.items() if name in HONOURED or name in FIXED}
+        refuse("generate", {name: value for name, value in given.items() if name not in known}, CALL)
+        options, asked = merge_options(self.generation_config, config, known)
+        if inputs is not None and input_ids is not None:
+            raise ParameterError("generate was given both inputs and input_ids; they are the same, give one")
+        ids, mask = split_mapping(input_ids if inputs is None else inputs, mask)
+        if ids is None:
+            ids = torch.tensor([[options.get("bos_token_id", gemma.tokenizer.bos_id)]])
+        pad_id = options.get("pad_token_id", gemma.tokenizer.pad_id)
+        rows = read_rows(ids, mask, pad_id=pad_id, vocab_size=gemma.config.vocab_size)
+        job = generation.make_job(gemma, rows, options, asked, seed)
+        extra = [name for name in ("output_logits", "output_scores") if options.get(name)]
+        as_dict = options.get("return_dict_in_generate", False)
+        if extra and not as_dict:
+            warn_once(f"{extra[0]} has no effect without return_dict_in_generate=True")
+        new = generation.run(gemma, job, streamer)
+        sequences = generation.assemble(job.inputs.ids, new, job.pad_id)
+        if not as_dict:
+            return sequences
+        output = GenerateOutput(sequences)
+        if extra:
+            logits = scores.step_logits(gemma, job, new)
+            if "output_logits" in extra:
+                output.logits = scores.by_step(logits, sequences.device)
+            if "output_scores" in extra:
+                changed = scores.step_scores(logits, job, new, renormalize=bool(options.get("renormalize_logits")))
+                output.scores = scores.by_step(changed, sequences.device)
+        return output
+
+    def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **others: Any) -> None:
+        """Write config.json, generation_config.json and safetensors in Hugging Face layout; not the tokenizer.
+
+        Raises:
+            CheckpointError: there is a model already, or the disk is full; nothing half-written is left.
+        """
+        refuse("save_pretrained", others, {"safe_serialization": ((True,), "only safetensors are written")})
+        save(self.gemma, Path(save_directory), shard_bytes(max_shard_size), self.generation_config.to_dict())

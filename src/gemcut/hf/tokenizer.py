@@ -1,0 +1,291 @@
+"""GemmaTokenizer: gemcut's tokenizer with transformers' methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gemcut.errors import ParameterError, UnsupportedError
+from gemcut.hf.chat_template import ChatOptions, ChatWriter
+from gemcut.hf.common import Refusal, refuse
+from gemcut.hf.encoding import (
+    NO_LIMIT,
+    BatchEncoding,
+    id_lists,
+    length_limit,
+    pad_rows,
+    padded_width,
+    to_tensors,
+)
+from gemcut.hf.vocabulary import Vocabulary, side_name
+from gemcut.text import Tokenizer
+from gemcut.text import files as text_files
+
+_CONFIG_FILE = "tokenizer_config.json"
+_CALL: dict[str, Refusal] = {
+    "text_pair": ((), "Gemma has no pairs of texts; join them yourself"),
+    "text_target": ((), "tokenize the target by a call of its own"),
+    "text_pair_target": ((), "tokenize the target by a call of its own"),
+    "is_split_into_words": ((False,), "give whole texts"),
+    "stride": ((0,), "overflowing tokens are not returned"),
+    "return_token_type_ids": ((False,), "Gemma has no token types"),
+    "return_overflowing_tokens": ((False,), "cut the text yourself"),
+    "return_special_tokens_mask": ((False,), "compare ids with all_special_ids"),
+    "return_offsets_mapping": ((False,), "use tokenizer.tokenizer.backend for offsets"),
+    "return_length": ((False,), "use len of the ids"),
+    "split_special_tokens": ((False,), "use tokenizer.tokenizer.encode(..., parse_special=False)"),
+    "verbose": ((True, False), ""),
+}
+_BATCH = ("pad_to_multiple_of", "padding_side", "return_attention_mask")
+_DECODE: dict[str, Refusal] = {
+    "clean_up_tokenization_spaces": ((False,), "Gemma's spaces are exact"),
+    "spaces_between_special_tokens": ((False,), "Gemma puts none"),
+}
+_CHAT: dict[str, Refusal] = {
+    "tools": ((), "Gemma 2 has no tool turns"),
+    "documents": ((), "put their text into a message"),
+    "return_assistant_tokens_mask": ((False,), "Gemma's template marks none"),
+}
+
+
+class GemmaTokenizer(Vocabulary):
+    """Text to token ids and back, with transformers' names.
+
+    Two things are better than there: a text that already begins with ``<bos>`` gets no second one, and in
+    ``apply_chat_template(tokenize=True)`` special tokens typed by a user stay plain text.
+
+    Attributes:
+        name_or_path: what ``from_pretrained`` was given.
+        model_max_length: the length ``truncation=True`` cuts at where no max_length is given.
+        add_bos_token, add_eos_token: what ``add_special_tokens=True`` adds.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        name_or_path: str = "",
+        padding_side: str = "left",
+        truncation_side: str = "right",
+        model_max_length: int = NO_LIMIT,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+    ) -> None:
+        super().__init__(tokenizer, padding_side, truncation_side)
+        self.name_or_path, self.model_max_length = name_or_path, model_max_length
+        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
+        self._chat = ChatWriter(tokenizer)
+
+    def __repr__(self) -> str:
+        return (
+            f"GemmaTokenizer({self.name_or_path!r}, vocab_size={self.vocab_size}, padding_side={self.padding_side!r})"
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's Jinja template; it may be set. None means Gemma's format, which is built in."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.tokenizer.chat_template = template
+
+    # ---- text to ids ---------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        **others: Any,
+    ) -> BatchEncoding:
+        """Token ids and attention mask of a text or of several.
+
+        Args:
+            text: a text, or a list of texts.
+            add_special_tokens: put ``<bos>`` in front; a text that begins with it keeps exactly one.
+            padding: True or "longest" pads to the longest text, "max_length" to ``max_length``.
+            truncation: True cuts at ``max_length``, or at ``model_max_length``. None cuts where ``max_length`` alone
+                is given.
+            max_length: see above.
+            pad_to_multiple_of: round the padded length up.
+            padding_side: "left" or "right", for this call.
+            return_tensors: "pt" or "np" for int64 [B, T]; None for lists.
+            return_attention_mask: False leaves it out.
+            others: transformers' other arguments; refused by name unless they change nothing.
+
+        Raises:
+            ParameterError: a value is out of range, an argument is unknown, or texts differ in length in one tensor.
+            UnsupportedError: an argument gemcut does not have.
+        """
+        refuse("the tokenizer", others, _CALL)
+        texts = _texts(text)
+        limit = length_limit(truncation, max_length, padding, self.model_max_length)
+        rows = [self._encode(one, add_special_tokens, limit) for one in texts]
+        options: dict[str, Any] = {"pad_to_multiple_of": pad_to_multiple_of, "padding_side": padding_side}
+        return self._batch(
+            rows, isinstance(text, str), padding, max_length, return_tensors, return_attention_mask, **options
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, **options: Any) -> Any:
+        """The ``input_ids`` of calling the tokenizer: a list, or with ``return_tensors="pt"`` a tensor [1, T]."""
+        return self(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[str]:
+        """The text's tokens as the vocabulary spells them."""
+        ids = self._encode(_texts(text)[0], add_special_tokens, None)
+        return [self.tokenizer.id_to_token(i) for i in ids]
+
+    # ---- ids to text ---------------------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **others: Any) -> Any:
+        """Text of token ids (a number, list or tensor); of several rows a list of texts.
+
+        Special tokens are shown unless told otherwise, as in transformers.
+        """
+        refuse("decode", others, _DECODE)
+        ids = id_lists(token_ids)
+        if any(isinstance(row, list) for row in ids):
+            return [self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens) for row in ids]
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **others: Any) -> list[str]:
+        """Text of each row."""
+        return [self.decode(row, skip_special_tokens, **others) for row in sequences]
+
+    # ---- dialogues -----------------------------------------------------------------------------------------------
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        system: Literal["fold", "error"] = "fold",
+        sanitize_control_tokens: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **variables: Any,
+    ) -> Any:
+        """Write a dialogue, or a list of dialogues, in the model's format.
+
+        Args:
+            conversation: messages ``{"role": ..., "content": ...}``; roles alternate, user first.
+            chat_template: a Jinja template to use instead of the checkpoint's; it runs in a sandbox.
+            add_generation_prompt: end with the opening of the model's turn.
+            continue_final_message: leave the last turn open, for the model to continue.
+            tokenize: False gives the string (or strings), True token ids.
+            padding, truncation, max_length, return_tensors: as in calling the tokenizer.
+            return_dict: True, transformers 5's default, gives a BatchEncoding; False, transformers 4's, the ids alone.
+                ``model.generate`` takes either, as ``generate(x)`` and as ``generate(**x)``.
+            system: Gemma has no turn for system messages. "fold" puts them in front of the first user's text,
+                "error" refuses them, as transformers does. A template of another format decides for itself.
+            sanitize_control_tokens: encode special tokens typed by a user as plain text; in Gemma's own format this is
+                always done, other templates are refused.
+            tokenizer_kwargs: more arguments of calling the tokenizer.
+            variables: for a custom template.
+
+        Raises:
+            ChatTemplateError: the format cannot express the dialogue.
+        """
+        refuse("apply_chat_template", {key: variables.pop(key) for key in _CHAT if key in variables}, _CHAT)
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            system=system,
+            template=chat_template,
+            variables=variables,
+        )
+        if sanitize_control_tokens and not self._chat.built_in(options):
+            raise UnsupportedError("apply_chat_template: sanitize_control_tokens works with Gemma's own format alone")
+        many = isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
+        dialogues = conversation if many else [conversation]
+        if not tokenize:
+            texts = [self._chat.render(dialogue, options) for dialogue in dialogues]
+            return texts if many else texts[0]
+        limit = length_limit(truncation, max_length, padding, self.model_max_length)
+        rows = [self._cut(self._chat.encode(dialogue, options), limit) for dialogue in dialogues]
+        more = dict(tokenizer_kwargs or {})
+        options_of_batch = {name: more.pop(name) for name in _BATCH if name in more}
+        refuse("tokenizer_kwargs", more, _CALL)
+        batch = self._batch(rows, not many, padding, max_length, return_tensors, **options_of_batch)
+        return batch if return_dict else batch["input_ids"]
+
+    def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
+        """Write tokenizer.json and tokenizer_config.json, which transformers reads too; return their paths."""
+        refuse("save_pretrained", others, {"legacy_format": ((False,), "one file format is written")})
+        folder = Path(save_directory)
+        self.tokenizer.save(folder)
+        config = text_files.read_json_object(folder / _CONFIG_FILE) | {
+            "padding_side": self.padding_side,
+            "truncation_side": self.truncation_side,
+            "model_max_length": self.model_max_length,
+            "add_bos_token": self.add_bos_token,
+            "add_eos_token": self.add_eos_token,
+            "pad_token": self.pad_token,
+        }
+        text_files.write_text(folder / _CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2))
+        return str(folder / _CONFIG_FILE), str(folder / "tokenizer.json")
+
+    # ---- helpers -------------------------------------------------------------------------------------------------
+
+    def _encode(self, text: str, special: bool, limit: int | None) -> list[int]:
+        """Ids of one text, at most ``limit``; ``<bos>`` and ``<eos>`` survive the cut."""
+        ids = self.tokenizer.encode(text, add_bos=special and self.add_bos_token)
+        before = ids[:1] if special and self.add_bos_token else []
+        after = [self.eos_token_id] if special and self.add_eos_token else []
+        body = ids[len(before) :]
+        room = None if limit is None else max(0, limit - len(before) - len(after))
+        return [*before, *self._cut(body, room), *after]
+
+    def _cut(self, ids: list[int], limit: int | None) -> list[int]:
+        if limit is None or len(ids) <= limit:
+            return ids
+        return ids[:limit] if self.truncation_side == "right" else ids[len(ids) - limit :]
+
+    def _batch(
+        self,
+        rows: list[list[int]],
+        single: bool,
+        padding: bool | str,
+        max_length: int | None,
+        return_tensors: str | None,
+        return_attention_mask: bool | None = None,
+        *,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+    ) -> BatchEncoding:
+        """Pad rows as asked and make lists or tensors of them."""
+        width = padded_width(rows, padding, max_length, self.model_max_length, pad_to_multiple_of)
+        masks = [[1] * len(row) for row in rows]
+        if width is not None:
+            side = side_name("padding_side", padding_side or self.padding_side)
+            rows, masks = pad_rows(rows, width, self.pad_token_id, side), pad_rows(masks, width, 0, side)
+        data: dict[str, Any] = {"input_ids": rows, "attention_mask": masks}
+        if return_attention_mask is False:
+            del data["attention_mask"]
+        if return_tensors is not None:
+            return BatchEncoding({name: to_tensors(value, return_tensors) for name, value in data.items()})
+        return BatchEncoding({name: value[0] for name, value in data.items()} if single else data)
+
+
+def _texts(text: object) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or any(not isinstance(one, str) for one in texts):
+        raise ParameterError(f"the tokenizer was given {type(text).__name__}; expected a text or a list of texts")
+    return list(texts)
