@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from gemcut.checkpoint.names import FUSED, split_layer
 from gemcut.errors import CheckpointError
 
-_HUGE_PAGE_FROM = 4 << 20
 _STAGE_BYTES = 64 << 20
 
 
@@ -110,14 +108,7 @@ class _Builder:
         return torch.float32 if target.endswith("scale") else self.dtype
 
     def _allocate(self, target: str) -> torch.Tensor:
-        shape, dtype = self.targets[target].shape, self._dtype(target)
-        nbytes = shape.numel() * dtype.itemsize
-        if self.device.type == "cpu" and nbytes >= _HUGE_PAGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-            # First touch of fresh memory costs more than the copy itself; huge pages make it 512 times rarer.
-            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=dtype).view(shape)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(self.targets[target].shape, dtype=self._dtype(target), device=self.device)
 
 
 def _plain_copy(target: torch.Tensor, tensor: torch.Tensor) -> None:

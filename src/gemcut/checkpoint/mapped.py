@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from gemcut.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+# Python names it from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class MappedFile:
@@ -21,7 +25,7 @@ class MappedFile:
             with open(path, "rb") as file:
                 if hasattr(mmap, "MAP_PRIVATE"):
                     # No reservation: a private writable map of 54 GB must not count as 54 GB of promised memory.
-                    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+                    flags = mmap.MAP_PRIVATE | _NO_RESERVE
                     self.map = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
                 else:
                     self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
