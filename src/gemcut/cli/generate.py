@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemcut.cli import output
-from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, need_model, with_options
+from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, with_options
 from gemcut.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def generate(
     *,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP)] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", metavar="PATH", help="Read the prompt from it.")] = None,
-    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Print the prompt before the answer.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Times and tokens at the end, on standard error.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end, no streaming.")] = False,
+    show_prompt: Annotated[bool, flag("Print the prompt before the answer.", "--show-prompt")] = False,
+    stats: Annotated[bool, flag("Times and tokens at the end, on standard error.", "--stats")] = False,
+    as_json: Annotated[bool, flag("One JSON object at the end, no streaming.", "--json")] = False,
     logprobs: Annotated[
         int | None, typer.Option(metavar="N", help="With --json: log-probabilities, and the N likeliest others.")
     ] = None,
@@ -64,8 +64,7 @@ def generate(
             sys.stdout.write("\n")
             sys.stdout.flush()
     if stats:
-        lines = output.stats_lines(gemma, completion)
-        print("", *(output.styled(line, "dim", sys.stderr) for line in lines), sep="\n", file=sys.stderr)
+        output.print_stats(gemma, completion)
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:

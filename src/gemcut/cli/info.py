@@ -10,9 +10,9 @@ import typer
 import gemcut
 from gemcut.cli import output
 from gemcut.cli.names import family_member, tuned
-from gemcut.cli.options import MODEL_HELP, Debug
+from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, with_options
 from gemcut.config import GemmaConfig
-from gemcut.errors import CheckpointError, CheckpointNotFoundError, GatedRepositoryError
+from gemcut.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
@@ -23,15 +23,13 @@ _OPTIONAL = {
 }
 
 
+@with_options
 def info(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
     *,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
-    token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Hub token; better set HF_TOKEN.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where downloads are kept.")] = None,
-    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, flag("One JSON object.", "--json")] = False,
     debug: Debug = False,
+    hub: HubOptions,
 ) -> None:
     """Describe a model: shape, size, chat format, licence. Without MODEL: this installation and machine.
 
@@ -42,7 +40,7 @@ def info(
     if model is None:
         report, notice = machine(), None
     else:
-        report, notice = _model(model, revision, token, cache_dir, local_files_only)
+        report, notice = _model(model, hub)
     if as_json:
         output.print_json(report | ({"licence_notice": notice} if model is not None else {}))
         return
@@ -82,27 +80,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _model(
-    name: str, revision: str | None, token: str | None, cache_dir: str | None, local_files_only: bool
-) -> tuple[dict[str, Any], str | None]:
+def _model(name: str, hub: HubOptions) -> tuple[dict[str, Any], str | None]:
     """(report, licence notice). A member of the family that cannot be had is described as published."""
-    from gemcut.checkpoint.source import GEMMA_NOTICE, resolve
+    from gemcut.checkpoint.source import GEMMA_NOTICE
 
     try:
-        source = resolve(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            weights=False,
-        )
-    except (CheckpointNotFoundError, GatedRepositoryError, CheckpointError) as error:
+        source = hub.find(name)
+    except CheckpointError as error:
         member = family_member(name)
-        if member is None or revision is not None:
+        if member is None or hub.revision is not None:
             raise
-        report = {"model": name, "files": f"not here: {error}", **architecture(member[1])}
-        return report, GEMMA_NOTICE
+        return {"model": name, "files": f"not here: {error}", **architecture(member[1])}, GEMMA_NOTICE
     config = source.config()
     report = {
         "model": source.name,

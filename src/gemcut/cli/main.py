@@ -13,10 +13,11 @@ from typing import Annotated
 import typer
 
 import gemcut
+from gemcut.cli.chat import chat
 from gemcut.cli.failures import BROKEN_PIPE, explain, one_line
 from gemcut.cli.generate import generate
 from gemcut.cli.info import info
-from gemcut.cli.options import DEBUG_HELP
+from gemcut.cli.options import DEBUG_HELP, flag
 from gemcut.cli.plan import plan
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(info)
 app.command()(plan)
 
@@ -43,9 +45,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _globals(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: Annotated[bool, flag(DEBUG_HELP, "--debug")] = False,
 ) -> None:
     """Options before the command. ``debug`` is read by main(), so that errors of parsing are covered too."""
 

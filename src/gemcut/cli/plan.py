@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemcut.cli import output
 from gemcut.cli.names import family_member
-from gemcut.cli.options import Debug, need_model
+from gemcut.cli.options import Debug, HubOptions, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import ParameterError
 from gemcut.plan import CHUNK, DTYPE_BYTES, MemoryPlan
@@ -24,6 +25,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "
 _PUBLISHED = "published shape"
 
 
+@with_options
 def plan(
     model: Annotated[
         str | None,
@@ -41,39 +43,44 @@ def plan(
         int | None, typer.Option(metavar="N", help="Tokens of one request; the model's limit if not given.")
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Requests at the same time.")] = 1,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
-    token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Hub token; better set HF_TOKEN.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, flag("One JSON object.", "--json")] = False,
     debug: Debug = False,
+    hub: HubOptions,
 ) -> None:
     """Show what memory a model takes and what fits, before anything is downloaded.
 
     Example: [cyan]gemcut plan 27b-it --memory 80GB --batch 8[/]
 
-    Gemma 2 keeps keys and values of every token in its full-attention layers, and of the last 4096 tokens in the
-    others.
+    KV are the keys and values kept of each token: of all tokens in full layers,
+    of the last 4096 (Gemma 2) in sliding ones.
     """
     name = need_model(model, "gemcut plan MODEL")
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPE_BYTES:
         raise ParameterError(f"dtype is {dtype!r}; expected bfloat16, float16 or float32")
     dtypes = ["bfloat16", "float16", "float32"] if dtype is None else [DTYPE_NAMES.get(dtype, dtype)]
-    given = parse_memory(memory) if memory is not None else None
-    kind, available, where = _memory(device, given)
-    label, config, source = _shape(name, revision, token)
+    limit = _limit(device, memory)
+    label, config, source = _shape(name, hub)
     plans = [
-        MemoryPlan.make(config, dtype=each, context=context, batch=batch, chunk=CHUNK[kind], memory=available)
+        MemoryPlan.make(config, dtype=each, context=context, batch=batch, chunk=CHUNK[limit.kind], memory=limit.memory)
         for each in dtypes
     ]
     if as_json:
         output.print_json(
-            {"model": label, "config_from": source, "device": kind, "plans": [_report(each) for each in plans]}
+            {"model": label, "config_from": source, "device": limit.kind, "plans": [_report(each) for each in plans]}
         )
         return
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False)
-    console.print(_table(label, source, plans))
-    for line in _verdict(label, plans, where):
+    layers = f"{len(config.full_layers)} full + {len(config.sliding_layers)} sliding layers"
+    console.print(
+        f"[bold]{escape(label)}[/]: {output.count(config.num_parameters())} parameters, {layers}", soft_wrap=True
+    )
+    if source != _PUBLISHED:
+        console.print(f"[dim]{escape(source)}[/]", soft_wrap=True)
+    console.print(_table(plans, limit))
+    for line in _verdict(plans, limit):
         console.print(line, soft_wrap=True)
 
 
@@ -86,14 +93,23 @@ def parse_memory(text: str) -> int:
     return amount
 
 
-def _memory(device: str, given: int | None) -> tuple[str, int | None, str]:
-    """(cpu or cuda, bytes, words for them). torch is asked only about this machine."""
+@dataclass(frozen=True)
+class Limit:
+    """The memory to fit into: bytes if known, how to write it, what kind of device it is on, and whose it is."""
+
+    memory: int | None
+    size: str
+    kind: str
+    whose: str
+
+
+def _limit(device: str, given: str | None) -> Limit:
+    """The memory given, or what is free on this machine. torch is asked only about this machine."""
     if given is not None:
         if device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
             raise ParameterError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
         # Another machine's memory: the larger steps of a GPU are the safe guess.
-        kind = "cpu" if device == "cpu" else "cuda"
-        return kind, given, f"the {output.gigabytes(given)} given"
+        return Limit(parse_memory(given), given.strip(), "cpu" if device == "cpu" else "cuda", "")
     from gemcut.hardware import free_memory, parse_device
 
     try:
@@ -101,37 +117,27 @@ def _memory(device: str, given: int | None) -> tuple[str, int | None, str]:
     except ParameterError as error:
         raise ParameterError(f"{error} (for another machine, give its memory: --memory 80GB)") from None
     free = free_memory(found)
-    return found.type, free, "" if free is None else f"the {output.gigabytes(free)} free now on {found} here"
+    return Limit(free, output.gigabytes(free or 0), found.type, f" free now on {found} of this machine")
 
 
-def _shape(name: str, revision: str | None, token: str | None) -> tuple[str, GemmaConfig, str]:
+def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str]:
     """(label, configuration, where it is from). Names of the family need no file; everything else is looked up."""
     from pathlib import Path
 
     member = family_member(name)
-    if member is not None and revision is None and not Path(name).expanduser().exists():
+    if member is not None and hub.revision is None and not Path(name).expanduser().exists():
         return member[0], member[1], _PUBLISHED
-    from gemcut.checkpoint.source import resolve
-
-    source = resolve(name, revision=revision, token=token, weights=False)
+    source = hub.find(name)
     return source.name, source.config(), str(source.path)
 
 
-def _table(label: str, source: str, plans: list[MemoryPlan]) -> Table:
+def _table(plans: list[MemoryPlan], limit: Limit) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     first = plans[0]
-    config = first.config
-    layers = f"{len(config.full_layers)} full + {len(config.sliding_layers)} sliding layers"
-    table = Table(
-        title=Text(f"{label}: {output.count(config.num_parameters())} parameters, {layers}", style="bold"),
-        caption=None if source == _PUBLISHED else Text(source, style="dim"),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for plan in plans:
         table.add_column(plan.dtype, justify="right")
@@ -141,7 +147,10 @@ def _table(label: str, source: str, plans: list[MemoryPlan]) -> Table:
 
     row("weights", [output.gigabytes(p.weights) for p in plans])
     row("KV a token, full layers", [output.gigabytes(p.full_kv_per_token) for p in plans])
-    row(f"KV a token, sliding (≤ {config.sliding_window})", [output.gigabytes(p.sliding_kv_per_token) for p in plans])
+    row(
+        f"KV a token, sliding (≤ {first.config.sliding_window})",
+        [output.gigabytes(p.sliding_kv_per_token) for p in plans],
+    )
     times = f" × {first.batch}" if first.batch > 1 else ""
     row(f"KV of {first.context} tokens{times}", [output.gigabytes(p.batch * p.kv(p.context)) for p in plans])
     row("workspace, at most", [output.gigabytes(p.workspace) for p in plans])
@@ -149,30 +158,38 @@ def _table(label: str, source: str, plans: list[MemoryPlan]) -> Table:
     if first.memory is not None:
         table.add_section()
         fits = [Text("yes", style="green") if p.fits else Text("no", style="red") for p in plans]
-        table.add_row(f"fits in {output.gigabytes(first.memory)}", *fits, style="bold")
+        table.add_row(f"fits in {limit.size}", *fits, style="bold")
         row("largest context, one request", [f"{p.largest_context:,}" if p.largest_context else "–" for p in plans])
         title = f"largest batch of {first.context} tokens"
         row(title, [f"{p.largest_batch:,}" if p.largest_batch else "–" for p in plans])
     return table
 
 
-def _verdict(label: str, plans: list[MemoryPlan], where: str) -> list[str]:
+def _verdict(plans: list[MemoryPlan], limit: Limit) -> list[str]:
     """The answer in words, and the nearest thing that does fit where this does not."""
     first = plans[0]
     if first.memory is None:
         return ["This system does not say how much memory is free; give --memory to see what fits."]
-    batch = f", {first.batch} at a time" if first.batch > 1 else ""
-    wish = f"{label} with {first.context} tokens{batch}"
+    wish = f"{first.batch} × {first.context} tokens" if first.batch > 1 else f"{first.context} tokens"
     fitting = [plan.dtype for plan in plans if plan.fits]
     if fitting:
-        return [f"[green]Fits:[/] {wish} in {_join(fitting)}, in {where}."]
+        return [f"[green]Fits:[/] {wish} in {_join(fitting)}, in {limit.size}{limit.whose}."]
     best = min(plans, key=lambda plan: plan.total)
-    lines = [f"[red]Does not fit:[/] {wish} needs {output.gigabytes(best.total)} in {best.dtype}; more than {where}."]
-    if best.largest_context:
-        lines.append(f"What fits: one request of up to {best.largest_context:,} tokens (--max-context).")
+    lines = [
+        f"[red]Does not fit:[/] {wish} in {best.dtype} take {output.gigabytes(best.total)}, there is "
+        f"{limit.size}{limit.whose}."
+    ]
+    if best.largest_batch:
+        lines.append(f"What fits: {_requests(best.largest_batch)} of {best.context:,} tokens at a time.")
+    elif best.largest_context:
+        lines.append(f"What fits: one request of up to {best.largest_context:,} tokens.")
     elif smaller := _smaller(best):
         lines.append(f"What fits: {smaller} in {best.dtype}.")
     return lines
+
+
+def _requests(number: int) -> str:
+    return "one request" if number == 1 else f"{number:,} requests"
 
 
 def _smaller(plan: MemoryPlan) -> str | None:

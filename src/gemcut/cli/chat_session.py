@@ -1,0 +1,236 @@
+"""ChatSession: the conversation at a terminal, message by message, and its /commands."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gemcut.cli import output
+from gemcut.cli.chat_input import ChatInput, state_folder, unquoted
+from gemcut.cli.chat_view import MarkdownView, PlainView
+from gemcut.cli.conversation import Conversation
+from gemcut.cli.failures import explain
+from gemcut.cli.interrupt import quiet_keyboard, stop_request
+from gemcut.errors import GemcutError, ParameterError
+from gemcut.gemma import Gemma
+from gemcut.results import Completion
+from gemcut.text import encode_chat
+
+_NEARLY_FULL = 0.9
+_FULL = "/undo drops the last exchange, /clear starts anew, /save FILE keeps everything"
+
+
+class ChatSession:
+    """One conversation at a terminal. Whatever goes wrong with one message, the conversation stays."""
+
+    def __init__(
+        self,
+        gemma: Gemma,
+        sampling: dict[str, Any],
+        *,
+        system: str = "",
+        markdown: bool = True,
+        history: Path | None = None,
+    ) -> None:
+        self.gemma, self.sampling, self.markdown = gemma, sampling, markdown
+        self.conversation = Conversation(system)
+        self.console = Console(highlight=False)
+        self.last: Completion | None = None
+        self.draft = ""  # what stands in the line when it is next shown
+        self.used = 0  # tokens of the conversation
+        self._leave = False
+        methods = [name for name in vars(ChatSession) if name.startswith("do_")]
+        self._commands: dict[str, Callable[[str], None]] = {f"/{name[3:]}": getattr(self, name) for name in methods}
+        self._input = ChatInput(self._commands, self._meter, history)
+        self._count()
+
+    def run(self) -> None:
+        """Read messages and answer them until the person leaves."""
+        try:
+            while not self._leave:
+                draft, self.draft = self.draft, ""
+                try:
+                    text = self._input.read(draft)
+                except KeyboardInterrupt:
+                    self._say("Ctrl-D or /exit leaves.")
+                except EOFError:
+                    return
+                else:
+                    self._handle(text)
+        except BaseException:  # a bug, or Ctrl-C where nobody waits for it
+            self._rescue()
+            raise
+
+    def _handle(self, text: str) -> None:
+        """A command or a message."""
+        try:
+            if not text.startswith("/"):
+                self.ask(unquoted(text))
+                return
+            name, _, rest = text.partition(" ")
+            if name not in self._commands:
+                self.draft = text
+                raise ParameterError(
+                    f'unknown command {name.split()[0]}; /help lists them (text that begins with / goes in """ """)'
+                )
+            self._commands[name](rest.strip())
+        except Exception as error:
+            if explain(error).code != 2:
+                raise
+            self._complain(error)
+
+    def ask(self, question: str) -> None:
+        """Send a message and show the answer. The question comes back into the line where there is none."""
+        messages = self.conversation.messages(question)
+        length = len(encode_chat(self.gemma.tokenizer, messages))
+        limit = self.gemma.engine.max_context
+        self.draft = question
+        if length >= limit:
+            raise ParameterError(
+                f"the conversation with this message has {length:,} tokens, the context holds {limit:,}: {_FULL}; "
+                "your message is back in the line"
+            )
+        fields = dict(self.sampling)
+        if "max_new_tokens" in fields:
+            fields["max_new_tokens"] = min(fields["max_new_tokens"], limit - length)
+        answer = self._stream(messages, fields)
+        self.last = answer
+        if answer.finish_reason == "cancelled" and not answer.text.strip():
+            self._say("Stopped before the first word; your message is back in the line.")
+            return
+        self.draft = ""
+        self.conversation.add(question, answer.text)
+        self._count()
+        self._remark(answer, limit)
+
+    def _stream(self, messages: list[dict[str, str]], fields: dict[str, Any]) -> Completion:
+        view = MarkdownView(self.console) if self.markdown else PlainView(self.console)
+        with quiet_keyboard(), stop_request() as stop, self.gemma.chat(messages, stream=True, **fields) as stream:
+            with view:
+                for event in stream.events():
+                    if event.text:
+                        view.write(event.text)
+                    if stop.pressed:
+                        stream.cancel()
+            return stream.result
+
+    def _remark(self, answer: Completion, limit: int) -> None:
+        """What a person should know of how an answer ended."""
+        if answer.finish_reason == "cancelled":
+            self._say("Stopped. What is there stays part of the conversation; /undo drops it.")
+        elif answer.finish_reason == "length" and answer.prompt_tokens + len(answer.token_ids) >= limit:
+            self._say(f"The context of {limit:,} tokens is full and the answer ends here: {_FULL}.")
+        elif answer.finish_reason == "length":
+            self._say(f"Cut after {len(answer.token_ids):,} tokens (--max-new-tokens).")
+        elif not answer.text.strip():
+            self._say("The model answered nothing.")
+
+    # ---- commands: one method each, its docstring is its help ----------------------------------------------------
+
+    def do_help(self, rest: str) -> None:
+        """/help: this list"""
+        for command in self._commands.values():
+            usage, _, meaning = (inspect.getdoc(command) or "").partition(": ")
+            self.console.print(f"  [cyan]{usage:<14}[/] {meaning}")
+        self.console.print(
+            "\n  Enter sends, Alt-Enter adds a line. Pasted text is not sent before you press Enter.\n"
+            '  """ begins a text of several lines, """ and Enter send it.\n'
+            "  Ctrl-C stops an answer, or clears the line. Up and down go through what you typed before."
+        )
+
+    def do_system(self, rest: str) -> None:
+        """/system TEXT: set instructions for the model; - removes them, no text shows them"""
+        if rest:
+            self.conversation.system = "" if rest == "-" else rest
+            self._count()
+        system = self.conversation.system
+        self._say(f"Instructions: {system}" if system else "No instructions.")
+
+    def do_clear(self, rest: str) -> None:
+        """/clear: forget the conversation, keep the instructions"""
+        self.conversation.turns.clear()
+        self._count()
+        self._say("A new conversation.")
+
+    def do_undo(self, rest: str) -> None:
+        """/undo: drop the last exchange; its message comes back to be changed"""
+        question = self.conversation.undo()
+        if question is None:
+            raise ParameterError("nothing to undo")
+        self.draft = question
+        self._count()
+
+    def do_save(self, rest: str) -> None:
+        """/save FILE: write the conversation as JSON"""
+        path = _path(rest, "/save")
+        name = self.gemma.source.name if self.gemma.source is not None else ""
+        replaced = self.conversation.save(path, name)
+        self._say(f"{'Replaced' if replaced else 'Saved'} {path}: {self._turns()}.")
+
+    def do_load(self, rest: str) -> None:
+        """/load FILE: go on with a saved conversation"""
+        loaded = Conversation.load(_path(rest, "/load"))
+        self.conversation = loaded
+        self._count()
+        self._say(f"Loaded {self._turns()}, {self.used:,} tokens.")
+
+    def do_stats(self, rest: str) -> None:
+        """/stats: speed and tokens of the last answer"""
+        lines = output.stats_lines(self.gemma, self.last) if self.last is not None else ["No answer yet."]
+        lines.append(f"context  {self.used:,} of {self.gemma.engine.max_context:,} tokens, {self._turns()}")
+        for line in lines:
+            self._say(line)
+
+    def do_exit(self, rest: str) -> None:
+        """/exit: leave"""
+        self._leave = True
+
+    # ---- what is shown -------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        self.console.print(output.safe(text), style="dim", markup=False, soft_wrap=True)
+
+    def _complain(self, error: BaseException) -> None:
+        message = explain(error).message.removeprefix("error: ")
+        self.console.print(message, style="red", markup=False, soft_wrap=True)
+
+    def _meter(self) -> tuple[str, bool]:
+        limit = self.gemma.engine.max_context
+        share = min(1.0, self.used / limit)
+        warn = share >= _NEARLY_FULL
+        bar = "█" * round(share * 10) + "░" * (10 - round(share * 10))
+        hint = "nearly full: /undo, /clear or /save" if warn else "/help"
+        return f"  context {bar} {self.used:,} / {limit:,} tokens · {hint}", warn
+
+    def _count(self) -> None:
+        """Count the conversation's tokens again."""
+        turns = self.conversation.turns
+        messages = self.conversation.messages(None if turns else "")
+        ids = encode_chat(self.gemma.tokenizer, messages, add_generation_prompt=False)
+        self.used = len(ids) if turns or self.conversation.system else 0
+
+    def _turns(self) -> str:
+        exchanges = len(self.conversation.turns) // 2
+        return "one exchange" if exchanges == 1 else f"{exchanges} exchanges"
+
+    def _rescue(self) -> None:
+        """After a bug: keep what was said."""
+        if self.conversation.turns:
+            path = state_folder() / "rescued_chat.json"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self.conversation.save(path, "")
+            except (OSError, GemcutError):
+                return
+            output.note(f"the conversation was saved: /load {path}")
+
+
+def _path(text: str, command: str) -> Path:
+    text = text.strip("\"'")
+    if not text:
+        raise ParameterError(f"{command} needs the name of a file: {command} FILE")
+    return Path(text).expanduser()

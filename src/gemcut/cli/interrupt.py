@@ -1,0 +1,60 @@
+"""Ctrl-C while an answer is written: asks it to stop, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+_GIVE_UP = 4
+
+
+class StopRequest:
+    """Counts Ctrl-C. The fourth raises KeyboardInterrupt, for when a step never comes to its end."""
+
+    def __init__(self) -> None:
+        self._presses = 0
+
+    @property
+    def pressed(self) -> bool:
+        """Whether the answer should stop."""
+        return self._presses > 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._presses += 1
+        if self._presses >= _GIVE_UP:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Ctrl-C sets ``pressed`` instead of raising in the middle of an engine step, whose books it would leave wrong."""
+    request = StopRequest()
+    before = signal.signal(signal.SIGINT, request._handle)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """Keys typed while an answer is written neither show in it nor are sent as the next message."""
+    try:
+        import termios
+
+        keyboard = sys.stdin.fileno()
+        before = termios.tcgetattr(keyboard)
+    except (ImportError, OSError, ValueError):  # no terminal, or not a Unix
+        yield
+        return
+    silent = list(before)
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcflush(keyboard, termios.TCIFLUSH)
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
