@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -35,8 +36,9 @@ class Stats:
         end = sequence.ended if sequence.ended is not None else sequence.submitted
         started = sequence.started if sequence.started is not None else end
         first = sequence.first_token if sequence.first_token is not None else end
+        computed = sequence.prompt_length if sequence.output_length else min(sequence.computed, sequence.prompt_length)
         return cls(
-            prefill_tokens=sequence.prompt_length - sequence.cached_tokens,
+            prefill_tokens=max(0, computed - sequence.cached_tokens),
             cached_tokens=sequence.cached_tokens,
             generated_tokens=sequence.output_length,
             queued_seconds=started - sequence.submitted,
@@ -123,6 +125,7 @@ class TextStream(Iterator[str]):
         self, collector: Collector, events: Callable[[], list[TokenEvent]], cancel: Callable[[], None]
     ) -> None:
         self._collector, self._events, self._cancel = collector, events, cancel
+        self._arrived: deque[TokenEvent] = deque()  # several come at once while another thread does the steps
 
     def __iter__(self) -> TextStream:
         return self
@@ -137,9 +140,12 @@ class TextStream(Iterator[str]):
     def events(self) -> Iterator[TokenEvent]:
         """The events themselves, one a token, for callers that want ids and log-probabilities too."""
         while not self._collector.done:
-            for event in self._events():
-                self._collector.add(event)
-                yield event
+            if not self._arrived:
+                self._arrived.extend(self._events())
+                continue
+            event = self._arrived.popleft()
+            self._collector.add(event)
+            yield event
 
     @property
     def result(self) -> Completion:

@@ -34,7 +34,7 @@ class Tables:
     full: list[int] = field(default_factory=list)
     sliding: list[int] = field(default_factory=list)
     first_sliding: int = 0  # sliding blocks before this one were given back, or were never there
-    keys: list[BlockKey] = field(default_factory=list)  # of the blocks published so far
+    published: int = 0  # blocks from the first on that others can find
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def shape_for_bytes(
     """Blocks that ``budget`` bytes hold, in the ratio in which sequences of ``context`` tokens use the two groups."""
     one = shape_for_tokens(config, sequences=1, context=context, chunk=chunk, block_size=block_size)
     full_bytes, sliding_bytes = bytes_per_block(config, dtype, block_size)
-    scale = budget / (one.full_blocks * full_bytes + one.sliding_blocks * sliding_bytes)
-    return CacheShape(block_size, int(one.full_blocks * scale), int(one.sliding_blocks * scale))
+    total = one.full_blocks * full_bytes + one.sliding_blocks * sliding_bytes
+    return CacheShape(block_size, one.full_blocks * budget // total, one.sliding_blocks * budget // total)
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -84,7 +84,7 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
     Zeros rather than anything, since attention multiplies the unused places of a block by a weight of 0.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in size:  # a small network may have layers of one kind alone
         return torch.zeros(size, dtype=dtype, device=device)
     raw = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(size)
@@ -96,8 +96,7 @@ class PagedCache:
     def __init__(self, config: GemmaConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.shape, self.block_size = config, shape, shape.block_size
         self.window = config.sliding_window
-        self.full = BlockPool(shape.full_blocks)
-        self.sliding = BlockPool(shape.sliding_blocks)
+        self.forget()
 
         def storage(blocks: int, layers: int) -> Tensor:
             size = (layers, 2, blocks, shape.block_size, config.num_key_value_heads, config.head_dim)
@@ -107,27 +106,32 @@ class PagedCache:
         self.full_storage = storage(shape.full_blocks, len(config.full_layers))
         self.sliding_storage = storage(shape.sliding_blocks, len(config.sliding_layers))
 
+    def forget(self) -> None:
+        """Begin anew: every block is free and nothing can be found. No table may be in use."""
+        self.full = BlockPool(self.shape.full_blocks)
+        self.sliding = BlockPool(self.shape.sliding_blocks)
+
     @property
     def nbytes(self) -> int:
         """Bytes of both groups' storage."""
         return self.full_storage.nbytes + self.sliding_storage.nbytes
 
-    def match_prefix(self, tokens: list[int]) -> tuple[Tables, int]:
+    def match_prefix(self, tokens: list[int], keys: list[BlockKey]) -> tuple[Tables, int]:
         """Tables of the longest usable beginning of ``tokens`` that is in the cache, and its length in tokens.
 
-        At least one token is left to compute. Nothing is taken yet: see ``adopt``.
+        At least one token is left to compute. Nothing is taken yet: see ``adopt``. ``keys`` are the names of the
+        tokens' blocks as far as they are known; it grows as needed, so that a waiting request is hashed only once.
         """
-        size, keys = self.block_size, [ROOT_KEY]
+        size = self.block_size
         full: list[int] = []
         sliding: list[int | None] = []
         unbroken: list[int] = []  # run of present sliding blocks that ends at this one
         for index in range((len(tokens) - 1) // size):
-            key = block_key(keys[-1], tokens[index * size : (index + 1) * size])
+            key = self._key(tokens, keys, index)
             block = self.full.lookup(key)
             if block is None:
                 break
             full.append(block)
-            keys.append(key)
             sliding.append(self.sliding.lookup(key))
             run = unbroken[-1] if unbroken else 0
             unbroken.append(run + 1 if sliding[-1] is not None else 0)
@@ -135,7 +139,7 @@ class PagedCache:
             first = max(0, count * size - self.window + 1) // size  # block of the oldest key the next query sees
             if unbroken[count - 1] >= count - first:
                 seen = [b if b is not None and i >= first else FREED for i, b in enumerate(sliding[:count])]
-                return Tables(full[:count], seen, first, keys[1 : count + 1]), count * size
+                return Tables(full[:count], seen, first, published=count), count * size
         return Tables(), 0
 
     def adopt(self, tables: Tables) -> None:
@@ -173,17 +177,21 @@ class PagedCache:
             tables.sliding[index] = FREED
         tables.first_sliding = max(tables.first_sliding, visible)
 
-    def publish(self, tables: Tables, tokens: list[int], computed: int) -> None:
-        """Make blocks that ``computed`` tokens have filled findable by others."""
-        size = self.block_size
-        while (len(tables.keys) + 1) * size <= computed:
-            index = len(tables.keys)
-            parent = tables.keys[-1] if tables.keys else ROOT_KEY
-            key = block_key(parent, tokens[index * size : (index + 1) * size])
-            tables.keys.append(key)
+    def has_room(self, tables: Tables, tokens: int, chunk: int) -> bool:
+        """Whether the free blocks suffice, with those in ``tables``, to compute ``tokens``, ``chunk`` a step."""
+        full = ceil_div(tokens, self.block_size) - len(tables.full)
+        sliding = sliding_blocks_needed(self.config, tokens, chunk, self.block_size)
+        sliding -= len(tables.sliding) - tables.first_sliding
+        return full <= self.full.free and sliding <= self.sliding.free
+
+    def publish(self, tables: Tables, tokens: list[int], keys: list[BlockKey], computed: int) -> None:
+        """Make blocks that ``computed`` tokens have filled findable by others. ``keys`` as in ``match_prefix``."""
+        for index in range(tables.published, computed // self.block_size):
+            key = self._key(tokens, keys, index)
             self.full.publish(tables.full[index], key)
             if tables.sliding[index] != FREED:
                 self.sliding.publish(tables.sliding[index], key)
+            tables.published = index + 1
 
     def release(self, tables: Tables) -> None:
         """Give back everything; the end of a sequence first, so that beginnings stay findable longest."""
@@ -191,7 +199,14 @@ class PagedCache:
             self.full.release(block)
         for block in reversed(tables.sliding[tables.first_sliding :]):
             self.sliding.release(block)
-        tables.full, tables.sliding, tables.first_sliding, tables.keys = [], [], 0, []
+        tables.full, tables.sliding, tables.first_sliding, tables.published = [], [], 0, 0
+
+    def _key(self, tokens: list[int], keys: list[BlockKey], index: int) -> BlockKey:
+        """Name of block ``index``, whose predecessors have been named in ``keys`` already."""
+        if index == len(keys):
+            tail = tokens[index * self.block_size : (index + 1) * self.block_size]
+            keys.append(block_key(keys[-1] if keys else ROOT_KEY, tail))
+        return keys[index]
 
     def _first_visible(self, position: int) -> int:
         """Index of the first block a query at ``position`` sees in a sliding layer."""

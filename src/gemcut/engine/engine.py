@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +24,10 @@ from gemcut.engine.cache import (
     shape_for_tokens,
     sliding_blocks_needed,
 )
-from gemcut.engine.request import FinishReason, Request, Sequence, Status, TokenEvent, TokenLogprob
+from gemcut.engine.request import FinishReason, Request, Sequence, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
 from gemcut.engine.sampler import sample
-from gemcut.engine.scheduler import Scheduler
+from gemcut.engine.scheduler import Scheduled, Scheduler
 from gemcut.errors import CapacityError, ContextLengthError, ParameterError
 from gemcut.model import Model
 
@@ -76,13 +78,15 @@ class Engine:
         )
         self.runner = Runner(model, self.cache, device)
         self._sequences: dict[int, Sequence] = {}
-        self._cancelled: list[TokenEvent] = []
+        self._events: list[TokenEvent] = []  # not handed over yet
         self._lock = threading.RLock()
+        self._busy = False
+        self._cancel_later: list[int] = []
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._sequences or self._cancelled)
+        return bool(self._sequences or self._events)
 
     def submit(self, request: Request) -> Sequence:
         """Queue a request; raises before anything starts if it can never be served.
@@ -94,52 +98,93 @@ class Engine:
         """
         self._check(request)
         sequence = Sequence(request)
-        with self._lock:
+        with self._exclusive():
             if request.request_id in self._sequences:
                 raise ParameterError(f"request id {request.request_id} is already in use")
-            self._sequences[request.request_id] = sequence
-            self.scheduler.add(sequence)
+            with self._bookkeeping():
+                self._sequences[request.request_id] = sequence
+                self.scheduler.add(sequence)
         return sequence
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request and give its blocks back at once. False if it has ended already."""
         with self._lock:
-            sequence = self._sequences.get(request_id)
-            if sequence is None:
+            if request_id not in self._sequences:
                 return False
-            text = sequence.request.text.finish() if sequence.request.text is not None else ""
-            self._end(sequence)
-            self._cancelled.append(TokenEvent(request_id, None, text=text, finish_reason="cancelled"))
+            if self._busy:  # a stream's destructor, run by the garbage collector in the middle of a step
+                self._cancel_later.append(request_id)
+                return True
+            with self._exclusive():
+                self._cancel(request_id)
             return True
 
     def step(self) -> list[TokenEvent]:
-        """Do one step of work for all requests and return what happened, in batch order."""
-        with self._lock:
-            events, self._cancelled = self._cancelled, []
-            batch = self.scheduler.schedule()
-            if not batch:
-                return events
-            now = time.perf_counter()
-            for scheduled in batch:
-                scheduled.sequence.started = scheduled.sequence.started or now
-            logits = self.runner.run(batch, [self.scheduler.tables[s.sequence.id] for s in batch])
-            ready = [scheduled.sequence for scheduled in batch if scheduled.completes]
-            for scheduled in batch:
-                self.scheduler.computed(scheduled)
-            wants = [s for s in ready if s.request.params.max_new_tokens > 0]
-            if len(wants) < len(ready):
-                logits = logits[[i for i, s in enumerate(ready) if s.request.params.max_new_tokens > 0]]
-                for sequence in ready:
-                    if sequence.request.params.max_new_tokens == 0:
-                        events.append(TokenEvent(sequence.id, None, finish_reason="length"))
-                        self._end(sequence)
-            if wants:
-                tokens, logprobs = sample(logits, wants)
-                for sequence, token, logprob in zip(wants, tokens, logprobs, strict=True):
-                    events.append(self._take(sequence, token, logprob))
+        """Do one step of work for all requests and return what happened, in batch order.
+
+        Where the network fails (out of memory) or Ctrl-C comes, the error passes through; nothing is lost, and the
+        next step goes on.
+        """
+        with self._exclusive():
+            with self._bookkeeping():
+                batch = self.scheduler.schedule()
+            if batch:
+                self._run(batch)
+            events, self._events = self._events, []
             return events
 
-    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
+    def _run(self, batch: list[Scheduled]) -> None:
+        now = time.perf_counter()
+        for scheduled in batch:
+            scheduled.sequence.started = scheduled.sequence.started or now
+        # These change nothing that matters: if one of them fails the step can be done again.
+        logits = self.runner.run(batch, [self.scheduler.tables[s.sequence.id] for s in batch])
+        ready = [s.sequence for s in batch if s.completes]
+        wants = [i for i, sequence in enumerate(ready) if sequence.request.params.max_new_tokens > 0]
+        tokens, logprobs = sample(logits if len(wants) == len(ready) else logits[wants], [ready[i] for i in wants])
+        with self._bookkeeping():
+            for scheduled in batch:
+                self.scheduler.computed(scheduled)
+            chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
+            for index, sequence in enumerate(ready):
+                if index in chosen:
+                    self._take(sequence, *chosen[index])
+                else:
+                    self._end(sequence, TokenEvent(sequence.id, None, finish_reason="length"))
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One caller at a time; cancellations that come from within wait until the state is whole again."""
+        with self._lock:
+            self._busy = True
+            try:
+                yield
+            finally:
+                try:
+                    while self._cancel_later:
+                        self._cancel(self._cancel_later.pop())
+                finally:
+                    self._busy = False
+
+    @contextmanager
+    def _bookkeeping(self) -> Iterator[None]:
+        """Changes of tables and blocks that must happen wholly. If they are interrupted (Ctrl-C comes anywhere), all
+        living requests start again with an empty cache and the tokens they have; their random numbers stay the same.
+        """
+        try:
+            yield
+        except BaseException:
+            self._sequences = {i: s for i, s in self._sequences.items() if s.ended is None}
+            self.scheduler.restart(self._sequences.values())
+            raise
+
+    def _cancel(self, request_id: int) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            with self._bookkeeping():
+                text = sequence.request.text.finish() if sequence.request.text is not None else ""
+                self._end(sequence, TokenEvent(request_id, None, text=text, finish_reason="cancelled"))
+
+    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """Add a sampled token to its sequence and see whether that ends it."""
         request, sink = sequence.request, sequence.request.text
         sequence.first_token = sequence.first_token or time.perf_counter()
@@ -155,19 +200,22 @@ class Engine:
                 reason, stop = "stop", sink.stopped
             elif sequence.output_length >= request.params.max_new_tokens:
                 reason = "length"
-        if reason is not None:
-            if sink is not None and not isinstance(stop, str):
-                text += sink.finish()
-            if sink is not None and isinstance(sink.stopped, str):  # completed only by the text held back till now
+        if reason is not None and sink is not None and not isinstance(stop, str):
+            text += sink.finish()
+            if isinstance(sink.stopped, str):  # completed only by the text held back till now
                 reason, stop = "stop", sink.stopped
-            self._end(sequence)
-        return TokenEvent(sequence.id, token, text, logprob, reason, stop)
+        event = TokenEvent(sequence.id, token, text, logprob, reason, stop)
+        if reason is None:
+            self._events.append(event)
+        else:
+            self._end(sequence, event)
 
-    def _end(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
+    def _end(self, sequence: Sequence, event: TokenEvent) -> None:
+        """Take a sequence out for good, with its last event."""
+        self._events.append(event)
         sequence.ended = time.perf_counter()
+        self.scheduler.remove(sequence)
         del self._sequences[sequence.id]
-        assert sequence.status is Status.FINISHED
 
     def _check(self, request: Request) -> None:
         prompt, new = len(request.prompt_ids), request.params.max_new_tokens
@@ -175,9 +223,11 @@ class Engine:
             raise ParameterError("the prompt is empty; expected at least one token (<bos> counts)")
         vocabulary = self.model.config.vocab_size
         for name, ids in (("prompt", request.prompt_ids), ("logit_bias", request.params.logit_bias)):
-            bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+            bad = next((i for i in ids if type(i) is not int or not 0 <= i < vocabulary), None)
             if bad is not None:
-                raise ParameterError(f"{name} has token id {bad}; this model's ids go from 0 to {vocabulary - 1}")
+                raise ParameterError(f"{name} has token id {bad!r}; this model's ids go from 0 to {vocabulary - 1}")
+        if request.params.stop and request.text is None:
+            raise ParameterError("stop texts are found in decoded text only; give the request a text (a Detokenizer)")
         if prompt + new > self.max_context:
             room = self.max_context - prompt
             advice = f"lower max_new_tokens to {room} or less" if room > 0 else "shorten the prompt"
@@ -207,7 +257,10 @@ class Engine:
             config, self.config.kv_memory, dtype=dtype, context=self.max_context, chunk=self.chunk, block_size=size
         )
         if min(shape.full_blocks, shape.sliding_blocks) < 2:
-            least = 2 * sum(bytes_per_block(config, dtype, size))
+            one = shape_for_tokens(config, sequences=1, context=self.max_context, chunk=self.chunk, block_size=size)
+            full, sliding = bytes_per_block(config, dtype, size)
+            total = one.full_blocks * full + one.sliding_blocks * sliding
+            least = ceil_div(2 * total, min(one.full_blocks, one.sliding_blocks))
             raise CapacityError(
                 f"kv_memory of {self.config.kv_memory} bytes holds no sequence; at least {least} bytes are needed"
             )

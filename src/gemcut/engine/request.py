@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, Protocol
 
+from gemcut.engine.blocks import BlockKey
 from gemcut.engine.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -91,6 +92,8 @@ class Sequence:
         # A fresh seed is drawn once, so that a preempted request goes on as it would have.
         self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         self.output_counts: dict[int, int] = {}
+        self.block_keys: list[BlockKey] = []  # names of its blocks, as far as they were needed; tokens never change
+        self._seen: dict[int, None] | None = None
         self.prompt_logprobs: list[float] = []
         self.cached_tokens = 0  # prompt tokens found in the cache at the first start
         self.submitted = time.perf_counter()
@@ -115,7 +118,16 @@ class Sequence:
         """Tokens that still have to go through the network before the next one can be sampled."""
         return len(self.tokens) - self.computed
 
+    @property
+    def seen(self) -> list[int]:
+        """The different tokens of prompt and output; kept from step to step once they were asked for."""
+        if self._seen is None:
+            self._seen = dict.fromkeys(self.tokens)
+        return list(self._seen)
+
     def append(self, token: int) -> None:
         """Add a sampled token."""
         self.tokens.append(token)
+        if self._seen is not None:
+            self._seen[token] = None
         self.output_counts[token] = self.output_counts.get(token, 0) + 1

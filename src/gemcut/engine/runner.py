@@ -52,6 +52,7 @@ class Runner:
     def _prompt_logprobs(self, scheduled: Scheduled, hidden: Tensor) -> None:
         """Append log P(token i + 1 | tokens 0 … i) for this chunk's positions i that have a next prompt token."""
         sequence, start = scheduled.sequence, scheduled.sequence.computed
+        del sequence.prompt_logprobs[start:]  # of a step that failed half-way and is done again
         targets = sequence.request.prompt_ids[start + 1 : start + scheduled.length + 1]
         for first in range(0, len(targets), PROMPT_LOGIT_ROWS):
             part = torch.tensor(targets[first : first + PROMPT_LOGIT_ROWS], device=self.device)

@@ -71,7 +71,7 @@ def change_logits(row: Tensor, sequence: Sequence) -> None:
     """
     p = sequence.request.params
     if p.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        seen = torch.tensor(sequence.seen, device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and sequence.output_counts:
@@ -81,8 +81,9 @@ def change_logits(row: Tensor, sequence: Sequence) -> None:
     if p.logit_bias:
         biased = torch.tensor(list(p.logit_bias), device=row.device)
         row[biased] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
-    if sequence.output_length < p.min_new_tokens and sequence.request.stop_ids:
-        row[torch.tensor(sorted(sequence.request.stop_ids), device=row.device)] = float("-inf")
+    if sequence.output_length < p.min_new_tokens:
+        stops = [i for i in sequence.request.stop_ids if 0 <= i < len(row)]  # a tokenizer may know more ids
+        row[torch.tensor(stops, dtype=torch.long, device=row.device)] = float("-inf")
 
 
 def _draw(row: Tensor, sequence: Sequence) -> int:
@@ -101,14 +102,15 @@ def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p:
     probability i.
     """
     vocabulary = row.shape[0]
+    row = (row - row.max()) / temperature  # the difference first: a tiny temperature must not make two infinities
     if top_k == 0 and top_p == 1 and min_p == 0:
-        return torch.softmax(row / temperature, dim=-1), None
+        return row.softmax(dim=-1), None
     count = min(top_k or vocabulary, vocabulary)
     if top_k:
-        values, ids = (row / temperature).topk(count)
+        values, ids = row.topk(count)
         probabilities = values.softmax(dim=-1)
     else:
-        everything = torch.softmax(row / temperature, dim=-1)
+        everything = row.softmax(dim=-1)
         probabilities, ids = everything.topk(min(SORT_FIRST, vocabulary))
         by_mass = top_p < 1 and bool(probabilities.sum(dtype=torch.float64) >= top_p)
         by_floor = min_p > 0 and bool(probabilities[-1] < min_p * probabilities[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +12,7 @@ from gemcut.errors import ParameterError
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
+MAX_BIAS = 1e9  # far beyond any logit, and fp32 stays finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +131,12 @@ def _bias(value: object) -> dict[int, float]:
     bias: dict[int, float] = {}
     for token, amount in value.items():
         try:
-            bias[int(token)] = float(amount)
+            key = int(token) if isinstance(token, str) else operator.index(token)  # JSON knows only text keys
+            bias[key] = float(amount)
         except (TypeError, ValueError):
             raise ParameterError(f"logit_bias maps {token!r} to {amount!r}; expected a token id and a number") from None
-        if not math.isfinite(bias[int(token)]):
-            raise ParameterError(f"logit_bias of token {token} is {amount!r}; expected a finite number")
+        if not abs(bias[key]) <= MAX_BIAS:
+            raise ParameterError(
+                f"logit_bias of token {token} is {amount!r}; expected a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+            )
     return bias

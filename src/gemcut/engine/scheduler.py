@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gemcut.engine.cache import PagedCache, Tables
@@ -49,6 +50,16 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
 
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Forget all tables and blocks and let ``sequences`` start again, in that order, keeping their tokens."""
+        self.cache.forget()
+        self.tables.clear()
+        self.running.clear()
+        self.waiting = deque(sequences)
+        for sequence in self.waiting:
+            sequence.status, sequence.computed = Status.WAITING, 0
+            sequence.prompt_logprobs.clear()
+
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's work and take the blocks it needs."""
         batch: list[Scheduled] = []
@@ -81,22 +92,25 @@ class Scheduler:
         """Note that a step is done: its blocks may be shared and those out of the window given back."""
         sequence, tables = scheduled.sequence, self.tables[scheduled.sequence.id]
         sequence.computed += scheduled.length
-        self.cache.publish(tables, sequence.tokens, sequence.computed)
+        self.cache.publish(tables, sequence.tokens, sequence.block_keys, sequence.computed)
         self.cache.free_out_of_window(tables, sequence.computed)
 
     def _shortfall(self, sequence: Sequence, length: int) -> int:
         return self.cache.shortfall(self.tables[sequence.id], sequence.computed, length)
 
     def _start(self, sequence: Sequence, budget: int) -> Scheduled | None:
-        """Move the first waiting sequence to the running ones if blocks for its whole prompt are there."""
+        """Move the first waiting sequence to the running ones if blocks for its whole prompt are there.
+
+        Where others run it must be so in both groups: it would lose what it had computed again and again otherwise.
+        """
         tables, cached = Tables(), 0
         if not sequence.request.prompt_logprobs:  # those need the hidden state of every prompt token
-            tables, cached = self.cache.match_prefix(sequence.tokens)
+            tables, cached = self.cache.match_prefix(sequence.tokens, sequence.block_keys)
             self.cache.adopt(tables)
         pending = len(sequence.tokens) - cached
         length = min(pending, budget)
-        whole_prompt = max(0, len(sequence.tokens) // self.cache.block_size + 1 - len(tables.full))
-        if self.cache.shortfall(tables, cached, length) or (self.running and whole_prompt > self.cache.full.free):
+        room = not self.running or self.cache.has_room(tables, len(sequence.tokens) + 1, self.max_batch_tokens)
+        if not room or self.cache.shortfall(tables, cached, length):
             self.cache.release(tables)
             return None
         self.waiting.popleft()
