@@ -118,6 +118,7 @@ def transformers_270m() -> Any:
     return load_gguf_checkpoint(str(gguf_path()), return_tensors=True, model_to_load=empty, torch_dtype=torch.float32)
 
 
+@pytest.mark.slow  # transformers parses the header for about 11 s
 def test_the_real_270m_has_the_published_shape(transformers_270m: Any) -> None:
     config = resolve(gguf_path()).config()
     assert config.replace(torch_dtype="bfloat16") == FAMILY["gemma-3-270m"]
@@ -127,6 +128,7 @@ def test_the_real_270m_has_the_published_shape(transformers_270m: Any) -> None:
     assert config.rms_norm_eps == pytest.approx(theirs["rms_norm_eps"])
 
 
+@pytest.mark.slow  # transformers parses the header for about 11 s
 def test_the_real_270m_has_the_values_transformers_reads(transformers_270m: Any) -> None:
     theirs = transformers_270m["tensors"]
     seen = 0
@@ -140,6 +142,7 @@ def test_the_real_270m_has_the_values_transformers_reads(transformers_270m: Any)
     assert seen == len({name for name in theirs if name != "lm_head.weight"}) == 236
 
 
+@pytest.mark.slow
 def test_the_real_metadata_and_vocabulary(transformers_270m: Any) -> None:
     vocabulary = resolve(gguf_path())._gguf.vocabulary()
     theirs = transformers_270m["tokenizer"]

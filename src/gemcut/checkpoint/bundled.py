@@ -38,6 +38,8 @@ def gguf_file(cache_dir: str | Path | None = None) -> Path:
                 return target
         _assemble(target)
         _replace(stamp, json.dumps(_stamp_of(target)))
+    except CheckpointError:  # one of them is an OSError too
+        raise
     except OSError as error:
         raise CheckpointError(
             f"cannot write {target.parent}: {error.strerror or error}; free some space (250 MB) or set GEMCUT_CACHE"

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub, through huggingface_hub: its cache, its token, its resumable downloads."""
+"""Checkpoints on the Hugging Face hub, through huggingface_hub: its cache, its token, its downloads."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def download(
     """Bring the needed files of a repository into the shared cache; return (snapshot folder, commit).
 
     The revision is resolved to a commit once, with the small files; the weights are fetched from that commit, so a
-    push in between cannot mix two versions. Files already cached are not fetched again, broken downloads resume.
-    Raises CheckpointNotFoundError, GatedRepositoryError or CheckpointError.
+    push in between cannot mix two versions. Files already cached are not fetched again, and huggingface_hub resumes a
+    file whose connection breaks. Raises CheckpointNotFoundError, GatedRepositoryError or CheckpointError.
     """
     # huggingface_hub reads the variable on import. We ask the hub for files, and tell it nothing else.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -127,9 +127,9 @@ def _explain(
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = cache_dir or constants.HF_HUB_CACHE
         raise CheckpointError(
-            f"no space left in {where} for {repo}; free some or set HF_HOME to another disk (the download will resume)"
+            f"no space left in {where} for {repo}; free some or set HF_HOME to another disk (finished files are kept)"
         )
-    raise CheckpointError(f"downloading {repo} failed: {_line(error)}; try again, the download resumes")
+    raise CheckpointError(f"downloading {repo} failed: {_line(error)}; try again: finished files are kept")
 
 
 def _line(error: object) -> str:

@@ -134,7 +134,7 @@ def resolve(
     """
     text = str(name)
     path = Path(text).expanduser()
-    if _exists(path):
+    if text.strip() and _exists(path):  # "" would be the current folder
         if revision is not None:
             raise CheckpointError(f"{path} is on this machine; revision={revision!r} can be chosen only on the hub")
         return _local(path, text)

@@ -54,6 +54,8 @@ def save_folder(
         if path.exists():
             path.rmdir()
         part.rename(path)
+    except CheckpointError:  # one of them is an OSError too
+        raise
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; nothing was left there, free some space and try again"

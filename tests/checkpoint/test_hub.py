@@ -1,0 +1,211 @@
+"""The hub, end to end: huggingface_hub in a process of its own against a hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemcut.checkpoint import hub as our_hub
+from gemcut.checkpoint.source import resolve
+from gemcut.errors import CheckpointNotFoundError
+from support import ROOT, hf_model, save_checkpoint, tiny_config
+
+spec = importlib.util.spec_from_file_location("fake_hub", Path(__file__).with_name("fake_hub.py"))
+assert spec
+assert spec.loader
+fake_hub = importlib.util.module_from_spec(spec)
+sys.modules["fake_hub"] = fake_hub
+spec.loader.exec_module(fake_hub)
+FakeHub, Repository = fake_hub.FakeHub, fake_hub.Repository
+
+CLIENT = """
+import json, sys
+from gemcut.checkpoint.source import resolve
+from gemcut.errors import GemcutError
+if sys.argv[2] == "small-disk":
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+seen = []
+try:
+    source = resolve(progress=lambda *bytes: seen.append(bytes), **json.loads(sys.argv[1]))
+    answer = {"path": str(source.path), "revision": source.revision, "name": source.name, "seen": seen,
+              "notice": source.licence_notice, "dtype": source.config().torch_dtype}
+    if sys.argv[2] != "no-weights":
+        answer["sum"] = {name: float(tensor.double().sum()) for name, tensor in source.tensors()}
+        answer["stored"] = str(source.stored_dtype)
+except GemcutError as error:
+    answer = {"error": type(error).__name__, "message": str(error)}
+print(json.dumps(answer))
+"""
+
+
+def ask(home: Path, url: str, mode: str = "", env: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+    """Call ``resolve`` in a fresh process whose hub is at ``url`` and whose cache is ``home``."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+    environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, "-c", CLIENT, json.dumps(arguments), mode]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert "\n" not in answer.get("message", "")
+    return answer
+
+
+@pytest.fixture(scope="module")
+def branches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """main: fp32 in shards, with files nobody needs; float16: another commit, one file."""
+    base = tmp_path_factory.mktemp("hub")
+    main = save_checkpoint(base / "main", hf_model(tiny_config()), max_shard_size="100KB", eos_token_id=[1, 107])
+    (main / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("README.md", "pytorch_model.bin", "tiny.gguf", "original/model.safetensors", "onnx/config.json"):
+        (main / name).parent.mkdir(exist_ok=True)
+        (main / name).write_bytes(b"not needed")
+    half = save_checkpoint(base / "half", hf_model(tiny_config(), seed=1, dtype=torch.float16))
+    return {"main": main, "float16": half}
+
+
+@pytest.mark.slow  # a dozen processes
+def test_a_repository_end_to_end(tmp_path: Path, branches: dict[str, Path]) -> None:
+    repository = Repository(branches)
+    with FakeHub({"acme/tiny": repository}) as hub:
+        config_only = ask(tmp_path, hub.url, "no-weights", name="acme/tiny", weights=False)
+        assert not hub.asked("GET", ".safetensors/") + [p for p in hub.asked("GET", ".safetensors") if "index" not in p]
+        offline = {"HF_HUB_OFFLINE": "1"}
+        partial = ask(tmp_path, hub.url, env=offline, name="acme/tiny")
+        assert partial["error"] == "CheckpointNotFoundError"
+        assert "HF_HUB_OFFLINE" in partial["message"]
+
+        answer = ask(tmp_path, hub.url, name="acme/tiny")
+        assert answer["revision"] == config_only["revision"] == repository.commit("main")
+        assert answer["stored"] == "torch.float32"
+        fetched = {path.rsplit("/", 1)[1] for path in hub.asked("GET", "/resolve/")}
+        assert fetched <= {path.name for path in branches["main"].iterdir()} - {"README.md", "pytorch_model.bin"}
+        assert not any(part in path for path in hub.asked("GET", "/resolve/") for part in ("gguf", "original", "onnx"))
+        assert {"config.json", "generation_config.json", "chat_template.jinja"} <= fetched
+        expected = {name: float(value.double().sum()) for name, value in hf_model(tiny_config()).state_dict().items()}
+        assert answer["sum"]["embed.weight"] == pytest.approx(expected["model.embed_tokens.weight"])
+        assert answer["seen"]
+        assert answer["seen"][-1][0] == answer["seen"][-1][1]
+
+        half = ask(tmp_path, hub.url, name="acme/tiny", revision="float16")
+        assert half["revision"] == repository.commit("float16") != answer["revision"]
+        assert half["stored"] == "torch.float16"
+
+        before = len(hub.requests)
+        for options in ({"env": offline}, {"local_files_only": True}):
+            again = ask(tmp_path, hub.url, name="acme/tiny", revision="float16", **options)
+            assert again["sum"] == half["sum"]
+            by_commit = ask(tmp_path, hub.url, name="acme/tiny", revision=answer["revision"], **options)
+            assert by_commit["sum"] == answer["sum"]
+        assert len(hub.requests) == before
+
+
+def test_a_push_between_two_requests_cannot_mix_versions(tmp_path: Path, branches: dict[str, Path]) -> None:
+    with FakeHub({"acme/tiny": Repository(branches)}) as hub:
+        answer = ask(tmp_path, hub.url, name="acme/tiny", cache_dir=str(tmp_path / "elsewhere"))
+        assert str(tmp_path / "elsewhere") in answer["path"]
+        assert all(answer["revision"] in path for path in hub.asked("GET", "/resolve/"))
+        assert len([p for p in hub.asked("GET", "/api/models/acme/tiny") if "/tree/" not in p]) == 1
+
+
+def test_gated_repositories_say_what_to_do(tmp_path: Path, branches: dict[str, Path]) -> None:
+    with FakeHub({"google/gemma-2-27b-it": Repository(branches, gated_for="hf_good")}) as hub:
+        page = f"{hub.url}/google/gemma-2-27b-it"
+        without = ask(tmp_path, hub.url, name="27b-it")
+        assert without["error"] == "GatedRepositoryError"
+        assert f"accept the licence on {page}" in without["message"]
+        assert "hf auth login" in without["message"]
+        assert "HF_TOKEN" in without["message"]
+        refused = ask(tmp_path, hub.url, name="gemma-2-27b-it", token="hf_other")
+        assert refused["error"] == "GatedRepositoryError"
+        assert "this token's account has no access" in refused["message"]
+        assert page in refused["message"]
+        assert "hf_other" not in refused["message"]
+        granted = ask(tmp_path, hub.url, name="google/gemma-2-27b-it", env={"HF_TOKEN": "hf_good"})
+        assert granted["name"] == "google/gemma-2-27b-it"
+        assert "Gemma Terms of Use" in granted["notice"]
+        assert not [path for _, path, _ in hub.requests if "telemetry" in path]
+
+
+def test_names_the_hub_does_not_have(tmp_path: Path, branches: dict[str, Path]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "README.md").write_text("hello")
+    with FakeHub({"acme/tiny": Repository(branches), "acme/empty": Repository({"main": empty})}) as hub:
+        unknown = ask(tmp_path, hub.url, name="acme/nothing")
+        assert unknown["error"] == "CheckpointNotFoundError"
+        assert "the hub has no repository acme/nothing" in unknown["message"]
+        revision = ask(tmp_path, hub.url, name="acme/tiny", revision="float8")
+        assert revision["error"] == "CheckpointNotFoundError"
+        assert "acme/tiny has no revision 'float8'" in revision["message"]
+        nothing = ask(tmp_path, hub.url, name="acme/empty")
+        assert nothing["error"] == "CheckpointNotFoundError"
+        assert "does not hold config.json" in nothing["message"]
+        invalid = ask(tmp_path, hub.url, name="acme/..")
+        assert invalid["error"] == "CheckpointNotFoundError"
+
+
+def test_nothing_cached_and_nobody_there(tmp_path: Path) -> None:
+    offline = ask(tmp_path, "http://127.0.0.1:9", env={"HF_HUB_OFFLINE": "1"}, name="2b-it")
+    assert offline["error"] == "CheckpointNotFoundError"
+    assert "google/gemma-2-2b-it is not complete in the cache and going online is switched off" in offline["message"]
+    down = ask(tmp_path, "http://127.0.0.1:9", name="2b-it")
+    assert down["error"] == "CheckpointError"
+    assert "cannot reach http://127.0.0.1:9" in down["message"]
+
+
+def test_a_broken_connection_resumes(tmp_path: Path) -> None:
+    """huggingface_hub keeps what it has in steps of 10 MiB, so the file must be larger than that."""
+    model = save_checkpoint(tmp_path / "large", hf_model(tiny_config(vocab_size=120_000)))
+    with FakeHub({"acme/large": Repository({"main": model})}, cut_after=11 << 20) as hub:
+        answer = ask(tmp_path, hub.url, name="acme/large")
+        assert answer["stored"] == "torch.float32"
+        ranges = [headers["range"] for method, path, headers in hub.requests if "range" in headers and method == "GET"]
+        assert ranges[0] == f"bytes={10 << 20}-"
+        hub.cut_after = 1000  # never enough for a step
+        broken = ask(tmp_path / "other", hub.url, name="acme/large")
+        assert broken["error"] == "CheckpointError"
+        assert "downloading acme/large failed" in broken["message"]
+        assert "try again: finished files are kept" in broken["message"]
+        assert not list((tmp_path / "other").rglob("model.safetensors"))
+
+
+def test_a_full_disk_while_downloading(tmp_path: Path, branches: dict[str, Path]) -> None:
+    with FakeHub({"acme/tiny": Repository({"main": branches["float16"]})}) as hub:
+        answer = ask(tmp_path, hub.url, "small-disk", name="acme/tiny")
+        assert answer["error"] == "CheckpointError"
+        assert "no space left in" in answer["message"]
+        assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
+        assert "sum" in ask(tmp_path, hub.url, name="acme/tiny")
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma-9", "", " ", "a/b/c", "./missing", "x.gguf", "acme/x.gguf", "nul\0byte", "x" * 5000, "a b/c"]
+)
+def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        resolve(name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "short", ["2b", "2b-it", "9b", "9b-it", "27b", "27b-it", "gemma-2-27b-it", "gemma-2-2b", "27B-IT"]
+)
+def test_short_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(our_hub, "download", lambda repo, **_: (asked.append(repo), (tmp_path, "0" * 40))[1])
+    source = resolve(short)
+    assert asked == ["google/gemma-2-" + short.lower().removeprefix("gemma-2-")]
+    assert source.licence_notice
