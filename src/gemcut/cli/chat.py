@@ -93,7 +93,7 @@ def _talk(gemma: Gemma, fields: dict[str, Any], system: str, *, markdown: bool, 
     output.note(
         f"gemcut {gemcut.__version__} · {name} · {dtype} on {gemma.device} · loaded in {gemma.load_seconds:.1f} s"
     )
-    output.note("Enter sends · Alt-Enter adds a line · Ctrl-C stops an answer · Ctrl-D leaves · /help")
+    output.note("Enter sends · Alt-Enter adds a line · Ctrl-C stops · Ctrl-D leaves · /help")
     where = history_file() if history else None
     ChatSession(gemma, fields, system=system, markdown=markdown, history=where).run()
 

@@ -137,13 +137,14 @@ class ChatSession:
             usage, _, meaning = (inspect.getdoc(command) or "").partition(": ")
             self.console.print(f"  [cyan]{usage:<14}[/] {meaning}")
         self.console.print(
-            "\n  Enter sends, Alt-Enter adds a line. Pasted text is not sent before you press Enter.\n"
+            "\n  Enter sends, Alt-Enter adds a line. Pasted text waits for your Enter.\n"
             '  """ begins a text of several lines, """ and Enter send it.\n'
-            "  Ctrl-C stops an answer, or clears the line. Up and down go through what you typed before."
+            "  Ctrl-C stops an answer, or clears the line. Ctrl-D leaves.\n"
+            "  Up and Down bring back what you typed before."
         )
 
     def do_system(self, rest: str) -> None:
-        """/system TEXT: set instructions for the model; - removes them, no text shows them"""
+        """/system TEXT: set instructions; - removes them, alone shows them"""
         if rest:
             self.conversation.system = "" if rest == "-" else rest
             self._count()
@@ -192,11 +193,11 @@ class ChatSession:
     # ---- what is shown -------------------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
-        self.console.print(output.safe(text), style="dim", markup=False, soft_wrap=True)
+        self.console.print(output.safe(text), style="dim", markup=False)
 
     def _complain(self, error: BaseException) -> None:
         message = explain(error).message.removeprefix("error: ")
-        self.console.print(message, style="red", markup=False, soft_wrap=True)
+        self.console.print(message, style="red", markup=False)
 
     def _meter(self) -> tuple[str, bool]:
         limit = self.gemma.engine.max_context

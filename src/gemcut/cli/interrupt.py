@@ -7,6 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+from gemcut.cli.output import is_terminal
 
 _GIVE_UP = 4
 
@@ -42,14 +45,11 @@ def stop_request() -> Iterator[StopRequest]:
 @contextlib.contextmanager
 def quiet_keyboard() -> Iterator[None]:
     """Keys typed while an answer is written neither show in it nor are sent as the next message."""
-    try:
-        import termios
-
-        keyboard = sys.stdin.fileno()
-        before = termios.tcgetattr(keyboard)
-    except (ImportError, OSError, ValueError):  # no terminal, or not a Unix
+    if not is_terminal(sys.stdin) or (termios := _termios()) is None:
         yield
         return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
     silent = list(before)
     silent[3] &= ~termios.ECHO
     termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
@@ -58,3 +58,12 @@ def quiet_keyboard() -> Iterator[None]:
     finally:
         termios.tcflush(keyboard, termios.TCIFLUSH)
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def _termios() -> Any:
+    """The module, or None where the system has no such terminals."""
+    try:
+        import termios
+    except ImportError:
+        return None
+    return termios

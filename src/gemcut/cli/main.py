@@ -14,7 +14,7 @@ import typer
 
 import gemcut
 from gemcut.cli.chat import chat
-from gemcut.cli.failures import BROKEN_PIPE, explain, one_line
+from gemcut.cli.failures import explain, one_line
 from gemcut.cli.generate import generate
 from gemcut.cli.info import info
 from gemcut.cli.options import DEBUG_HELP, flag
@@ -63,12 +63,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return code
     except (Exception, KeyboardInterrupt) as error:
         failure = explain(error)
-        if failure.code == BROKEN_PIPE:
-            _discard_output()
-            return failure.code
+        _settle_output()
         if debug:
             traceback.print_exc()
-        print(failure.message, file=sys.stderr)
+        if failure.message:
+            print(failure.message, file=sys.stderr)
         return failure.code
 
 
@@ -99,7 +98,10 @@ def _prepare_output(debug: bool) -> None:
         warnings.formatwarning = lambda message, *rest, **more: f"warning: {one_line(str(message))}\n"
 
 
-def _discard_output() -> None:
-    """Point standard output at nothing, so that the interpreter's last flush does not fail again."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
+def _settle_output() -> None:
+    """Let out what was printed. Where that fails (the reader left, the disk is full) the interpreter's own last flush
+    must not fail again: standard output then leads nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
