@@ -9,6 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` [T, in] times ``weight`` [out, in] transposed -> [T, out].
+
+    One row in bf16 on a CPU goes through the matrix-vector product, which reads a quarter to a half faster there; both
+    accumulate in fp32.
+    """
+    if x.shape[0] == 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
+        return torch.mv(weight, x[0])[None]
+    return F.linear(x, weight)
+
+
 class Linear(nn.Module):
     """``y = x Wᵀ`` with ``W`` [out, in] in the compute dtype."""
 
@@ -18,7 +29,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
-        return F.linear(x, self.weight)
+        return product(x, self.weight)
 
 
 #: Makes the linear layer for ``(in_features, out_features)``; the network never asks what kind it got.
@@ -41,4 +52,4 @@ class Embedding(nn.Module):
         if hidden.is_cuda and hidden.dtype != torch.float32:
             # A bf16 result would put logits near 25 on a grid of 0.125, so the product is kept as fp32.
             return torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
-        return F.linear(hidden, self.weight).float()
+        return product(hidden, self.weight).float()
