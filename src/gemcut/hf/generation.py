@@ -109,7 +109,7 @@ def run(gemma: Gemma, job: Job, streamer: Any) -> list[list[int]]:
         for ids, params in zip(rows, job.params, strict=True):
             streams.append(view.stream_ids(ids, params))
         running: dict[int, Iterator[TokenEvent]] = {i: stream.events() for i, stream in enumerate(streams)}
-        while running and (deadline is None or time.monotonic() < deadline):
+        while running:
             column = [job.pad_id] * len(rows)
             for i, events in list(running.items()):
                 event = next(events, None)
@@ -120,7 +120,12 @@ def run(gemma: Gemma, job: Job, streamer: Any) -> list[list[int]]:
                     del running[i]
             if streamer is not None:
                 streamer.put(torch.tensor(column))
-    finally:  # after an error, Ctrl-C or the deadline nothing keeps running
+            if deadline is not None and time.monotonic() > deadline:
+                for stream in streams:
+                    stream.cancel()
+                    _ = stream.result  # takes the last event, so that nothing of the request stays behind
+                break
+    finally:  # after an error or Ctrl-C nothing keeps running
         for stream in streams:
             stream.cancel()
     if streamer is not None:
