@@ -116,7 +116,7 @@ def test_no_block_is_lost(requests: int, blocks: float, crowd: int, chunk: int, 
         assert life.sent[sequence.id] == sequence.tokens[sequence.prompt_length :]
     # All of this did happen:
     assert sum(s.cached_tokens > 0 for s in life.all) > requests / 20
-    assert engine.scheduler.preemptions > (100 if scarce else -1)
+    assert engine.scheduler.preemptions > (50 if scarce else -1)
     # And the answers are those of an engine that does one thing at a time and remembers nothing.
     finished = [s for s in life.all if life.ended[s.id] != "cancelled" and s.request.params.max_new_tokens > 1]
     alone = engine_of(2.0, chunk=96)

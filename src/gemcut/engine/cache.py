@@ -9,6 +9,7 @@ sliding block its first query can see is still there; older ones may be missing.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,11 +73,23 @@ def shape_for_tokens(config: GemmaConfig, *, sequences: int, context: int, chunk
 def shape_for_bytes(
     config: GemmaConfig, budget: int, *, dtype: torch.dtype, context: int, chunk: int, block_size: int
 ) -> CacheShape:
-    """Blocks that ``budget`` bytes hold, in the ratio in which sequences of ``context`` tokens use the two groups."""
-    one = shape_for_tokens(config, sequences=1, context=context, chunk=chunk, block_size=block_size)
+    """Blocks that ``budget`` bytes hold, in the ratio in which sequences of ``context`` tokens use the two groups.
+
+    Where not even one such sequence fits the ratio is that of the longest one that does. No blocks at all if there is
+    none.
+    """
     full_bytes, sliding_bytes = bytes_per_block(config, dtype, block_size)
-    total = one.full_blocks * full_bytes + one.sliding_blocks * sliding_bytes
-    return CacheShape(block_size, one.full_blocks * budget // total, one.sliding_blocks * budget // total)
+
+    def one(blocks: int) -> tuple[int, int, int]:
+        """(full blocks, sliding blocks, bytes) of a sequence that fills ``blocks``."""
+        sliding = sliding_blocks_needed(config, blocks * block_size, chunk, block_size)
+        return blocks, sliding, blocks * full_bytes + sliding * sliding_bytes
+
+    longest = bisect_right(range(1, ceil_div(context, block_size) + 1), budget, key=lambda blocks: one(blocks)[2])
+    if longest == 0:
+        return CacheShape(block_size, 0, 0)
+    full, sliding, total = one(longest)
+    return CacheShape(block_size, full * budget // total, sliding * budget // total)
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -256,11 +256,8 @@ class Engine:
         shape = shape_for_bytes(
             config, self.config.kv_memory, dtype=dtype, context=self.max_context, chunk=self.chunk, block_size=size
         )
-        if min(shape.full_blocks, shape.sliding_blocks) < 2:
-            one = shape_for_tokens(config, sequences=1, context=self.max_context, chunk=self.chunk, block_size=size)
-            full, sliding = bytes_per_block(config, dtype, size)
-            total = one.full_blocks * full + one.sliding_blocks * sliding
-            least = ceil_div(2 * total, min(one.full_blocks, one.sliding_blocks))
+        if shape.full_blocks == 0:
+            least = sum(bytes_per_block(config, dtype, size))
             raise CapacityError(
                 f"kv_memory of {self.config.kv_memory} bytes holds no sequence; at least {least} bytes are needed"
             )

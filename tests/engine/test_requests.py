@@ -1,0 +1,426 @@
+"""What the engine refuses before it starts, what cancelling does, and what is left after an error or Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from engine.driver import CPU, GREEDY, Recording, assert_consistent, assert_nothing_held, small_model, twins
+from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
+from gemcut.engine.cache import bytes_per_block, sliding_blocks_needed
+from gemcut.errors import CapacityError, ContextLengthError, ParameterError
+
+
+def greedy(new: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_new_tokens=new)
+
+
+# ---- refused before it starts ------------------------------------------------------------------------------------
+
+
+def test_too_long_for_the_context_names_both_numbers() -> None:
+    engine = Recording(small_model(context=96))
+    with pytest.raises(
+        ContextLengthError, match=r"90 tokens and up to 7 new .* 97 together; the context holds 96: .*6"
+    ):
+        engine.add([1] * 90, greedy(7))
+    with pytest.raises(ContextLengthError, match=r"97 tokens .* holds 96: shorten the prompt"):
+        engine.add([1] * 97, greedy(0))
+    assert_nothing_held(engine)
+    assert len(engine.answers([[1] * 90], greedy(6))[0]) == 6
+
+
+def test_context_is_used_to_the_last_token() -> None:
+    model, reference = twins()
+    engine = Recording(model, max_context=40, sequences=1)
+    sequence = engine.add([5] * 33, greedy(7))
+    engine.finish()
+    assert len(sequence.tokens) == 40
+    ids = torch.tensor([[5] * 33])
+    with torch.no_grad():
+        expected = reference.generate(
+            ids, attention_mask=ids * 0 + 1, max_new_tokens=7, do_sample=False, eos_token_id=None
+        )
+    assert sequence.tokens == expected[0].tolist()
+
+
+def test_impossible_for_the_cache_names_both_numbers() -> None:
+    model = small_model(window=6, context=96)
+    full, sliding = bytes_per_block(model.config, model.dtype, 4)
+    engine = Recording(model, kv_memory=12 * full + 5 * sliding, max_batch_tokens=8)
+    assert (engine.cache.full.count, engine.cache.sliding.count) == (12, 5)
+    with pytest.raises(CapacityError, match=r"needs 13 full-attention cache blocks of 4 tokens; 12 are available"):
+        engine.add([1] * 40, greedy(12))
+    assert_nothing_held(engine)
+    assert engine.steps == 0
+    assert len(engine.answers([[1] * 36], greedy(12))[0]) == 12
+    # With many tokens a step it is the sliding group that does not suffice.
+    engine = Recording(model, sequences=1, max_batch_tokens=8)
+    engine.chunk = 50
+    with pytest.raises(CapacityError, match=r"needs 15 sliding-attention cache blocks of 4 tokens; 5 are available"):
+        engine.add([1] * 60, greedy(20))
+
+
+@pytest.mark.parametrize("window", [6, 40, 96])
+@pytest.mark.parametrize("chunk", [8, 96])
+def test_kv_memory_serves_the_longest_request_it_can(window: int, chunk: int) -> None:
+    """The memory is split so that one request may use nearly all of it, also where no whole context fits."""
+    model = small_model(window=window, context=96)
+    full, sliding = bytes_per_block(model.config, model.dtype, 4)
+    for memory in range(2 * (full + sliding), 40 * (full + sliding), 3 * full + 7):
+        engine = Recording(model, kv_memory=memory, max_batch_tokens=chunk)
+        blocks = range(1, 25)
+        cost = [n * full + sliding_blocks_needed(model.config, 4 * n, min(chunk, 96), 4) * sliding for n in blocks]
+        longest = 4 * sum(c <= memory for c in cost)
+        assert engine.answers([[1] * (longest - 3)], greedy(3))
+        with pytest.raises((CapacityError, ContextLengthError)):
+            engine.add([1] * (longest - 3), greedy(4))
+        assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([3, 64], "prompt has token id 64; this model's ids go from 0 to 63"),
+        ([-1], "prompt has token id -1"),
+        ([1.5], "prompt has token id 1.5"),
+        (["a"], "prompt has token id 'a'"),
+        ([True], "prompt has token id True"),
+    ],
+)
+def test_bad_prompt(prompt: list[Any], message: str) -> None:
+    engine = Recording(small_model())
+    with pytest.raises(ParameterError, match=message):
+        engine.add(prompt)
+    assert_nothing_held(engine)
+
+
+def test_bad_request() -> None:
+    engine = Recording(small_model())
+    with pytest.raises(ParameterError, match="logit_bias has token id 64"):
+        engine.add([1], SamplingParams(logit_bias={64: 1.0}))
+    with pytest.raises(ParameterError, match="stop texts are found in decoded text only"):
+        engine.add([1], SamplingParams(stop=("x",)))
+    engine.add([1], request_id=-7)
+    with pytest.raises(ParameterError, match="request id -7 is already in use"):
+        engine.add([1], request_id=-7)
+    engine.finish()
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"max_context": 97}, "max_context is 97; this model takes from 2 to 96"),
+        ({"max_context": 0}, "max_context is 0"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens is 0"),
+        ({"max_batch_size": -1}, "max_batch_size is -1"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"cache_dtype": torch.bfloat16}, "cache_dtype torch.bfloat16 differs"),
+    ],
+)
+def test_bad_sizes(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        Engine(small_model(), CPU, EngineConfig(**sizes))
+
+
+@pytest.mark.parametrize("memory", [-1, 0, 100])
+def test_kv_memory_too_small_says_what_suffices(memory: int) -> None:
+    model = small_model(window=6, context=96)
+    with pytest.raises(CapacityError, match=f"kv_memory of {memory} bytes holds no sequence; at least") as caught:
+        Engine(model, CPU, EngineConfig(kv_memory=memory, block_size=4))
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    engine = Engine(model, CPU, EngineConfig(kv_memory=least, block_size=4))
+    assert engine.cache.nbytes <= least
+    assert (engine.cache.full.count, engine.cache.sliding.count) == (1, 1)
+    with pytest.raises(CapacityError):
+        Engine(model, CPU, EngineConfig(kv_memory=least - 1, block_size=4))
+
+
+def test_kv_memory_is_kept() -> None:
+    model, _ = twins()
+    for memory in (50_000, 123_457, 400_000):
+        engine = Engine(model, CPU, EngineConfig(kv_memory=memory))
+        full, sliding = bytes_per_block(model.config, model.dtype, 16)
+        shape = engine.cache.shape
+        assert engine.cache.nbytes == shape.full_blocks * full + shape.sliding_blocks * sliding
+        assert memory - 2 * (full + sliding) < engine.cache.nbytes <= memory
+
+
+def test_bytes_per_block_by_hand() -> None:
+    model, _ = twins()  # 2 layers of each kind, 2 kv heads of 16, fp32, keys and values
+    assert bytes_per_block(model.config, torch.float32, 16) == (2 * 2 * 16 * 2 * 4 * 16,) * 2
+
+
+def test_no_new_tokens() -> None:
+    engine = Recording(small_model())
+    sequences = [engine.add([1, 2, 3], greedy(n), prompt_logprobs=True) for n in (0, 2, 0)]
+    events = engine.finish()
+    ends = {e.request_id: e for e in events if e.finish_reason}
+    assert [ends[s.id].finish_reason for s in sequences] == ["length"] * 3
+    assert [len(s.tokens) - 3 for s in sequences] == [0, 2, 0]
+    assert [len(s.prompt_logprobs) for s in sequences] == [2, 2, 2]
+    assert ends[sequences[0].id].token_id is None
+    assert_nothing_held(engine)
+
+
+def test_stop_ids() -> None:
+    model = small_model()
+    free = Recording(model).answers([[1, 2]], greedy(12))[0]
+    stop = next(token for token in free if token != free[0])
+    place = free.index(stop)
+    engine = Recording(model)
+    sequence = engine.add([1, 2], greedy(12), stop_ids=frozenset({stop, 1}))
+    last = engine.finish()[-1]
+    assert (last.finish_reason, last.stop_reason, last.token_id) == ("stop", stop, stop)
+    assert sequence.tokens[2:] == free[: place + 1]
+    ignoring = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
+    sequence = engine.add([1, 2], ignoring, stop_ids=frozenset({stop}))
+    last = engine.finish()[-1]
+    assert (last.finish_reason, last.stop_reason, sequence.tokens[2:]) == ("length", None, free)
+    later = SamplingParams(temperature=0, max_new_tokens=12, min_new_tokens=place + 3)
+    # Ids the network does not have (a tokenizer may know more) are no reason to fail.
+    sequence = engine.add([1, 2], later, stop_ids=frozenset({stop, 5000}))
+    engine.finish()
+    assert stop not in sequence.tokens[2 : 2 + place + 3]
+    assert len(sequence.tokens) - 2 >= place + 3
+
+
+# ---- cancelling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["waiting", "prefill", "decode"])
+def test_cancel_gives_blocks_back_at_once(when: str) -> None:
+    engine = Recording(small_model(), max_batch_tokens=8, max_batch_size=1 if when == "waiting" else 64, sequences=4)
+    other = engine.add([1, 2], greedy(30))
+    sequence = engine.add([3] * 40, greedy(30))
+    for _ in range({"waiting": 2, "prefill": 3, "decode": 15}[when]):
+        engine.step()
+    assert sequence.status.value == ("waiting" if when == "waiting" else "running")
+    assert {
+        "waiting": sequence.computed == 0,
+        "prefill": 0 < sequence.computed < 40,
+        "decode": sequence.output_length > 2,
+    }[when]
+    before = engine.cache.full.free
+    held = len(engine.scheduler.tables[sequence.id].full) if when != "waiting" else 0
+    assert engine.cancel(sequence.id)
+    assert engine.cache.full.free == before + held
+    assert_consistent(engine)
+    assert not engine.cancel(sequence.id)
+    output = sequence.output_length
+    events = engine.finish()
+    mine = [e for e in events if e.request_id == sequence.id]
+    assert [(e.token_id, e.finish_reason) for e in mine] == [(None, "cancelled")]
+    assert sequence.output_length == output
+    assert other.output_length == 30
+    assert_nothing_held(engine)
+
+
+def test_cancel_unknown_or_ended() -> None:
+    engine = Recording(small_model())
+    assert not engine.cancel(10**9)
+    sequence = engine.add([1], greedy(1))
+    engine.finish()
+    assert not engine.cancel(sequence.id)
+    assert_nothing_held(engine)
+
+
+def test_cancel_while_preempted() -> None:
+    model = small_model()
+    full, sliding = bytes_per_block(model.config, model.dtype, 4)
+    engine = Recording(model, kv_memory=10 * (full + sliding), max_batch_tokens=8)
+    sequences = [engine.add([i] * 10, greedy(20)) for i in range(3)]
+    while not engine.scheduler.preemptions:
+        engine.step()
+    victim = next(s for s in sequences if s.preemptions)
+    assert victim.status.value == "waiting"
+    engine.cancel(victim.id)
+    assert_consistent(engine)
+    engine.finish()
+    assert_nothing_held(engine)
+    assert all(s.output_length == 20 for s in sequences if s is not victim)
+
+
+class Meddler:
+    """A text sink that cancels requests from within a step, as a destructor run by the garbage collector may."""
+
+    stopped: str | None = None
+
+    def __init__(self, engine: Engine, after: int) -> None:
+        self.engine, self.after, self.victims, self.pieces = engine, after, [], 0
+
+    def push(self, token_id: int) -> str:
+        self.pieces += 1
+        if self.pieces == self.after:
+            self.answers = [self.engine.cancel(victim) for victim in self.victims]
+        return "x"
+
+    def finish(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_cancel_from_within_a_step(after: int) -> None:
+    engine = Recording(small_model(), max_batch_tokens=16, max_batch_size=4)
+    sink = Meddler(engine, after)
+    first = engine.add([1], greedy(20))
+    meddler = engine.add([2], greedy(20), text=sink)
+    running, waiting = engine.add([3] * 20, greedy(20)), [engine.add([4], greedy(20)) for _ in range(3)][-1]
+    sink.victims = [first.id, meddler.id, running.id, waiting.id]
+    events = engine.finish()
+    assert sink.answers == [True] * 4
+    ends = {e.request_id: e.finish_reason for e in events if e.finish_reason}
+    assert [ends[i] for i in sink.victims] == ["cancelled"] * 4
+    assert len(ends) == 6
+    assert meddler.output_length == after
+    assert_nothing_held(engine)
+
+
+def test_threads_submit_step_and_cancel() -> None:
+    engine = Recording(small_model(), sequences=3, max_batch_tokens=16)
+    alone = {n: engine.answers([[n] * 9], greedy(15))[0] for n in range(4)}
+    wrong: list[object] = []
+
+    def work(n: int) -> None:
+        for turn in range(12):
+            sequence = engine.submit(Request(prompt_ids=(n,) * 9, params=greedy(15)))
+            if turn % 3 == 2:
+                engine.step()
+                engine.cancel(sequence.id)
+            else:
+                while sequence.ended is None:
+                    engine.step()
+                if sequence.tokens[9:] != alone[n]:
+                    wrong.append((n, sequence.tokens))
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not wrong
+    engine.rows.clear()
+    engine.finish()
+    assert_nothing_held(engine)
+
+
+# ---- errors in the middle of a step ------------------------------------------------------------------------------
+
+
+def crowd(engine: Recording, reference: Recording) -> list[list[int]]:
+    """Six requests in ``engine``; what they must answer."""
+    params = [SamplingParams(seed=i, max_new_tokens=10) for i in range(6)]
+    prompts = [[i + 1] * (5 + 7 * i) for i in range(6)]
+    for prompt, own in zip(prompts, params, strict=True):
+        engine.add(prompt, own, prompt_logprobs=True)
+    return reference.answers(prompts, params)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), KeyboardInterrupt(), RuntimeError("CUDA error")])
+@pytest.mark.parametrize("place", ["network", "sampler"])
+def test_failed_step_can_be_done_again(error: BaseException, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    engine = Recording(model, max_batch_tokens=16)
+    expected = crowd(engine, Recording(model))
+    owner, name = (model, "head") if place == "network" else (sys.modules["gemcut.engine.engine"], "sample")
+    working, calls, failures = getattr(owner, name), 0, 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls, failures
+        calls += 1
+        if calls % 5 == 0:
+            failures += 1
+            raise error
+        return working(*args)
+
+    monkeypatch.setattr(owner, name, failing)
+    while engine.has_work:
+        try:
+            engine.step()
+        except type(error):
+            assert_consistent(engine)
+    assert failures > 3
+    assert [s.tokens[s.prompt_length :] for s in engine.live.values()] == expected
+    assert [len(s.prompt_logprobs) for s in engine.live.values()] == [s.prompt_length - 1 for s in engine.live.values()]
+    assert_nothing_held(engine)
+
+
+def test_failing_text_sink_harms_nobody_else() -> None:
+    class Broken(Meddler):
+        def push(self, token_id: int) -> str:
+            raise ValueError("no such token")
+
+    model = small_model()
+    engine = Recording(model, max_batch_tokens=16)
+    expected = crowd(engine, Recording(model))
+    broken = engine.add([9, 9], greedy(4), text=Broken(engine, 0))
+    errors = 0
+    while engine.has_work:
+        try:
+            engine.step()
+        except ValueError:
+            errors += 1
+            assert_consistent(engine)
+            if errors == 2:
+                engine.cancel(broken.id)
+    assert errors == 2
+    assert [s.tokens[s.prompt_length :] for s in list(engine.live.values())[:6]] == expected
+    assert_nothing_held(engine)
+
+
+def test_ctrl_c_at_any_line() -> None:
+    """Ctrl-C at one line after the other of the engine's own code: it always goes on and nothing is lost."""
+    model = small_model()
+    engine = Recording(model, max_batch_tokens=16, kv_memory=30_000)
+    countdown = 0
+
+    def trace(frame: FrameType, kind: str, _: object) -> Any:
+        nonlocal countdown
+        if "gemcut/engine" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        if kind == "line":
+            countdown -= 1
+            if countdown == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    struck = lines = 0
+    prompts = [[i + 1] * (3 + 11 * i) for i in range(4)]
+    expected = Recording(model).answers(prompts, greedy(6))
+    for start in range(1, 2200, 13):
+        sequences = [engine.add(prompt, greedy(6)) for prompt in prompts]
+        countdown = start
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            while engine.has_work:
+                engine.step()
+        except KeyboardInterrupt:
+            struck += 1
+        finally:
+            sys.settrace(before)
+        lines = max(lines, start)
+        assert_consistent(engine)
+        engine.finish()
+        assert_nothing_held(engine)
+        assert not engine._busy
+        for sequence, answer in zip(sequences, expected, strict=True):
+            assert sequence.tokens[sequence.prompt_length :][:6] == answer
+            assert sequence.ended is not None
+    assert struck > 100
+
+
+def test_engine_default_is_greedy_free() -> None:
+    """Two requests without a seed do not share one."""
+    engine = Recording(small_model(), sequences=4)
+    texts = engine.answers([[1, 2, 3]] * 4, SamplingParams(max_new_tokens=20))
+    assert len({tuple(text) for text in texts}) == 4
+    assert engine.answers([[1, 2, 3]] * 2, GREEDY)[0] == engine.answers([[1, 2, 3]], GREEDY)[0]
