@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import hf_model, save_checkpoint, tiny_config
 from torch import nn
 
 from gemcut.checkpoint import load
 from gemcut.checkpoint.source import resolve
 from gemcut.model.gemma import Model
+from support import hf_model, save_checkpoint, tiny_config
 
 pytestmark = pytest.mark.gpu
 
