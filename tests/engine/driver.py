@@ -71,7 +71,9 @@ def small_model(vocab_size: int = 64, window: int = 6, context: int = 96) -> Mod
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if not name.endswith("scale"):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.1 if name == "embed.weight" else 0.4))
+            parameter.data.copy_(
+                torch.randn(parameter.shape, generator=generator) * (0.1 if name == "embed.weight" else 0.4)
+            )
     return model
 
 
