@@ -104,16 +104,15 @@ class Gemma:
         """
         started = time.perf_counter()
         where = parse_device(device)
-        find = partial(
-            resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only, progress=None
-        )
+        find = partial(resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         # Configuration first: what cannot fit is refused before gigabytes are downloaded.
         config_source = find(revision=revision, weights=False)
         config = config_source.config()
         compute = parse_dtype(dtype, parse_dtype(config.torch_dtype, torch.bfloat16))
         chunk = max_batch_tokens or CHUNK[where.type]
         _check_memory(config_source, compute, where)
-        source = find(revision=config_source.revision or revision)
+        with LoadProgress(progress, f"downloading {config_source.name}") as report:
+            source = find(revision=config_source.revision or revision, progress=report)
         with torch.device("meta"):
             model = Model(config, dtype=compute, attention=attn_implementation, device=where)
         with LoadProgress(progress, f"loading {source.name}") as report:

@@ -30,26 +30,21 @@ class LoadProgress:
     def __enter__(self) -> Report | None:
         if callable(self._given):
             return self._given
-        if not self._given or not sys.stderr.isatty():
-            return None
+        return self._report if self._given and sys.stderr.isatty() else None
+
+    def _report(self, done: int, total: int) -> None:
+        if self._bar is None or self._task is None:  # only now: where nothing is to be done no bar flashes up
+            self._bar, self._task = self._start()
+        self._bar.update(self._task, completed=done, total=total)
+
+    def _start(self) -> tuple[Progress, TaskID]:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task(self._label, total=None)
-        return self._report
-
-    def _report(self, done: int, total: int) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        bar.start()
+        return bar, bar.add_task(self._label, total=None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
