@@ -59,6 +59,16 @@ def their_logits(theirs: Any, ids: Tensor) -> Tensor:
     return logits
 
 
+def in_dtype(theirs: Any, dtype: torch.dtype) -> Any:
+    """``theirs`` with its parameters in ``dtype``, as ``from_pretrained(dtype=…)`` would leave it.
+
+    ``theirs.to(dtype)`` would round the rotary frequencies too, and make the comparison unfair to transformers.
+    """
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return theirs
+
+
 def random_ids(count: int, *, vocab_size: int = 320, seed: int = 0) -> Tensor:
     """``count`` token ids, int64."""
     return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed))

@@ -18,7 +18,7 @@ from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.source import resolve
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
-from model.build import our_logits, our_model, random_ids, rms, their_logits
+from model.build import in_dtype, our_logits, our_model, random_ids, rms, their_logits
 from reference.gemma import reference_logits
 from support import hf_model, save_checkpoint, tiny_config
 
@@ -116,7 +116,7 @@ def test_half_precision_error_is_no_larger_than_transformers_own(model_type: str
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
     for seed in range(12):
-        model, ids = hf_model(config, seed=seed, dtype=dtype), random_ids(29, seed=seed)
+        model, ids = in_dtype(hf_model(config, seed=seed), dtype), random_ids(29, seed=seed)
         exact = reference_logits(model.state_dict(), config.to_dict(), ids, scale_dtype=dtype)
         ours.append(our_logits(model, ids).double() - exact)
         theirs.append(their_logits(model, ids).double() - exact)

@@ -20,7 +20,7 @@ from gemcut.model import Model
 from gemcut.model.dense import dense_logits
 from gemcut.model.norm import RMSNorm
 from gemcut.model.rope import RotaryTable, rotate
-from model.build import our_logits, our_model, random_ids, rms, their_logits
+from model.build import in_dtype, our_logits, our_model, random_ids, rms, their_logits
 from reference.gemma import reference_logits
 from support import hf_model, tiny_config
 
@@ -64,7 +64,7 @@ def test_trap01_embedding_scale_is_rounded_to_the_compute_dtype(
     config = tiny_config(
         hidden_size=hidden_size, intermediate_size=8, num_hidden_layers=1, final_logit_softcapping=None
     )
-    theirs, ids = hf_model(config, dtype=dtype), random_ids(5)
+    theirs, ids = in_dtype(hf_model(config), dtype), random_ids(5)
     ours = _first_residual(our_model(theirs), ids)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, theirs.model.embed_tokens.weight[ids].float() * scale)
@@ -74,7 +74,7 @@ def test_trap01_embedding_scale_is_rounded_to_the_compute_dtype(
 def test_trap01b_the_scale_follows_the_compute_dtype_not_the_weight() -> None:
     """An embedding kept in another dtype (fp32 here, int8 when quantized) must not change √d."""
     config = tiny_config(hidden_size=4608, intermediate_size=8, num_hidden_layers=1)
-    model, ids = our_model(hf_model(config, dtype=torch.bfloat16)), random_ids(5)
+    model, ids = our_model(in_dtype(hf_model(config), torch.bfloat16)), random_ids(5)
     before = _first_residual(model, ids)
     assert model.embed_scale == 68.0
     model.embed.forward = lambda ids: nn.functional.embedding(ids, model.embed.weight.float())  # type: ignore[method-assign]
@@ -83,7 +83,7 @@ def test_trap01b_the_scale_follows_the_compute_dtype_not_the_weight() -> None:
 
 def test_trap02_one_plus_w_is_not_rounded_to_bf16() -> None:
     """A final norm of w = 2⁻⁹ raises logits by 0.195 %. In bf16, 1 + 2⁻⁹ is 1 and nothing would change."""
-    theirs, ids = hf_model(tiny_config(final_logit_softcapping=None), dtype=torch.bfloat16), random_ids(29)
+    theirs, ids = in_dtype(hf_model(tiny_config(final_logit_softcapping=None)), torch.bfloat16), random_ids(29)
     _set(theirs, "model.norm.weight", torch.zeros_like)
     plain = our_logits(theirs, ids).double()
     _set(theirs, "model.norm.weight", lambda w: torch.full_like(w, 2.0**-9))
@@ -145,7 +145,7 @@ def test_trap04_query_scale_is_that_of_the_config() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_trap05_the_future_does_not_leak_through_the_cap(dtype: torch.dtype) -> None:
     """Masked before the cap, −inf becomes −cap, and with a cap of 0.5 every key would get a share of the weight."""
-    theirs = hf_model(tiny_config(attn_logit_softcapping=0.5), dtype=dtype)
+    theirs = in_dtype(hf_model(tiny_config(attn_logit_softcapping=0.5)), dtype)
     ids = random_ids(29)
     other_future = torch.cat((ids[:13], random_ids(16, seed=7)))
     before, after = our_logits(theirs, ids), our_logits(theirs, other_future)
@@ -165,7 +165,7 @@ def test_trap05_scores_beyond_the_cap_are_squashed_not_cut() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_trap06_the_final_cap_is_applied_in_fp32(dtype: torch.dtype) -> None:
     """A result capped in bf16 would lie on bf16's grid; ours is fp32, inside the cap, and equal to 3·tanh(l/3)."""
-    theirs, ids = hf_model(tiny_config(), dtype=dtype), random_ids(29)
+    theirs, ids = in_dtype(hf_model(tiny_config()), dtype), random_ids(29)
     capped, raw = our_logits(theirs, ids), our_logits(theirs, ids, final_logit_softcapping=None)
     assert capped.dtype == torch.float32
     assert raw.abs().max() > 6  # the cap bites
@@ -231,7 +231,7 @@ def test_trap10_rotation_in_bf16_loses_less_than_with_bf16_angles() -> None:
 def _fp16_case(*changes: tuple[str, float]) -> tuple[Any, Tensor, Tensor]:
     """(fp16 transformers model with some weights scaled up, ids, float64 logits of it)."""
     config = tiny_config(num_hidden_layers=4)
-    theirs, ids = hf_model(config, dtype=torch.float16), random_ids(29)
+    theirs, ids = in_dtype(hf_model(config), torch.float16), random_ids(29)
     for ending, factor in changes:
         _set(theirs, ending, lambda w, factor=factor: w * factor)
     exact = reference_logits(theirs.state_dict(), config.to_dict(), ids, scale_dtype=torch.float16)
@@ -255,7 +255,7 @@ def test_trap11_fp16_stays_finite_where_naive_fp16_overflows(where: str) -> None
     assert not torch.isfinite(naive).all() or where == "scores"  # their cap, too, takes inf to 5
     ours = our_logits(theirs, ids)
     assert torch.isfinite(ours).all()
-    yardstick = rms(their_logits(theirs.bfloat16(), ids) - exact)
+    yardstick = rms(their_logits(in_dtype(theirs, torch.bfloat16), ids) - exact)
     assert rms(ours - exact) < yardstick
 
 

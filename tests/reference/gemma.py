@@ -22,8 +22,9 @@ def reference_logits(
     ids: Sequence[int] | Tensor,
     *,
     scale_dtype: torch.dtype = torch.float64,
+    last: int = 0,
 ) -> Tensor:
-    """Logits float64 [T, V] of one sequence.
+    """Logits float64 [T, V] of one sequence, or [last, V] of its last rows.
 
     Args:
         weights: tensors named as in a Hugging Face checkpoint, of any dtype; each is taken as exact.
@@ -31,6 +32,7 @@ def reference_logits(
         ids: T token ids.
         scale_dtype: √d, by which embeddings are multiplied, is rounded to this dtype (the compute dtype of whoever
             is compared; training rounded it to bf16).
+        last: how many rows to return, counted from the end; 0 for all.
     """
     ids = torch.as_tensor(ids)
 
@@ -52,7 +54,7 @@ def reference_logits(
         gate, up = y @ w(prefix + "mlp.gate_proj.weight").T, y @ w(prefix + "mlp.up_proj.weight").T
         y = (_gelu_tanh(gate) * up) @ w(prefix + "mlp.down_proj.weight").T
         x = x + norm(y, prefix + "post_feedforward_layernorm.weight")
-    logits = norm(x, "model.norm.weight") @ w("model.embed_tokens.weight").T
+    logits = norm(x[-last:], "model.norm.weight") @ w("model.embed_tokens.weight").T
     return _soft_cap(logits, _final_cap(config))
 
 
