@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gemcut.gemma import Gemma as Gemma
     from gemcut.hf import AutoModelForCausalLM as AutoModelForCausalLM
     from gemcut.hf import AutoTokenizer as AutoTokenizer
+    from gemcut.hf import BatchEncoding as BatchEncoding
     from gemcut.hf import GenerationConfig as GenerationConfig
     from gemcut.hf import TextIteratorStreamer as TextIteratorStreamer
     from gemcut.hf import TextStreamer as TextStreamer
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AutoModelForCausalLM": "gemcut.hf",
     "AutoTokenizer": "gemcut.hf",
+    "BatchEncoding": "gemcut.hf",
     "Completion": "gemcut.results",
     "GemcutError": "gemcut.errors",
     "Gemma": "gemcut.gemma",

@@ -27,7 +27,7 @@ from gemcut.model import Model
 from gemcut.plan import CHUNK, MemoryPlan
 from gemcut.progress import LoadProgress
 from gemcut.results import Collector, Completion, TextStream
-from gemcut.text import Detokenizer, Tokenizer, encode_chat, stop_ids
+from gemcut.text import Detokenizer, Tokenizer, encode_chat, render_template, stop_ids, uses_gemma_format
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -57,6 +57,7 @@ class Gemma:
         self.generation_config = dict(generation_config or {})
         self.source = source
         self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
+        self._gemma_format = uses_gemma_format(tokenizer)
         self.engine = Engine(model, device, engine)
         self.load_seconds = 0.0
         self._mailboxes: dict[int, deque[TokenEvent]] = {}
@@ -199,7 +200,7 @@ class Gemma:
                 first user turn, "error" refuses.
             sampling: fields of SamplingParams.
         """
-        ids = encode_chat(self.tokenizer, messages, system=system)
+        ids = self.encode_messages(messages, system=system)
         answer = self.stream_ids(ids, self._params(ids, sampling, DEFAULT_CHAT_TOKENS))
         return answer if stream else answer.result.text
 
@@ -221,6 +222,18 @@ class Gemma:
             raise ParameterError("a prompt is a text or a list of token ids (whole numbers)")
         return ids
 
+    def encode_messages(self, messages: Messages, *, system: Literal["fold", "error"] = "fold") -> list[int]:
+        """Token ids of a dialogue, ready for the model's answer, with exactly one ``<bos>``.
+
+        Gemma's format is built from ids, so that special tokens in a message stay plain text. A checkpoint whose own
+        template writes another format has that template rendered instead.
+        """
+        if self._gemma_format or self.tokenizer.chat_template is None:
+            return encode_chat(self.tokenizer, messages, system=system)
+        bos, eos = (str(self.tokenizer.id_to_token(i)) for i in (self.tokenizer.bos_id, self.tokenizer.eos_id))
+        text = render_template(self.tokenizer.chat_template, messages, bos_token=bos, eos_token=eos)
+        return self.tokenizer.encode(text.removeprefix(bos))
+
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
@@ -241,11 +254,25 @@ class Gemma:
             for stream in streams:
                 stream.cancel()
 
-    def stream_ids(self, ids: Sequence[int], params: SamplingParams, *, prompt_logprobs: bool = False) -> TextStream:
-        """Start one request of token ids. Every front door ends here."""
+    def stream_ids(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_ids: frozenset[int] | None = None,
+        prompt_logprobs: bool = False,
+    ) -> TextStream:
+        """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
+
+        Every front door ends here.
+        """
         text = Detokenizer(self.tokenizer, prompt_ids=ids, stop=params.stop)
         request = Request(
-            prompt_ids=tuple(ids), params=params, stop_ids=self.stop_ids, text=text, prompt_logprobs=prompt_logprobs
+            prompt_ids=tuple(ids),
+            params=params,
+            stop_ids=self.stop_ids if stop_ids is None else stop_ids,
+            text=text,
+            prompt_logprobs=prompt_logprobs,
         )
         with self._lock:
             mailbox = self._mailboxes[request.request_id] = deque()
@@ -261,8 +288,6 @@ class Gemma:
                     self._step()
                 arrived = list(mailbox)
                 mailbox.clear()
-                if any(event.finish_reason is not None for event in arrived):
-                    self._mailboxes.pop(request.request_id, None)
                 return arrived
 
         def cancel() -> None:
@@ -276,6 +301,8 @@ class Gemma:
             mailbox = self._mailboxes.get(event.request_id)
             if mailbox is not None:
                 mailbox.append(event)
+                if event.finish_reason is not None:  # the stream keeps its own hold on the box
+                    del self._mailboxes[event.request_id]
 
     def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], default: int) -> SamplingParams:
         """Sampling parameters; where no length is named, ``default`` tokens or what the context still holds."""

@@ -41,7 +41,7 @@ def download(
     """
     # huggingface_hub reads the variable on import. We ask the hub for files, and tell it nothing else.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     from gemcut.checkpoint.safetensors_reader import INDEX, weight_files
 
@@ -53,7 +53,7 @@ def download(
                     revision=at,
                     token=token,
                     cache_dir=cache_dir,
-                    local_files_only=local_files_only,
+                    local_files_only=local_files_only or constants.HF_HUB_OFFLINE,
                     allow_patterns=patterns,
                     ignore_patterns=["*/*"],  # a pattern's * also matches folders
                     tqdm_class=_bar(progress),

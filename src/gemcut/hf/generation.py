@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import operator
 import time
@@ -96,9 +95,6 @@ def make_job(gemma: Gemma, inputs: Rows, options: Mapping[str, Any], asked: froz
 
 def run(gemma: Gemma, job: Job, streamer: Any) -> list[list[int]]:
     """Run a job to its end and return each row's new tokens. ``streamer`` gets one token of every row at a time."""
-    # A view of the same engine: each row ends at this call's stop ids, whatever other calls use.
-    view = copy.copy(gemma)
-    view.stop_ids = job.stop_ids
     rows = job.inputs.rows
     new: list[list[int]] = [[] for _ in rows]
     streams = []
@@ -107,7 +103,7 @@ def run(gemma: Gemma, job: Job, streamer: Any) -> list[list[int]]:
     deadline = None if job.max_time is None else time.monotonic() + job.max_time
     try:
         for ids, params in zip(rows, job.params, strict=True):
-            streams.append(view.stream_ids(ids, params))
+            streams.append(gemma.stream_ids(ids, params, stop_ids=job.stop_ids))
         running: dict[int, Iterator[TokenEvent]] = {i: stream.events() for i, stream in enumerate(streams)}
         while running:
             column = [job.pad_id] * len(rows)
