@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gemcut.errors import ParameterError
 from gemcut.kernels.matvec import Storage, matvec
 
-STORAGE = Storage("bf16_matvec", 64, 2048, 0, 64, 16, 4, 1)
+STORAGE = Storage("bf16_matvec", 64, 2048, 0, 64, 16, 3, 2)
 
 
 class _Format(ctypes.Structure):

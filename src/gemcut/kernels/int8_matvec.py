@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from gemcut.errors import ParameterError
 from gemcut.kernels.matvec import Storage, matvec
 
-STORAGE = Storage("int8_matvec", 128, 2048, 0, 16, 16, 4, 1)
+STORAGE = Storage("int8_matvec", 128, 2048, 0, 16, 16, 3, 2)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, share
 
 MAX_ROWS = 8
 TILE = 16
-_SEGMENT_BYTES = 2 * TILE * 8 * 4
+_FIXUP_STAGES = 16  # what adding up the slices costs, in stages a block could have read meanwhile
+_ALONE_STAGES = 32  # what it costs when the next kernel's block finds no room beside this one
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Storage:
     warps: int
     stages: int
     resident: int
+    early: int = 1
     defines: tuple[tuple[str, int], ...] = ()
 
 
@@ -58,24 +60,24 @@ class _Problem(ctypes.Structure):
 def shared_bytes(storage: Storage, slice_steps: int, m: int) -> int:
     ring = storage.warps * storage.stages * storage.stage_bytes
     x = m * (slice_steps * storage.step * 2 + storage.x_pad)
-    return storage.table_bytes + ring + storage.warps * _SEGMENT_BYTES + x
+    return storage.table_bytes + ring + x + storage.warps * 2 * TILE * m * 4
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int, shared_limit: int) -> Split:
-    """The split whose busiest block has least to read; of nearly equal ones the one with fewest slices to add up.
+    """The split whose busiest block has least to read; counting what slices cost to add up.
 
     Raises ParameterError where even one step a slice does not fit shared memory.
     """
-    best: tuple[float, Split] | None = None
+    best: tuple[int, Split] | None = None
     for slices in range(1, min(steps, 32) + 1):
         slice_steps = -(-steps // slices)
-        if (slices - 1) * slice_steps >= steps or shared_bytes(storage, slice_steps, m) > shared_limit:
+        nbytes = shared_bytes(storage, slice_steps, m)
+        chunks = min(tiles, processors // slices)
+        if (slices - 1) * slice_steps >= steps or nbytes > shared_limit or chunks == 0:
             continue
-        chunks = min(tiles, max(1, processors * storage.resident // slices))
-        busiest = -(-tiles // chunks) * slice_steps
-        chunks = -(-tiles // -(-tiles // chunks))  # fewer blocks where that makes none busier
-        cost = busiest * (1 + 0.01 * (slices - 1)) + (0.5 if slices > 1 else 0.0)
+        cost = -(-tiles // chunks) * slice_steps
+        cost += (_FIXUP_STAGES if slices > 1 else 0) + (_ALONE_STAGES if nbytes > shared_limit // 2 else 0)
         if best is None or cost < best[0]:
             best = (cost, Split(chunks, slices, slice_steps))
     if best is None:
@@ -103,6 +105,7 @@ def _kernel(storage: Storage, float_output: bool, device: int) -> CudaKernel:
         ("BLOCK_WARPS", storage.warps),
         ("BLOCK_STAGES", storage.stages),
         ("BLOCK_RESIDENT", storage.resident),
+        ("EARLY", storage.early),
     )
     return compile_kernel(read_sources("matvec.cuh", f"{storage.kernel}.cu"), storage.kernel, defines, device)
 
@@ -136,7 +139,7 @@ def matvec(
     device = x.device.index or 0
     processors, shared_limit = _limits(device)
     tiles, steps = -(-n // TILE), -(-k // storage.step)
-    split = plan_split(storage, tiles, steps, m, processors, shared_limit // storage.resident)
+    split = plan_split(storage, tiles, steps, m, processors, shared_limit)
     partial = torch.empty(split.slices * tiles * TILE * m if split.slices > 1 else 0, device=x.device)
     arrivals = _arrivals(x.device, torch.cuda.current_stream().cuda_stream)
     problem = _Problem(

@@ -19,8 +19,8 @@ BLOCK = 64
 STEP = 256
 NESTED_BLOCK = 256
 
-NESTED = Storage("nf4_matvec", STEP, 2048 + 64 + 256, 256 * 128 + 1024, 16, 16, 3, 1, (("NESTED", 1),))
-FLAT = Storage("nf4_matvec", STEP, 2048 + 256, 256 * 128 + 1024, 16, 16, 3, 1, (("NESTED", 0),))
+NESTED = Storage("nf4_matvec", STEP, 2048 + 128, 256 * 128 + 1024, 16, 16, 2, 2, defines=(("NESTED", 1),))
+FLAT = Storage("nf4_matvec", STEP, 2048 + 256, 256 * 128 + 1024, 16, 16, 2, 2, defines=(("NESTED", 0),))
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,24 @@
 
 struct Format {
   static constexpr int STEP = 128;
-  static constexpr int STAGE_BYTES = TILE * STEP;
+  static constexpr int STAGE_BYTES = ROW_STAGE;
   static constexpr int TABLE_BYTES = 0;
   static constexpr int X_LANE = 32, X_PAD = 16;
+
+  using Fragment = RowFragment;
+  struct Scale {};
 
   const u8* weight;          // [n, k]
   const float* scales;       // [n]
   int n, k;
 
   __device__ __forceinline__ void load(u8* stage, const Lane& lane, int tile, int step) const {
-    const int row = tile * TILE + lane.group, column = step * STEP + lane.quad * 16;
-    const u8* const low = weight + (size_t)min(row, n - 1) * k;
-    const u8* const high = weight + (size_t)min(row + 8, n - 1) * k;
-#pragma unroll
-    for (int b = 0; b < STEP / 64; ++b) {
-      const bool valid = column + b * 64 < k;
-      const int at = valid ? column + b * 64 : 0;
-      copy16(stage + b * 1024 + lane.id * 16, low + at, valid);
-      copy16(stage + b * 1024 + 512 + lane.id * 16, high + at, valid);
-    }
+    load_rows(stage, lane.id, weight, tile * TILE, n, k, step * 128LL);
   }
+
+  __device__ __forceinline__ Scale scale(const Lane&, int, int) const { return {}; }
+
+  __device__ __forceinline__ Fragment fetch(const u8* stage, const Lane& lane) const { return fetch_rows(stage, lane); }
 
   __device__ __forceinline__ void fill_tables(u8*, int) const {}
 
@@ -36,13 +34,14 @@ struct Format {
     return value;
   }
 
-  __device__ __forceinline__ void multiply(const u8* stage, const u8*, const u8* x, const Lane& lane, float (&sum)[4]) const {
+  __device__ __forceinline__ void multiply(const Fragment& f, const Scale&, const u8*, const u8* x, bool has_x, const Lane&,
+                                           float (&sum)[4]) const {
 #pragma unroll
     for (int b = 0; b < STEP / 64; ++b) {
-      const uint4 low = *reinterpret_cast<const uint4*>(stage + b * 1024 + lane.id * 16);
-      const uint4 high = *reinterpret_cast<const uint4*>(stage + b * 1024 + 512 + lane.id * 16);
-      const uint4 xa = *reinterpret_cast<const uint4*>(x + b * 128);
-      const uint4 xb = *reinterpret_cast<const uint4*>(x + b * 128 + 16);
+      const uint4 low = f.low[b], high = f.high[b];
+      uint4 xa = make_uint4(0, 0, 0, 0), xb = xa;
+      fetch_x(xa, x + b * 128, has_x);
+      fetch_x(xb, x + b * 128 + 16, has_x);
       multiply_add(sum, pair<0x4140>(low.x), pair<0x4140>(high.x), pair<0x4342>(low.x), pair<0x4342>(high.x), xa.x, xa.y);
       multiply_add(sum, pair<0x4140>(low.y), pair<0x4140>(high.y), pair<0x4342>(low.y), pair<0x4342>(high.y), xa.z, xa.w);
       multiply_add(sum, pair<0x4140>(low.z), pair<0x4140>(high.z), pair<0x4342>(low.z), pair<0x4342>(high.z), xb.x, xb.y);

@@ -16,8 +16,6 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 
 constexpr int TILE = 16;      // rows of W a matrix instruction takes
-constexpr int COLUMNS = 8;    // rows of x it takes
-constexpr int SEGMENT = TILE * COLUMNS;
 
 struct Problem {
   const u8* x;           // bf16 [m, k], rows x_stride bytes apart
@@ -38,11 +36,36 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 __device__ __forceinline__ void copy16(void* to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
 }
-__device__ __forceinline__ void copy8(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from));
+
+// Lanes 4 * row + quad of a warp: the fragments of 16 rows of 128 bytes of a row-major weight (bf16 and int8 share them).
+struct RowFragment {
+  uint4 low[2], high[2];   // [half of the columns], rows group and group + 8
+};
+constexpr int ROW_STAGE = TILE * 128;
+
+// Each instruction copies four whole rows of 128 bytes; odd rows swap their halves so that fetch_rows meets no bank twice.
+__device__ __forceinline__ void load_rows(u8* stage, int lane, const u8* weight, int row0, int n, long long row_bytes, long long at) {
+  const int chunk = lane % 8;
+  const bool valid = at + chunk * 16 < row_bytes;
+  const u8* const from = weight + (valid ? at + chunk * 16 : 0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = i * 4 + lane / 8;
+    copy16(stage + r * 128 + (chunk ^ (r & 1) * 4) * 16, from + min(row0 + r, n - 1) * row_bytes, valid);
+  }
 }
-__device__ __forceinline__ void copy4(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from));
+__device__ __forceinline__ RowFragment fetch_rows(const u8* stage, const Lane& lane) {
+  RowFragment f;
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    const u8* const from = stage + lane.group * 128 + ((b * 4 + lane.quad) ^ (lane.group & 1) * 4) * 16;
+    f.low[b] = *reinterpret_cast<const uint4*>(from);
+    f.high[b] = *reinterpret_cast<const uint4*>(from + 8 * 128);
+  }
+  return f;
+}
+__device__ __forceinline__ void fetch_x(uint4& x, const u8* from, bool has_x) {
+  if (has_x) x = *reinterpret_cast<const uint4*>(from);
 }
 __device__ __forceinline__ void copies_close() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
@@ -96,11 +119,12 @@ __device__ __forceinline__ void emit(const Problem& p, const Format& format, int
 
 template <class Format, int WARPS, int STAGES>
 __device__ __forceinline__ void run(const Problem& p, Format format) {
-  extern __shared__ __align__(1024) u8 shared[];
+  extern __shared__ __align__(128) u8 shared[];
   u8* const tables = shared;
   u8* const ring_all = tables + Format::TABLE_BYTES;
-  float* const segments = reinterpret_cast<float*>(ring_all + WARPS * STAGES * Format::STAGE_BYTES);
-  u8* const xs = reinterpret_cast<u8*>(segments + WARPS * 2 * SEGMENT);
+  u8* const xs = ring_all + WARPS * STAGES * Format::STAGE_BYTES;
+  const int x_row = p.slice_steps * Format::STEP * 2 + Format::X_PAD;
+  float* const segments = reinterpret_cast<float*>(xs + p.m * x_row);   // [warps, 2, 16, m]
 
   const int warp = threadIdx.x / 32;
   Lane lane;
@@ -113,80 +137,91 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   const int steps = min(p.slice_steps, p.steps - step_begin);
   const int total = (tile_end - tile_begin) * steps;
   const int begin = run_begin(warp, total, WARPS), end = run_begin(warp + 1, total, WARPS);
+  int tile = tile_begin + (u32)begin / (u32)steps, step = (u32)begin % (u32)steps;
 
+#if EARLY
   next_kernel_may_start();
+#endif
   u8* const ring = ring_all + warp * STAGES * Format::STAGE_BYTES;
-  int load_tile = tile_begin + begin / steps, load_step = begin % steps, load_slot = 0, to_load = end - begin;
-  auto load_one = [&] {
+  int load_tile = tile, load_step = step, to_load = end - begin;
+  auto load_one = [&](u8* stage) {
     if (to_load > 0) {
-      format.load(ring + load_slot * Format::STAGE_BYTES, lane, load_tile, step_begin + load_step);
+      format.load(stage, lane, load_tile, step_begin + load_step);
       --to_load;
-      load_slot = load_slot + 1 == STAGES ? 0 : load_slot + 1;
       if (++load_step == steps) load_step = 0, ++load_tile;
     }
     copies_close();
   };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) load_one();
+  for (int i = 0; i < STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
   format.fill_tables(tables, WARPS * 32);
 
   previous_kernels_done();
-  const int x_row = p.slice_steps * Format::STEP * 2 + Format::X_PAD;
   {
     const int chunks = steps * Format::STEP / 8, k0 = step_begin * Format::STEP;
-    for (int i = threadIdx.x; i < chunks * p.m; i += WARPS * 32) {
-      const int row = i / chunks, chunk = i % chunks;
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (k0 + chunk * 8 < p.k) v = *reinterpret_cast<const uint4*>(p.x + (size_t)row * p.x_stride + (k0 + chunk * 8) * 2);
-      *reinterpret_cast<uint4*>(xs + row * x_row + chunk * 16) = v;
+    for (int row = 0; row < p.m; ++row) {
+#pragma unroll 4
+      for (int chunk = threadIdx.x; chunk < chunks; chunk += WARPS * 32) {
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (k0 + chunk * 8 < p.k) v = *reinterpret_cast<const uint4*>(p.x + (size_t)row * p.x_stride + (k0 + chunk * 8) * 2);
+        *reinterpret_cast<uint4*>(xs + row * x_row + chunk * 16) = v;
+      }
     }
   }
   __syncthreads();
 
-  // Columns past m repeat the last row of x; they are never stored.
-  const u8* const x_lane = xs + min(lane.group, p.m - 1) * x_row + lane.quad * Format::X_LANE;
+  // Only the lanes of real rows of x load it; the columns past m multiply whatever the registers hold and are never stored.
+  const bool has_x = lane.group < p.m;
+  const u8* const x_lane = xs + lane.group * x_row + lane.quad * Format::X_LANE;
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
-  int tile = tile_begin + begin / steps, step = begin % steps, slot = 0;
+  int slot = 0;
   bool from_start = step == 0;
+  typename Format::Scale scale = format.scale(lane, tile, step_begin + step);
   for (int i = begin; i < end; ++i) {
-    copies_wait<STAGES - 2>();
-    __syncwarp();
-    load_one();
-    format.multiply(ring + slot * Format::STAGE_BYTES, tables, x_lane + step * (Format::STEP * 2), lane, sum);
+    u8* const stage = ring + slot * Format::STAGE_BYTES;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
-    const bool tile_done = ++step == steps;
+    copies_wait<STAGES - 1>();
+    __syncwarp();
+    const typename Format::Fragment fragment = format.fetch(stage, lane);
+    __syncwarp();
+    load_one(stage);
+    const bool tile_done = step + 1 == steps;
+    const typename Format::Scale next_scale = format.scale(lane, tile + tile_done, step_begin + (tile_done ? 0 : step + 1));
+    format.multiply(fragment, scale, tables, x_lane + step * (Format::STEP * 2), has_x, lane, sum);
+    scale = next_scale;
+    ++step;
     if (tile_done || i + 1 == end) {
       const int column = lane.quad * 2;
-      if (tile_done && from_start) {
-        if (column < p.m) {
-          emit(p, format, tile, lane.group, column, sum[0]);
-          emit(p, format, tile, lane.group + 8, column, sum[2]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int r = lane.group + (c & 2) * 4, j = column + (c & 1);
+        if (j < p.m) {
+          if (tile_done && from_start) emit(p, format, tile, r, j, sum[c]);
+          else segments[((warp * 2 + from_start) * TILE + r) * p.m + j] = sum[c];
         }
-        if (column + 1 < p.m) {
-          emit(p, format, tile, lane.group, column + 1, sum[1]);
-          emit(p, format, tile, lane.group + 8, column + 1, sum[3]);
-        }
-      } else {
-        float* const s = segments + (warp * 2 + (from_start ? 1 : 0)) * SEGMENT + lane.group * COLUMNS + column;
-        s[0] = sum[0], s[1] = sum[1], s[8 * COLUMNS] = sum[2], s[8 * COLUMNS + 1] = sum[3];
+        sum[c] = 0.f;
       }
-      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
       from_start = true, step = 0, ++tile;
     }
   }
+#if !EARLY
+  next_kernel_may_start();
+#endif
   __syncthreads();
 
-  for (int i = threadIdx.x; i < (tile_end - tile_begin) * SEGMENT; i += WARPS * 32) {
-    const int local = i / SEGMENT, r = i % SEGMENT / COLUMNS, column = i % COLUMNS, start = local * steps;
+  for (int i = threadIdx.x; i < (tile_end - tile_begin) * TILE; i += WARPS * 32) {
+    const int local = i / TILE, r = i % TILE, start = local * steps;
     const int first = run_owner(start, total, WARPS), last = run_owner(start + steps - 1, total, WARPS);
-    if (first == last || column >= p.m) continue;   // one warp had the whole tile and has emitted it
-    float value = 0.f;
-    for (int w = first; w <= last; ++w) {
-      const int w_begin = run_begin(w, total, WARPS);
-      if (w_begin == run_begin(w + 1, total, WARPS)) continue;
-      value += segments[(w * 2 + (w_begin <= start ? 1 : 0)) * SEGMENT + r * COLUMNS + column];
+    if (first == last) continue;   // one warp had the whole tile and has emitted it
+    for (int column = 0; column < p.m; ++column) {
+      float value = 0.f;
+      for (int w = first; w <= last; ++w) {
+        const int w_begin = run_begin(w, total, WARPS);
+        if (w_begin == run_begin(w + 1, total, WARPS)) continue;
+        value += segments[((w * 2 + (w_begin <= start)) * TILE + r) * p.m + column];
+      }
+      emit(p, format, tile_begin + local, r, column, value);
     }
-    emit(p, format, tile_begin + local, r, column, value);
   }
   if (gridDim.y == 1) return;
 
@@ -199,9 +234,11 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   __threadfence();
   const int values = (tile_end - tile_begin) * TILE * p.m;
   const float* const mine = p.partial + (size_t)tile_begin * TILE * p.m;
+  const size_t slice = (size_t)p.tiles * TILE * p.m;
   for (int i = threadIdx.x; i < values; i += WARPS * 32) {
     float value = 0.f;
-    for (int s = 0; s < gridDim.y; ++s) value += __ldcg(mine + (size_t)s * p.tiles * TILE * p.m + i);
+#pragma unroll 4
+    for (int s = 0; s < gridDim.y; ++s) value += __ldcg(mine + s * slice + i);
     const int row = tile_begin * TILE + i / p.m;
     if (row < p.n) store_output(p, row, i % p.m, format.finish(row, value));
   }

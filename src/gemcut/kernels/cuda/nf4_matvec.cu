@@ -10,11 +10,16 @@ struct Format {
   static constexpr int CODE_BYTES = TILE * STEP / 2;
 #if NESTED
   static constexpr int SCALE_BYTES = 64;
-  static constexpr int STAGE_BYTES = CODE_BYTES + SCALE_BYTES + 256;
+  struct Scale { float low, high; };           // of the 256 scales that the rows' scales belong to
 #else
   static constexpr int SCALE_BYTES = 256;
-  static constexpr int STAGE_BYTES = CODE_BYTES + SCALE_BYTES;
+  struct Scale {};
 #endif
+  static constexpr int STAGE_BYTES = CODE_BYTES + (SCALE_BYTES + 127) / 128 * 128;   // whole rows of banks
+  struct Fragment {
+    uint4 codes[4];
+    float2 scales;
+  };
   static constexpr int PAIR_BYTES = 256 * 128;
   static constexpr int TABLE_BYTES = PAIR_BYTES + 1024;
   static constexpr int X_LANE = 32, X_PAD = 16;
@@ -36,15 +41,29 @@ struct Format {
     const u8* const from = codes + at * CODE_BYTES + lane.id * 16;
 #pragma unroll
     for (int b = 0; b < 4; ++b) copy16(stage + b * 512 + lane.id * 16, from + b * 512);
+    if (lane.id < SCALE_BYTES / 16) copy16(stage + CODE_BYTES + lane.id * 16, scales + at * SCALE_BYTES + lane.id * 16);
+  }
+
+  // Read one stage ahead, through the first-level cache: neighbouring stages mostly want the same values.
+  __device__ __forceinline__ Scale scale(const Lane& lane, int tile, int step) const {
 #if NESTED
-    if (lane.id < 4) copy16(stage + CODE_BYTES + lane.id * 16, scales + at * SCALE_BYTES + lane.id * 16);
-    float* const group_scales = reinterpret_cast<float*>(stage + CODE_BYTES + SCALE_BYTES) + lane.id * 2;
     const int row = tile * TILE + lane.group, block = step * 4 + lane.quad;
-    copy4(group_scales, groups + group_of(row, block));
-    copy4(group_scales + 1, groups + group_of(row + 8, block));
+    return {__ldg(groups + group_of(row, block)), __ldg(groups + group_of(row + 8, block))};
 #else
-    copy8(stage + CODE_BYTES + lane.id * 8, scales + at * SCALE_BYTES + lane.id * 8);
+    return {};
 #endif
+  }
+
+  __device__ __forceinline__ Fragment fetch(const u8* stage, const Lane& lane) const {
+    Fragment f;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) f.codes[b] = *reinterpret_cast<const uint4*>(stage + b * 512 + lane.id * 16);
+#if NESTED
+    f.scales.x = __uint_as_float(*reinterpret_cast<const u16*>(stage + CODE_BYTES + lane.id * 2));
+#else
+    f.scales = *reinterpret_cast<const float2*>(stage + CODE_BYTES + lane.id * 8);
+#endif
+    return f;
   }
 
   __device__ __forceinline__ void fill_tables(u8* tables, int threads) const {
@@ -63,22 +82,22 @@ struct Format {
     return *reinterpret_cast<const u32*>(tables + ((shifted & 0x7f80u) | lane4));
   }
 
-  __device__ __forceinline__ void multiply(const u8* stage, const u8* tables, const u8* x, const Lane& lane, float (&sum)[4]) const {
+  __device__ __forceinline__ void multiply(const Fragment& f, const Scale& group, const u8* tables, const u8* x, bool has_x,
+                                           const Lane& lane, float (&sum)[4]) const {
 #if NESTED
-    const u32 bytes = *reinterpret_cast<const u16*>(stage + CODE_BYTES + lane.id * 2);
-    const float2 group = *reinterpret_cast<const float2*>(stage + CODE_BYTES + SCALE_BYTES + lane.id * 8);
+    const u32 bytes = __float_as_uint(f.scales.x);
     const float* const map = reinterpret_cast<const float*>(tables + PAIR_BYTES);
-    const float scale_low = map[bytes & 255] * group.x + offset, scale_high = map[bytes >> 8] * group.y + offset;
+    const float scale_low = map[bytes & 255] * group.low + offset, scale_high = map[bytes >> 8] * group.high + offset;
 #else
-    const float2 both = *reinterpret_cast<const float2*>(stage + CODE_BYTES + lane.id * 8);
-    const float scale_low = both.x, scale_high = both.y;
+    const float scale_low = f.scales.x, scale_high = f.scales.y;
 #endif
     const u32 lane4 = lane.id * 4;
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      const uint4 q = *reinterpret_cast<const uint4*>(stage + b * 512 + lane.id * 16);
-      const uint4 xa = *reinterpret_cast<const uint4*>(x + b * 128);
-      const uint4 xb = *reinterpret_cast<const uint4*>(x + b * 128 + 16);
+      const uint4 q = f.codes[b];
+      uint4 xa = make_uint4(0, 0, 0, 0), xb = xa;
+      fetch_x(xa, x + b * 128, has_x);
+      fetch_x(xb, x + b * 128 + 16, has_x);
       float d[4] = {0.f, 0.f, 0.f, 0.f};
       multiply_add(d, pair<0>(tables, lane4, q.x), pair<0>(tables, lane4, q.z), pair<1>(tables, lane4, q.x),
                    pair<1>(tables, lane4, q.z), xa.x, xa.y);
