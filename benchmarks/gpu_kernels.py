@@ -1,8 +1,8 @@
-"""Times the GPU kernels at Gemma 2 27B's shapes: `python benchmarks/gpu_kernels.py [--formats nf4,int8,bf16] [--rows 1,2,4,8]`.
+"""Times the GPU kernels at Gemma 2 27B's shapes: `python benchmarks/gpu_kernels.py --formats nf4 --rows 1,8`.
 
-Each figure is one launch inside a CUDA graph of many launches, each with a weight of its own: together several times the
-L2 cache, as in a real decode step. Random data. Bytes are what the kernel must read and write once; "% of read" compares
-with the read bandwidth measured in the same run.
+Each figure is one launch inside a CUDA graph of many launches, each with a weight of its own: together several times
+the L2 cache, as in a real decode step. Random data. Bytes are what the kernel must read and write once; "% of read"
+compares with the read bandwidth measured in the same run. "torch" is torch.mm on bf16, the peer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FORMATS = {
     "nf4": [name for name in SHAPES if name != "head"],
     "int8": list(SHAPES),
     "bf16": list(SHAPES),
+    "torch": list(SHAPES),
 }
 ROTATED_BYTES = 600 << 20
 
@@ -48,6 +49,9 @@ def random_weight(name: str, n: int, k: int, head: bool) -> Weight:
         if head:
             return Weight(lambda x, y: bf16_matvec.bf16_head(x, bf16, 30.0), bf16.numel() * 2)
         return Weight(lambda x, y: bf16_matvec.bf16_matvec(x, bf16, out=y), bf16.numel() * 2)
+    if name == "torch":
+        dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        return Weight(lambda x, y: torch.mm(x, dense.T, out=y), dense.numel() * 2)
     if name == "int8":
         values = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
         int8 = int8_matvec.Int8Weight(values, torch.rand(n, device="cuda"))
@@ -97,7 +101,7 @@ def time_launches(weights: list[Weight], m: int, n: int, k: int, repetitions: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the GPU kernels at Gemma 2 27B's shapes.")
-    parser.add_argument("--formats", default="nf4,int8,bf16")
+    parser.add_argument("--formats", default="nf4,int8,bf16,torch")
     parser.add_argument("--rows", default="1,2,4,8")
     parser.add_argument("--repetitions", type=int, default=20)
     options = parser.parse_args()
@@ -117,7 +121,7 @@ def main() -> None:
             for m in (int(rows) for rows in options.rows.split(",")):
                 times = time_launches(weights, m, n, k, options.repetitions)
                 median = statistics.median(times)
-                moved = first.nbytes + m * k * 2 + m * n * (4 if linear == "head" else 2)
+                moved = first.nbytes + m * k * 2 + m * n * (4 if linear == "head" and name != "torch" else 2)
                 spread = f"{min(times) * 1e6:.2f}-{max(times) * 1e6:.2f}"
                 print(
                     f"{name:7}{linear:9}{f'{n} x {k}':>14}{m:3}{moved / 1e6:8.1f}{median * 1e6:9.2f}{spread:>14}"

@@ -24,7 +24,7 @@ def test_every_column_step_is_in_one_slice_and_shared_memory_suffices(storage, n
         assert (split.slices - 1) * split.slice_steps < steps <= split.slices * split.slice_steps
         assert split.chunks <= tiles
         assert split.chunks * split.slices <= 132
-        assert shared_bytes(storage, split.slice_steps, m) <= LIMIT
+        assert shared_bytes(storage, split.layout, split.slice_steps, m) <= split.shared_bytes <= LIMIT
 
 
 @pytest.mark.parametrize(("n", "k"), [(8192, 4608), (4608, 4096), (73728, 4608), (4608, 36864)])

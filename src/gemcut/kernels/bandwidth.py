@@ -24,7 +24,7 @@ def read_bandwidth(nbytes: int = 4 << 30, repetitions: int = 10) -> float:
     best = float("inf")
     for blocks in (2, 3, 4, 64):
         for _ in range(repetitions):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             kernel.launch((processors * blocks, 1), 512, 0, (buffer,))
             end.record()

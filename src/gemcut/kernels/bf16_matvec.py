@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.matvec import Storage, matvec
+from gemcut.kernels.matvec import Layout, Storage, matvec
 
-STORAGE = Storage("bf16_matvec", 64, 2048, 0, 64, 16, 3, 2)
+STORAGE = Storage("bf16_matvec", 64, 2048, 0, 64, Layout(8, 6, 2), Layout(16, 4, 1))
 
 
 class _Format(ctypes.Structure):

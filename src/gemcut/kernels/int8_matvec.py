@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.matvec import Storage, matvec
+from gemcut.kernels.matvec import Layout, Storage, matvec
 
-STORAGE = Storage("int8_matvec", 128, 2048, 0, 16, 16, 3, 2)
+STORAGE = Storage("int8_matvec", 128, 2048, 0, 16, Layout(8, 5, 2), Layout(16, 4, 1))
 
 
 @dataclass(frozen=True)

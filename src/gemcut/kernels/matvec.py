@@ -17,33 +17,48 @@ from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, share
 
 MAX_ROWS = 8
 TILE = 16
-_FIXUP_STAGES = 16  # what adding up the slices costs, in stages a block could have read meanwhile
-_ALONE_STAGES = 32  # what it costs when the next kernel's block finds no room beside this one
+SMALL_BYTES = 64 << 20
+# What parts of a launch cost, in stages (2 KB) that a block could have read meanwhile; from measurements on an H100.
+_FIXUP_STAGES = 10  # adding up slices: the counter and the fences
+_FIXUP_ROUND_STAGES = 6  # and each round of loads that the last block needs for it
+_ALONE_STAGES = 32  # the next kernel's block finds no room beside this one
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A thread block: warps, stages of 2 KB in flight per warp, blocks a processor must have registers for."""
+
+    warps: int
+    stages: int
+    resident: int
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What the launch must know of a weight format: the constants of its `struct Format`."""
+    """What the launch must know of a weight format: the constants of its `struct Format`.
+
+    `small` serves products of up to SMALL_BYTES whose block leaves room for the next kernel's, `large` all others.
+    """
 
     kernel: str
     step: int
     stage_bytes: int
     table_bytes: int
     x_pad: int
-    warps: int
-    stages: int
-    resident: int
-    early: int = 1
+    small: Layout
+    large: Layout
     defines: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Split:
-    """`chunks` runs of row tiles times `slices` of `slice_steps` column steps: one thread block each."""
+    """A layout; `chunks` runs of row tiles times `slices` of `slice_steps` column steps: one thread block each."""
 
+    layout: Layout
     chunks: int
     slices: int
     slice_steps: int
+    shared_bytes: int
 
 
 class _Problem(ctypes.Structure):
@@ -57,32 +72,44 @@ class _Problem(ctypes.Structure):
     )
 
 
-def shared_bytes(storage: Storage, slice_steps: int, m: int) -> int:
-    ring = storage.warps * storage.stages * storage.stage_bytes
+def shared_bytes(storage: Storage, layout: Layout, slice_steps: int, m: int) -> int:
+    """What one block needs, as laid out at the head of run() in cuda/matvec.cuh."""
+    ring = layout.warps * layout.stages * storage.stage_bytes
     x = m * (slice_steps * storage.step * 2 + storage.x_pad)
-    return storage.table_bytes + ring + x + storage.warps * 2 * TILE * m * 4
+    return storage.table_bytes + ring + x + layout.warps * 2 * TILE * m * 4
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int, shared_limit: int) -> Split:
-    """The split whose busiest block has least to read; counting what slices cost to add up.
+    """The split whose busiest block has least to do, counting what slices cost to add up.
 
     Raises ParameterError where even one step a slice does not fit shared memory.
     """
+    is_small = tiles * steps * storage.stage_bytes <= SMALL_BYTES
     best: tuple[int, Split] | None = None
-    for slices in range(1, min(steps, 32) + 1):
-        slice_steps = -(-steps // slices)
-        nbytes = shared_bytes(storage, slice_steps, m)
-        chunks = min(tiles, processors // slices)
-        if (slices - 1) * slice_steps >= steps or nbytes > shared_limit or chunks == 0:
-            continue
-        cost = -(-tiles // chunks) * slice_steps
-        cost += (_FIXUP_STAGES if slices > 1 else 0) + (_ALONE_STAGES if nbytes > shared_limit // 2 else 0)
-        if best is None or cost < best[0]:
-            best = (cost, Split(chunks, slices, slice_steps))
-    if best is None:
-        raise ParameterError(f"{steps * storage.step} columns are too many for {shared_limit} bytes of shared memory")
-    return best[1]
+    for layout in (storage.small, storage.large):
+        for slices in range(1, min(steps, processors, 32) + 1):
+            slice_steps = -(-steps // slices)
+            nbytes = shared_bytes(storage, layout, slice_steps, m)
+            alone = nbytes > shared_limit // 2
+            if (slices - 1) * slice_steps >= steps or nbytes > shared_limit:
+                continue
+            if layout is storage.small and (alone or not is_small):
+                continue
+            chunks = min(tiles, processors // slices)
+            busiest = -(-tiles // chunks)
+            cost = busiest * slice_steps + (_ALONE_STAGES if alone else 0)
+            if slices > 1:
+                rounds = -(-busiest * TILE * m // (layout.warps * 32))
+                cost += _FIXUP_STAGES + _FIXUP_ROUND_STAGES * rounds
+            if chunks * slices != processors:
+                # Two blocks of such a grid must not share a processor while another idles: leave no room for a second.
+                nbytes = max(nbytes, shared_limit // 2 + 1024)
+            if best is None or cost < best[0]:
+                best = (cost, Split(layout, chunks, slices, slice_steps, nbytes))
+        if best is not None:
+            return best[1]
+    raise ParameterError(f"{steps * storage.step} columns are too many for {shared_limit} bytes of shared memory")
 
 
 @functools.cache
@@ -98,14 +125,13 @@ def _limits(device: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _kernel(storage: Storage, float_output: bool, device: int) -> CudaKernel:
+def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -> CudaKernel:
     defines = (
         *storage.defines,
         ("FLOAT_OUTPUT", int(float_output)),
-        ("BLOCK_WARPS", storage.warps),
-        ("BLOCK_STAGES", storage.stages),
-        ("BLOCK_RESIDENT", storage.resident),
-        ("EARLY", storage.early),
+        ("BLOCK_WARPS", layout.warps),
+        ("BLOCK_STAGES", layout.stages),
+        ("BLOCK_RESIDENT", layout.resident),
     )
     return compile_kernel(read_sources("matvec.cuh", f"{storage.kernel}.cu"), storage.kernel, defines, device)
 
@@ -146,7 +172,6 @@ def matvec(
         x.data_ptr(), y.data_ptr(), partial.data_ptr(), arrivals.data_ptr(), softcap or 0.0,
         m, n, k, x.stride(0) * 2, tiles, steps, split.slice_steps,
     )  # fmt: skip
-    nbytes = shared_bytes(storage, split.slice_steps, m)
-    kernel = _kernel(storage, dtype == torch.float32, device)
-    kernel.launch((split.chunks, split.slices), storage.warps * 32, nbytes, (problem, weight))
+    kernel = _kernel(storage, split.layout, dtype == torch.float32, device)
+    kernel.launch((split.chunks, split.slices), split.layout.warps * 32, split.shared_bytes, (problem, weight))
     return y

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.matvec import TILE, Storage, matvec
+from gemcut.kernels.matvec import TILE, Layout, Storage, matvec
 
 BLOCK = 64
 STEP = 256
 NESTED_BLOCK = 256
 
-NESTED = Storage("nf4_matvec", STEP, 2048 + 128, 256 * 128 + 1024, 16, 16, 2, 2, defines=(("NESTED", 1),))
-FLAT = Storage("nf4_matvec", STEP, 2048 + 256, 256 * 128 + 1024, 16, 16, 2, 2, defines=(("NESTED", 0),))
+_LAYOUTS = (Layout(8, 3, 2), Layout(16, 3, 1))
+NESTED = Storage("nf4_matvec", STEP, 2048 + 128, 256 * 128 + 1024, 16, *_LAYOUTS, defines=(("NESTED", 1),))
+FLAT = Storage("nf4_matvec", STEP, 2048 + 256, 256 * 128 + 1024, 16, *_LAYOUTS, defines=(("NESTED", 0),))
 
 
 @dataclass(frozen=True)

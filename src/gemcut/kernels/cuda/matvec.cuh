@@ -139,9 +139,7 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   const int begin = run_begin(warp, total, WARPS), end = run_begin(warp + 1, total, WARPS);
   int tile = tile_begin + (u32)begin / (u32)steps, step = (u32)begin % (u32)steps;
 
-#if EARLY
   next_kernel_may_start();
-#endif
   u8* const ring = ring_all + warp * STAGES * Format::STAGE_BYTES;
   int load_tile = tile, load_step = step, to_load = end - begin;
   auto load_one = [&](u8* stage) {
@@ -156,18 +154,18 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   for (int i = 0; i < STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
   format.fill_tables(tables, WARPS * 32);
 
+  typename Format::Scale scale = format.scale(lane, tile, step_begin + step);
+
   previous_kernels_done();
-  {
-    const int chunks = steps * Format::STEP / 8, k0 = step_begin * Format::STEP;
-    for (int row = 0; row < p.m; ++row) {
-#pragma unroll 4
-      for (int chunk = threadIdx.x; chunk < chunks; chunk += WARPS * 32) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (k0 + chunk * 8 < p.k) v = *reinterpret_cast<const uint4*>(p.x + (size_t)row * p.x_stride + (k0 + chunk * 8) * 2);
-        *reinterpret_cast<uint4*>(xs + row * x_row + chunk * 16) = v;
-      }
+  for (int row = 0; row < p.m; ++row) {   // all copies in flight at once: one latency, whatever m
+    for (int chunk = threadIdx.x; chunk < steps * Format::STEP / 8; chunk += WARPS * 32) {
+      const int column = step_begin * Format::STEP + chunk * 8;
+      const bool valid = column < p.k;
+      copy16(xs + row * x_row + chunk * 16, p.x + (size_t)row * p.x_stride + (valid ? column * 2 : 0), valid);
     }
   }
+  copies_close();
+  copies_wait<0>();
   __syncthreads();
 
   // Only the lanes of real rows of x load it; the columns past m multiply whatever the registers hold and are never stored.
@@ -176,7 +174,6 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
   int slot = 0;
   bool from_start = step == 0;
-  typename Format::Scale scale = format.scale(lane, tile, step_begin + step);
   for (int i = begin; i < end; ++i) {
     u8* const stage = ring + slot * Format::STAGE_BYTES;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -204,9 +201,6 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
       from_start = true, step = 0, ++tile;
     }
   }
-#if !EARLY
-  next_kernel_may_start();
-#endif
   __syncthreads();
 
   for (int i = threadIdx.x; i < (tile_end - tile_begin) * TILE; i += WARPS * 32) {
