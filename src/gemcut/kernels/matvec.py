@@ -85,16 +85,14 @@ def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int
 
     Raises ParameterError where even one step a slice does not fit shared memory.
     """
-    is_small = tiles * steps * storage.stage_bytes <= SMALL_BYTES
-    best: tuple[int, Split] | None = None
-    for layout in (storage.small, storage.large):
+
+    def candidates(layout: Layout, only_beside_another: bool) -> list[tuple[int, Split]]:
+        found = []
         for slices in range(1, min(steps, processors, 32) + 1):
             slice_steps = -(-steps // slices)
             nbytes = shared_bytes(storage, layout, slice_steps, m)
             alone = nbytes > shared_limit // 2
-            if (slices - 1) * slice_steps >= steps or nbytes > shared_limit:
-                continue
-            if layout is storage.small and (alone or not is_small):
+            if (slices - 1) * slice_steps >= steps or nbytes > shared_limit or (alone and only_beside_another):
                 continue
             chunks = min(tiles, processors // slices)
             busiest = -(-tiles // chunks)
@@ -105,11 +103,18 @@ def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int
             if chunks * slices != processors:
                 # Two blocks of such a grid must not share a processor while another idles: leave no room for a second.
                 nbytes = max(nbytes, shared_limit // 2 + 1024)
-            if best is None or cost < best[0]:
-                best = (cost, Split(layout, chunks, slices, slice_steps, nbytes))
-        if best is not None:
-            return best[1]
-    raise ParameterError(f"{steps * storage.step} columns are too many for {shared_limit} bytes of shared memory")
+            found.append((cost, Split(layout, chunks, slices, slice_steps, nbytes)))
+        return found
+
+    options = candidates(storage.large, False)
+    if tiles * steps * storage.stage_bytes <= SMALL_BYTES:
+        options = candidates(storage.small, True) + options
+    options = options or candidates(
+        storage.small, False
+    )  # processors with less shared memory than the large layout needs
+    if not options:
+        raise ParameterError(f"{steps * storage.step} columns are too many for {shared_limit} bytes of shared memory")
+    return min(options, key=lambda option: option[0])[1]
 
 
 @functools.cache

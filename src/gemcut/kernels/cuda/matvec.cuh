@@ -33,8 +33,9 @@ struct Lane {
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Copies 16 bytes to shared memory without passing through registers; writes zeros where `valid` is false.
+// The second-level cache fetches the 256 bytes around: their other parts are wanted next, and memory likes long reads.
 __device__ __forceinline__ void copy16(void* to, const void* from, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
 }
 
 // Lanes 4 * row + quad of a warp: the fragments of 16 rows of 128 bytes of a row-major weight (bf16 and int8 share them).
@@ -220,12 +221,14 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   if (gridDim.y == 1) return;
 
   __shared__ bool is_last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(p.arrivals + blockIdx.x, 1u) == gridDim.y - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();   // one for the whole block: the barrier puts every thread's stores before it
+    is_last = atomicAdd(p.arrivals + blockIdx.x, 1u) == gridDim.y - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   const int values = (tile_end - tile_begin) * TILE * p.m;
   const float* const mine = p.partial + (size_t)tile_begin * TILE * p.m;
   const size_t slice = (size_t)p.tiles * TILE * p.m;
