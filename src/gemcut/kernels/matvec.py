@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -109,9 +109,8 @@ def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int
     options = candidates(storage.large, False)
     if tiles * steps * storage.stage_bytes <= SMALL_BYTES:
         options = candidates(storage.small, True) + options
-    options = options or candidates(
-        storage.small, False
-    )  # processors with less shared memory than the large layout needs
+    if not options:  # processors with less shared memory than the large layout needs
+        options = candidates(replace(storage.small, stages=2), False)
     if not options:
         raise ParameterError(f"{steps * storage.step} columns are too many for {shared_limit} bytes of shared memory")
     return min(options, key=lambda option: option[0])[1]
