@@ -88,7 +88,7 @@ def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int
 
     def candidates(layout: Layout, only_beside_another: bool) -> list[tuple[int, Split]]:
         found = []
-        for slices in range(1, min(steps, processors, 32) + 1):
+        for slices in range(1, min(steps, processors, 64) + 1):
             slice_steps = -(-steps // slices)
             nbytes = shared_bytes(storage, layout, slice_steps, m)
             alone = nbytes > shared_limit // 2
