@@ -1,0 +1,243 @@
+// y[m, n] = sum over k of x[m, k] * W[n, k] for one to eight rows of x, W in any storage format: the frame that all formats share.
+//
+// The time of such a product is the time to read W once. So W goes through a ring of asynchronous copies per warp, deep
+// enough to keep device memory busy, and everything else is kept short. The products are matrix instructions
+// (m16n8k16: 16 rows of W by 8 rows of x); with one row of x seven of the eight columns repeat it, which costs nothing here.
+//
+// A stage is 16 rows of W by Format::STEP columns. blockIdx.y owns one slice of the columns of W, blockIdx.x a run of
+// row tiles (16 rows each); the stages of that block are split into contiguous runs, one per warp. A tile that several
+// warps share is summed in shared memory in the order of the warps, and a tile that several slices share in the order of
+// the slices by the block that finishes last: the same sum whatever the timing.
+//
+// The format's file is compiled after this one; it defines `struct Format` and calls run() from its kernel.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+constexpr int TILE = 16;      // rows of W a matrix instruction takes
+
+struct Problem {
+  const u8* x;           // bf16 [m, k], rows x_stride bytes apart
+  u8* y;                 // bf16 or fp32 [m, n]
+  float* partial;        // [slices, tiles, 16, m] where there are several slices
+  u32* arrivals;         // [gridDim.x], zero between launches
+  float softcap;         // 0: none
+  int m, n, k, x_stride, tiles, steps, slice_steps;
+};
+
+struct Lane {
+  int id, group, quad;   // group = row of the tile (and group + 8), quad = which quarter of the columns
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Copies 16 bytes to shared memory without passing through registers; writes zeros where `valid` is false.
+// The second-level cache fetches the 256 bytes around: their other parts are wanted next, and memory likes long reads.
+__device__ __forceinline__ void copy16(void* to, const void* from, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
+}
+
+// Lanes 4 * row + quad of a warp: the fragments of 16 rows of 128 bytes of a row-major weight (bf16 and int8 share them).
+struct RowFragment {
+  uint4 low[2], high[2];   // [half of the columns], rows group and group + 8
+};
+constexpr int ROW_STAGE = TILE * 128;
+
+// Each instruction copies four whole rows of 128 bytes; odd rows swap their halves so that fetch_rows meets no bank twice.
+__device__ __forceinline__ void load_rows(u8* stage, int lane, const u8* weight, int row0, int n, long long row_bytes, long long at) {
+  const int chunk = lane % 8;
+  const bool valid = at + chunk * 16 < row_bytes;
+  const u8* const from = weight + (valid ? at + chunk * 16 : 0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = i * 4 + lane / 8;
+    copy16(stage + r * 128 + (chunk ^ (r & 1) * 4) * 16, from + min(row0 + r, n - 1) * row_bytes, valid);
+  }
+}
+__device__ __forceinline__ RowFragment fetch_rows(const u8* stage, const Lane& lane) {
+  RowFragment f;
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    const u8* const from = stage + lane.group * 128 + ((b * 4 + lane.quad) ^ (lane.group & 1) * 4) * 16;
+    f.low[b] = *reinterpret_cast<const uint4*>(from);
+    f.high[b] = *reinterpret_cast<const uint4*>(from + 8 * 128);
+  }
+  return f;
+}
+__device__ __forceinline__ void fetch_x(uint4& x, const u8* from, bool has_x) {
+  if (has_x) x = *reinterpret_cast<const uint4*>(from);
+}
+__device__ __forceinline__ void copies_close() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING>
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// Programmatic launch (Hopper): the next kernel may start reading its weights while this one runs, and touches
+// nothing that another kernel wrote before previous_kernels_done().
+__device__ __forceinline__ void next_kernel_may_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void previous_kernels_done() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void store_output(const Problem& p, int row, int column, float value) {
+  if (p.softcap > 0.f) value = p.softcap * tanhf(value / p.softcap);
+  const size_t at = (size_t)column * p.n + row;
+#if FLOAT_OUTPUT
+  reinterpret_cast<float*>(p.y)[at] = value;
+#else
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  reinterpret_cast<u16*>(p.y)[at] = bits;
+#endif
+}
+
+// `total` stages in runs, one per warp: where the run of warp w begins, and whose run stage i is in.
+__device__ __forceinline__ int run_begin(u32 w, u32 total, u32 warps) { return w * total / warps; }
+__device__ __forceinline__ int run_owner(u32 i, u32 total, u32 warps) { return ((i + 1) * warps - 1) / total; }
+
+// A finished sum over this block's slice: the output itself, or one of the slices' partial sums.
+template <class Format>
+__device__ __forceinline__ void emit(const Problem& p, const Format& format, int tile, int r, int column, float value) {
+  const int row = tile * TILE + r;
+  if (gridDim.y > 1) {
+    p.partial[(((size_t)blockIdx.y * p.tiles + tile) * TILE + r) * p.m + column] = value;
+  } else if (row < p.n) {
+    store_output(p, row, column, format.finish(row, value));
+  }
+}
+
+template <class Format, int WARPS, int STAGES>
+__device__ __forceinline__ void run(const Problem& p, Format format) {
+  extern __shared__ __align__(128) u8 shared[];
+  u8* const tables = shared;
+  u8* const ring_all = tables + Format::TABLE_BYTES;
+  u8* const xs = ring_all + WARPS * STAGES * Format::STAGE_BYTES;
+  const int x_row = p.slice_steps * Format::STEP * 2 + Format::X_PAD;
+  float* const segments = reinterpret_cast<float*>(xs + p.m * x_row);   // [warps, 2, 16, m]
+
+  const int warp = threadIdx.x / 32;
+  Lane lane;
+  lane.id = threadIdx.x % 32;
+  lane.group = lane.id / 4;
+  lane.quad = lane.id % 4;
+
+  const int tile_begin = blockIdx.x * (u32)p.tiles / gridDim.x, tile_end = (blockIdx.x + 1) * (u32)p.tiles / gridDim.x;
+  const int step_begin = blockIdx.y * p.slice_steps;
+  const int steps = min(p.slice_steps, p.steps - step_begin);
+  const int total = (tile_end - tile_begin) * steps;
+  const int begin = run_begin(warp, total, WARPS), end = run_begin(warp + 1, total, WARPS);
+  int tile = tile_begin + (u32)begin / (u32)steps, step = (u32)begin % (u32)steps;
+
+  next_kernel_may_start();
+  u8* const ring = ring_all + warp * STAGES * Format::STAGE_BYTES;
+  int load_tile = tile, load_step = step, to_load = end - begin;
+  auto load_one = [&](u8* stage) {
+    if (to_load > 0) {
+      format.load(stage, lane, load_tile, step_begin + load_step);
+      --to_load;
+      if (++load_step == steps) load_step = 0, ++load_tile;
+    }
+    copies_close();
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
+  format.fill_tables(tables, WARPS * 32);
+
+  typename Format::Scale scale = format.scale(lane, tile, step_begin + step);
+
+  previous_kernels_done();
+  for (int row = 0; row < p.m; ++row) {   // all copies in flight at once: one latency, whatever m
+    for (int chunk = threadIdx.x; chunk < steps * Format::STEP / 8; chunk += WARPS * 32) {
+      const int column = step_begin * Format::STEP + chunk * 8;
+      const bool valid = column < p.k;
+      copy16(xs + row * x_row + chunk * 16, p.x + (size_t)row * p.x_stride + (valid ? column * 2 : 0), valid);
+    }
+  }
+  copies_close();
+  copies_wait<0>();
+  __syncthreads();
+
+  // Only the lanes of real rows of x load it; the columns past m multiply whatever the registers hold and are never stored.
+  const bool has_x = lane.group < p.m;
+  const u8* const x_lane = xs + lane.group * x_row + lane.quad * Format::X_LANE;
+  float sum[4] = {0.f, 0.f, 0.f, 0.f};
+  int slot = 0;
+  bool from_start = step == 0;
+  for (int i = begin; i < end; ++i) {
+    u8* const stage = ring + slot * Format::STAGE_BYTES;
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
+    copies_wait<STAGES - 1>();
+    __syncwarp();
+    const typename Format::Fragment fragment = format.fetch(stage, lane);
+    __syncwarp();
+    load_one(stage);
+    const bool tile_done = step + 1 == steps;
+    const typename Format::Scale next_scale = format.scale(lane, tile + tile_done, step_begin + (tile_done ? 0 : step + 1));
+    format.multiply(fragment, scale, tables, x_lane + step * (Format::STEP * 2), has_x, lane, sum);
+    scale = next_scale;
+    ++step;
+    if (tile_done || i + 1 == end) {
+      const int column = lane.quad * 2;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int r = lane.group + (c & 2) * 4, j = column + (c & 1);
+        if (j < p.m) {
+          if (tile_done && from_start) emit(p, format, tile, r, j, sum[c]);
+          else segments[((warp * 2 + from_start) * TILE + r) * p.m + j] = sum[c];
+        }
+        sum[c] = 0.f;
+      }
+      from_start = true, step = 0, ++tile;
+    }
+  }
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < (tile_end - tile_begin) * TILE; i += WARPS * 32) {
+    const int local = i / TILE, r = i % TILE, start = local * steps;
+    const int first = run_owner(start, total, WARPS), last = run_owner(start + steps - 1, total, WARPS);
+    if (first == last) continue;   // one warp had the whole tile and has emitted it
+    for (int column = 0; column < p.m; ++column) {
+      float value = 0.f;
+      for (int w = first; w <= last; ++w) {
+        const int w_begin = run_begin(w, total, WARPS);
+        if (w_begin == run_begin(w + 1, total, WARPS)) continue;
+        value += segments[((w * 2 + (w_begin <= start)) * TILE + r) * p.m + column];
+      }
+      emit(p, format, tile_begin + local, r, column, value);
+    }
+  }
+  if (gridDim.y == 1) return;
+
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();   // one for the whole block: the barrier puts every thread's stores before it
+    is_last = atomicAdd(p.arrivals + blockIdx.x, 1u) == gridDim.y - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  const int values = (tile_end - tile_begin) * TILE * p.m;
+  const float* const mine = p.partial + (size_t)tile_begin * TILE * p.m;
+  const size_t slice = (size_t)p.tiles * TILE * p.m;
+  for (int i = threadIdx.x; i < values; i += WARPS * 32) {
+    float value = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < gridDim.y; ++s) value += __ldcg(mine + s * slice + i);
+    const int row = tile_begin * TILE + i / p.m;
+    if (row < p.n) store_output(p, row, i % p.m, format.finish(row, value));
+  }
+  if (threadIdx.x == 0) p.arrivals[blockIdx.x] = 0;
+}

@@ -1,0 +1,120 @@
+// W in 4-bit codes with one scale per 64 columns (NF4 or FP4; the scale fp32, or one byte expanded here).
+//
+// Codes [tiles, steps, 4 blocks, 32 lanes, 16 bytes], scales [tiles, steps, 32 lanes, 2 rows]: gemcut.kernels.nf4_matvec packs them.
+// A byte is two neighbouring columns, so one look-up in a table of 256 pairs gives a whole register of the matrix
+// instruction. The table stands 32 times in shared memory, once per bank, so no two lanes ever collide.
+// Codes are multiplied unscaled and each block of 64 is scaled in fp32: one rounding less than decoding to bf16.
+
+struct Format {
+  static constexpr int STEP = 256;                       // columns: four blocks of 64
+  static constexpr int CODE_BYTES = TILE * STEP / 2;
+#if NESTED
+  static constexpr int SCALE_BYTES = 64;
+  struct Scale { float low, high; };           // of the 256 scales that the rows' scales belong to
+#else
+  static constexpr int SCALE_BYTES = 256;
+  struct Scale {};
+#endif
+  static constexpr int STAGE_BYTES = CODE_BYTES + (SCALE_BYTES + 127) / 128 * 128;   // whole rows of banks
+  struct Fragment {
+    uint4 codes[4];
+    float2 scales;
+  };
+  static constexpr int PAIR_BYTES = 256 * 128;
+  static constexpr int TABLE_BYTES = PAIR_BYTES + 1024;
+  static constexpr int X_LANE = 32, X_PAD = 16;
+
+  const u8* codes;
+  const u8* scales;
+  const u32* pairs;      // bf16 pairs [256]: code of the high nibble below, of the low nibble above
+  const float* byte_map;     // [256] the dynamic 8-bit map
+  const float* groups;       // fp32 scale of each 256 scales, in the order of the checkpoint
+  float offset;
+  int n, blocks, group_last, steps;
+
+  __device__ __forceinline__ int group_of(int row, int block) const {
+    return min((min(row, n - 1) * blocks + block) >> 8, group_last);
+  }
+
+  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int tile, int step) const {
+    const size_t at = (size_t)tile * steps + step;
+    const u8* const from = codes + at * CODE_BYTES + lane.id * 16;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) copy16(stage + b * 512 + lane.id * 16, from + b * 512);
+    if (lane.id < SCALE_BYTES / 16) copy16(stage + CODE_BYTES + lane.id * 16, scales + at * SCALE_BYTES + lane.id * 16);
+  }
+
+  // Read one stage ahead, through the first-level cache: neighbouring stages mostly want the same values.
+  __device__ __forceinline__ Scale scale(const Lane& lane, int tile, int step) const {
+#if NESTED
+    const int row = tile * TILE + lane.group, block = step * 4 + lane.quad;
+    return {__ldg(groups + group_of(row, block)), __ldg(groups + group_of(row + 8, block))};
+#else
+    return {};
+#endif
+  }
+
+  __device__ __forceinline__ Fragment fetch(const u8* stage, const Lane& lane) const {
+    Fragment f;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) f.codes[b] = *reinterpret_cast<const uint4*>(stage + b * 512 + lane.id * 16);
+#if NESTED
+    f.scales.x = __uint_as_float(*reinterpret_cast<const u16*>(stage + CODE_BYTES + lane.id * 2));
+#else
+    f.scales = *reinterpret_cast<const float2*>(stage + CODE_BYTES + lane.id * 8);
+#endif
+    return f;
+  }
+
+  __device__ __forceinline__ void fill_tables(u8* tables, int threads) const {
+    for (int i = threadIdx.x; i < PAIR_BYTES / 16; i += threads) {
+      const u32 v = __ldg(pairs + i / 8);
+      reinterpret_cast<uint4*>(tables)[i] = make_uint4(v, v, v, v);
+    }
+#if NESTED
+    for (int i = threadIdx.x; i < 256; i += threads) reinterpret_cast<float*>(tables + PAIR_BYTES)[i] = __ldg(byte_map + i);
+#endif
+  }
+
+  template <int BYTE>
+  __device__ __forceinline__ static u32 pair(const u8* tables, u32 lane4, u32 word) {
+    const u32 shifted = BYTE == 0 ? word << 7 : word >> (8 * BYTE - 7);
+    return *reinterpret_cast<const u32*>(tables + ((shifted & 0x7f80u) | lane4));
+  }
+
+  __device__ __forceinline__ void multiply(const Fragment& f, const Scale& group, const u8* tables, const u8* x, bool has_x,
+                                           const Lane& lane, float (&sum)[4]) const {
+#if NESTED
+    const u32 bytes = __float_as_uint(f.scales.x);
+    const float* const map = reinterpret_cast<const float*>(tables + PAIR_BYTES);
+    const float scale_low = map[bytes & 255] * group.low + offset, scale_high = map[bytes >> 8] * group.high + offset;
+#else
+    const float scale_low = f.scales.x, scale_high = f.scales.y;
+#endif
+    const u32 lane4 = lane.id * 4;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const uint4 q = f.codes[b];
+      uint4 xa = make_uint4(0, 0, 0, 0), xb = xa;
+      fetch_x(xa, x + b * 128, has_x);
+      fetch_x(xb, x + b * 128 + 16, has_x);
+      float d[4] = {0.f, 0.f, 0.f, 0.f};
+      multiply_add(d, pair<0>(tables, lane4, q.x), pair<0>(tables, lane4, q.z), pair<1>(tables, lane4, q.x),
+                   pair<1>(tables, lane4, q.z), xa.x, xa.y);
+      multiply_add(d, pair<2>(tables, lane4, q.x), pair<2>(tables, lane4, q.z), pair<3>(tables, lane4, q.x),
+                   pair<3>(tables, lane4, q.z), xa.z, xa.w);
+      multiply_add(d, pair<0>(tables, lane4, q.y), pair<0>(tables, lane4, q.w), pair<1>(tables, lane4, q.y),
+                   pair<1>(tables, lane4, q.w), xb.x, xb.y);
+      multiply_add(d, pair<2>(tables, lane4, q.y), pair<2>(tables, lane4, q.w), pair<3>(tables, lane4, q.y),
+                   pair<3>(tables, lane4, q.w), xb.z, xb.w);
+      const float low = __shfl_sync(0xffffffffu, scale_low, (lane.id & 28) + b);
+      const float high = __shfl_sync(0xffffffffu, scale_high, (lane.id & 28) + b);
+      sum[0] += d[0] * low, sum[1] += d[1] * low, sum[2] += d[2] * high, sum[3] += d[3] * high;
+    }
+  }
+
+  __device__ __forceinline__ float finish(int, float value) const { return value; }
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCK_RESIDENT)
+nf4_matvec(Problem problem, Format format) { run<Format, BLOCK_WARPS, BLOCK_STAGES>(problem, format); }

@@ -1,0 +1,181 @@
+"""What the matrix-vector kernels share: how the work is split over the GPU, and the launch.
+
+The frame is in cuda/matvec.cuh: up to eight rows of x against a weight read exactly once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from gemcut.errors import ParameterError
+from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, shared_memory_limit
+
+MAX_ROWS = 8
+TILE = 16
+SMALL_BYTES = 64 << 20
+# What parts of a launch cost, in stages (2 KB) that a block could have read meanwhile; from measurements on an H100.
+_FIXUP_STAGES = 10  # adding up slices: the counter and the fences
+_FIXUP_ROUND_STAGES = 6  # and each round of loads that the last block needs for it
+_ALONE_STAGES = 32  # the next kernel's block finds no room beside this one
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A thread block: warps, stages of 2 KB in flight per warp, blocks a processor must have registers for."""
+
+    warps: int
+    stages: int
+    resident: int
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the launch must know of a weight format: the constants of its `struct Format`.
+
+    `small` serves products of up to SMALL_BYTES whose block leaves room for the next kernel's, `large` all others.
+    """
+
+    kernel: str
+    step: int
+    stage_bytes: int
+    table_bytes: int
+    x_pad: int
+    small: Layout
+    large: Layout
+    defines: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layout; `chunks` runs of row tiles times `slices` of `slice_steps` column steps: one thread block each."""
+
+    layout: Layout
+    chunks: int
+    slices: int
+    slice_steps: int
+    shared_bytes: int
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        ("arrivals", ctypes.c_void_p),
+        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "x_stride", "tiles", "steps", "slice_steps")),
+    )
+
+
+def shared_bytes(storage: Storage, layout: Layout, slice_steps: int, m: int) -> int:
+    """What one block needs, as laid out at the head of run() in cuda/matvec.cuh."""
+    ring = layout.warps * layout.stages * storage.stage_bytes
+    x = m * (slice_steps * storage.step * 2 + storage.x_pad)
+    return storage.table_bytes + ring + x + layout.warps * 2 * TILE * m * 4
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int, shared_limit: int) -> Split:
+    """The split whose busiest block has least to do, counting what slices cost to add up.
+
+    Raises ParameterError where even one step a slice does not fit shared memory.
+    """
+
+    def candidates(layout: Layout, only_beside_another: bool) -> list[tuple[int, Split]]:
+        found = []
+        for slices in range(1, min(steps, processors, 64) + 1):
+            slice_steps = -(-steps // slices)
+            nbytes = shared_bytes(storage, layout, slice_steps, m)
+            alone = nbytes > shared_limit // 2
+            if (slices - 1) * slice_steps >= steps or nbytes > shared_limit or (alone and only_beside_another):
+                continue
+            chunks = min(tiles, processors // slices)
+            busiest = -(-tiles // chunks)
+            cost = busiest * slice_steps + (_ALONE_STAGES if alone else 0)
+            if slices > 1:
+                rounds = -(-busiest * TILE * m // (layout.warps * 32))
+                cost += _FIXUP_STAGES + _FIXUP_ROUND_STAGES * rounds
+            if chunks * slices != processors:
+                # Two blocks of such a grid must not share a processor while another idles: leave no room for a second.
+                nbytes = max(nbytes, shared_limit // 2 + 1024)
+            found.append((cost, Split(layout, chunks, slices, slice_steps, nbytes)))
+        return found
+
+    options = candidates(storage.large, False)
+    if tiles * steps * storage.stage_bytes <= SMALL_BYTES:
+        options = candidates(storage.small, True) + options
+    if not options:  # processors with less shared memory than the large layout needs
+        options = candidates(replace(storage.small, stages=2), False)
+    if not options:
+        raise ParameterError(f"{steps * storage.step} columns are too many for {shared_limit} bytes of shared memory")
+    return min(options, key=lambda option: option[0])[1]
+
+
+@functools.cache
+def _arrivals(device: torch.device, stream: int) -> torch.Tensor:
+    # One per stream: kernels of one stream follow each other, and each leaves the counters at zero.
+    return torch.zeros(4096, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    # The block's flags and the alignment of its ring take less than 2048 bytes beside what shared_bytes counts.
+    return torch.cuda.get_device_properties(device).multi_processor_count, shared_memory_limit(device) - 2048
+
+
+@functools.cache
+def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -> CudaKernel:
+    defines = (
+        *storage.defines,
+        ("FLOAT_OUTPUT", int(float_output)),
+        ("BLOCK_WARPS", layout.warps),
+        ("BLOCK_STAGES", layout.stages),
+        ("BLOCK_RESIDENT", layout.resident),
+    )
+    return compile_kernel(read_sources("matvec.cuh", f"{storage.kernel}.cu"), storage.kernel, defines, device)
+
+
+def matvec(
+    storage: Storage,
+    weight: ctypes.Structure,
+    x: torch.Tensor,
+    n: int,
+    *,
+    out: torch.Tensor | None = None,
+    out_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """x [m, k] bf16, m from 1 to 8 -> [m, n].
+
+    `weight` is the kernel's `struct Format`; `out`, where given, is contiguous.
+    Raises ParameterError on a wrong shape or dtype.
+    """
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or not 1 <= x.shape[0] <= MAX_ROWS:
+        raise ParameterError(
+            f"x must be bf16 [1…{MAX_ROWS}, k], not {x.dtype} {tuple(x.shape)}; cast it or split its rows"
+        )
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous().clone() if x.data_ptr() % 16 else x.contiguous()
+    m, k = x.shape
+    dtype = torch.float32 if out_dtype == "float32" else torch.bfloat16
+    y = torch.empty((m, n), dtype=dtype, device=x.device) if out is None else out
+    if y.shape != (m, n) or y.dtype != dtype or not y.is_contiguous():
+        raise ParameterError(f"out must be contiguous {dtype} {(m, n)}, not {y.dtype} {tuple(y.shape)}")
+    device = x.device.index or 0
+    processors, shared_limit = _limits(device)
+    tiles, steps = -(-n // TILE), -(-k // storage.step)
+    split = plan_split(storage, tiles, steps, m, processors, shared_limit)
+    partial = torch.empty(split.slices * tiles * TILE * m if split.slices > 1 else 0, device=x.device)
+    arrivals = _arrivals(x.device, torch.cuda.current_stream().cuda_stream)
+    problem = _Problem(
+        x.data_ptr(), y.data_ptr(), partial.data_ptr(), arrivals.data_ptr(), softcap or 0.0,
+        m, n, k, x.stride(0) * 2, tiles, steps, split.slice_steps,
+    )  # fmt: skip
+    kernel = _kernel(storage, split.layout, dtype == torch.float32, device)
+    kernel.launch((split.chunks, split.slices), split.layout.warps * 32, split.shared_bytes, (problem, weight))
+    return y
