@@ -66,6 +66,8 @@ def in_dtype(theirs: Any, dtype: torch.dtype) -> Any:
     """
     for parameter in theirs.parameters():
         parameter.data = parameter.data.to(dtype)
+    table = theirs.model.embed_tokens  # √d was rounded when the model was made, if that was in half precision
+    table.embed_scale = torch.tensor(table.scalar_embed_scale, dtype=torch.float32)
     return theirs
 
 
