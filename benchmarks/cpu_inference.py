@@ -213,7 +213,8 @@ def main() -> None:
     amx = torch.cpu._is_amx_tile_supported() if hasattr(torch.cpu, "_is_amx_tile_supported") else "?"
     print(
         f"{cpu}, {torch.get_num_threads()} threads, AMX {amx}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, gemcut {gemcut.__version__}"
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, gemcut {gemcut.__version__}"
     )
     print(f"{args.repeat} repetitions in turns; median (min–max); {args.steps} decode steps")
     for title, make in (
