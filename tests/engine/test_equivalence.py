@@ -85,6 +85,19 @@ def test_prefill_as_transformers_logits() -> None:
         torch.testing.assert_close(row, logits[length - 1], atol=1e-4, rtol=0)
 
 
+def test_repetition_penalty_over_many_steps() -> None:
+    """Prompt and each new token count, step after step."""
+    model, reference = twins()
+    params = SamplingParams(temperature=0, repetition_penalty=1.5, max_new_tokens=30)
+    for prompt in PROMPTS[:4]:
+        ids = torch.tensor([prompt])
+        settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.5, **settings)
+        answer = Recording(model).answers([prompt], params)[0]
+        assert answer == out[0, len(prompt) :].tolist()
+        assert answer != greedy_by_transformers(reference, prompt, 30)
+
+
 @pytest.mark.parametrize(("kind", "layers"), [("gemma3_text", 3), ("gemma2", 1)])
 def test_network_with_sliding_layers_alone(kind: str, layers: int) -> None:
     reference = hf_model(tiny_config(kind, num_hidden_layers=layers), seed=1)

@@ -268,18 +268,48 @@ class Meddler:
 
 @pytest.mark.parametrize("after", [1, 5])
 def test_cancel_from_within_a_step(after: int) -> None:
-    engine = Recording(small_model(), max_batch_tokens=16, max_batch_size=4)
+    engine = Recording(small_model(), max_batch_tokens=16, max_batch_size=5)
     sink = Meddler(engine, after)
     first = engine.add([1], greedy(20))
     meddler = engine.add([2], greedy(20), text=sink)
-    running, waiting = engine.add([3] * 20, greedy(20)), [engine.add([4], greedy(20)) for _ in range(3)][-1]
-    sink.victims = [first.id, meddler.id, running.id, waiting.id]
+    beside, prefilling = engine.add([5], greedy(20)), engine.add([3] * 90, greedy(2))
+    waiting = [engine.add([4], greedy(20)) for _ in range(3)][-1]
+    victims = [first, meddler, beside, prefilling, waiting]
+    sink.victims = [victim.id for victim in victims]
     events = engine.finish()
-    assert sink.answers == [True] * 4
-    ends = {e.request_id: e.finish_reason for e in events if e.finish_reason}
-    assert [ends[i] for i in sink.victims] == ["cancelled"] * 4
-    assert len(ends) == 6
-    assert meddler.output_length == after
+    assert sink.answers == [True] * 5
+    for victim in victims:
+        mine = [e for e in events if e.request_id == victim.id]
+        assert mine[-1].finish_reason == "cancelled"
+        assert [e.token_id for e in mine[:-1]] == victim.tokens[victim.prompt_length :]
+        assert all(e.finish_reason is None for e in mine[:-1])
+    # The step that was under way is done to its end for all of them.
+    assert [v.output_length for v in victims] == [after, after, after, 0, 0]
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("place", ["embed", "head"])
+def test_cancel_while_the_network_runs(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    engine = Recording(model, max_batch_tokens=16)
+    one, other, third = (engine.add([n], greedy(6)) for n in range(3))
+    engine.step()
+    module = model.embed
+    working, cancelled = (module.forward, "forward") if place == "embed" else (module.logits, "logits")
+
+    def meddling(rows: Any) -> Any:
+        if engine.cancel(other.id):
+            engine.cancel(one.id)
+        return working(rows)
+
+    monkeypatch.setattr(module, cancelled, meddling)
+    events = engine.finish()
+    ends = [(e.request_id, e.finish_reason) for e in events if e.finish_reason]
+    assert sorted(ends) == [(one.id, "cancelled"), (other.id, "cancelled"), (third.id, "length")]
+    for sequence in (one, other):
+        assert sequence.output_length == 2
+        assert [e.token_id for e in events if e.request_id == sequence.id] == [sequence.tokens[-1], None]
+    assert third.output_length == 6
     assert_nothing_held(engine)
 
 

@@ -142,6 +142,7 @@ PROMPT, OUTPUT = (1, 2, 3, 3), (4, 8, 8, 8, 2)
 def test_draws_follow_the_distribution(name: str, by: str) -> None:
     """4,000 draws: with as many seeds at one place, and with one seed at as many places."""
     n, row = 4000, logits_of(seed=7)[0]
+    row[[4, 8, 3]] = torch.tensor([3.0, 6.0, 4.0])  # tokens the penalties are about shall count
     params = SamplingParams(seed=11, **SETTINGS[name])
     expected = distribution_by_hand(changed_by_hand(row, params, PROMPT, OUTPUT), params)
     if by == "seed":
@@ -323,11 +324,14 @@ def test_huge_bias_decides_and_bans() -> None:
     assert set(sample(row.expand(400, -1), sequences)[0]) == allowed
 
 
-def test_tokens_of_probability_zero_are_never_drawn() -> None:
+def test_tokens_of_probability_zero_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     row = torch.full((1, 50), -200.0)
     row[0, 20:23] = 5.0
     sequences = [sequence_of(SamplingParams(seed=i)) for i in range(2000)]
     assert Counter(sample(row.expand(2000, -1), sequences)[0]).keys() == {20, 21, 22}
+    for number, token in ((0.0, 20), (1 - 2.0**-53, 22)):  # the ends of what uniform gives
+        monkeypatch.setattr("gemcut.engine.sampler.uniform", lambda seed, place, number=number: number)
+        assert sample(row, [sequence_of(SamplingParams())])[0] == [token]
 
 
 # ---- log-probabilities -------------------------------------------------------------------------------------------
