@@ -73,13 +73,13 @@ def _check_format(gemma: Gemma) -> None:
     """Refuse what cannot chat; say in one line what will chat badly."""
     from gemcut.text import uses_gemma_format
 
-    if gemma.tokenizer.start_of_turn_id is None or gemma.tokenizer.end_of_turn_id is None:
+    # A checkpoint with a format of its own brings what it needs; Gemma's format needs Gemma's markers.
+    markers = (gemma.tokenizer.start_of_turn_id, gemma.tokenizer.end_of_turn_id)
+    if uses_gemma_format(gemma.tokenizer) and None in markers:
         raise ChatTemplateError(
             "this model's tokenizer has no turn markers, so it cannot chat; use gemcut generate, or an "
             "instruction-tuned checkpoint such as 2b-it"
         )
-    if not uses_gemma_format(gemma.tokenizer):
-        output.note("note: this checkpoint's chat template is not Gemma's; gemcut chats in Gemma's format")
     if gemma.source is not None and tuned(gemma.source, gemma.tokenizer) is False:
         output.note(f"note: {gemma.source.name} is a base model, not tuned to chat; it will ramble")
 

@@ -84,6 +84,8 @@ def _keys() -> KeyBindings:
             buffer.insert_text("\n")
         elif buffer.text.strip():
             buffer.validate_and_handle()
+        else:
+            buffer.reset()
 
     @keys.add("escape", "enter")
     def _new_line(event: KeyPressEvent) -> None:

@@ -18,7 +18,6 @@ from gemcut.cli.interrupt import quiet_keyboard, stop_request
 from gemcut.errors import GemcutError, ParameterError
 from gemcut.gemma import Gemma
 from gemcut.results import Completion
-from gemcut.text import encode_chat
 
 _NEARLY_FULL = 0.9
 _FULL = "/undo drops the last exchange, /clear starts anew, /save FILE keeps everything"
@@ -86,7 +85,7 @@ class ChatSession:
     def ask(self, question: str) -> None:
         """Send a message and show the answer. The question comes back into the line where there is none."""
         messages = self.conversation.messages(question)
-        length = len(encode_chat(self.gemma.tokenizer, messages))
+        length = len(self.gemma.encode_messages(messages))
         limit = self.gemma.engine.max_context
         self.draft = question
         if length >= limit:
@@ -146,8 +145,7 @@ class ChatSession:
     def do_system(self, rest: str) -> None:
         """/system TEXT: set instructions; - removes them, alone shows them"""
         if rest:
-            self.conversation.system = "" if rest == "-" else rest
-            self._count()
+            self._adopt(Conversation("" if rest == "-" else rest, self.conversation.turns))
         system = self.conversation.system
         self._say(f"Instructions: {system}" if system else "No instructions.")
 
@@ -174,9 +172,7 @@ class ChatSession:
 
     def do_load(self, rest: str) -> None:
         """/load FILE: go on with a saved conversation"""
-        loaded = Conversation.load(_path(rest, "/load"))
-        self.conversation = loaded
-        self._count()
+        self._adopt(Conversation.load(_path(rest, "/load")))
         self._say(f"Loaded {self._turns()}, {self.used:,} tokens.")
 
     def do_stats(self, rest: str) -> None:
@@ -207,12 +203,20 @@ class ChatSession:
         hint = "nearly full: /undo, /clear or /save" if warn else "/help"
         return f"  context {bar} {self.used:,} / {limit:,} tokens · {hint}", warn
 
+    def _adopt(self, conversation: Conversation) -> None:
+        """Go on with another conversation; where the model's chat format refuses it, the old one stays."""
+        before, self.conversation = self.conversation, conversation
+        try:
+            self._count()
+        except GemcutError:
+            self.conversation = before
+            raise
+
     def _count(self) -> None:
-        """Count the conversation's tokens again."""
-        turns = self.conversation.turns
-        messages = self.conversation.messages(None if turns else "")
-        ids = encode_chat(self.gemma.tokenizer, messages, add_generation_prompt=False)
-        self.used = len(ids) if turns or self.conversation.system else 0
+        """Count the conversation's tokens again, with the opening of the next turn."""
+        conversation = self.conversation
+        messages = conversation.messages(None if conversation.turns else "")
+        self.used = len(self.gemma.encode_messages(messages)) if conversation.turns or conversation.system else 0
 
     def _turns(self) -> str:
         exchanges = len(self.conversation.turns) // 2

