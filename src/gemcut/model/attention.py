@@ -1,4 +1,4 @@
-"""Attention: scale, soft-cap, mask, softmax, in that order.
+"""Attention: scale, soft-cap, mask, softmax, in that order; queries come scaled (see ``gemma.Attention``).
 
 ``attend`` is the mathematics for one sequence, ``attend_decode`` for one new token of each of many. Other
 implementations register in ``IMPLEMENTATIONS``; they are tested against these two.
@@ -22,9 +22,8 @@ QUERY_TILE = 256
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What one layer's attention computes. ``window`` None means the whole context."""
+    """What one layer's attention computes from queries that are scaled already. ``window`` None: the whole context."""
 
-    scale: float
     softcap: float | None
     window: int | None
 
@@ -135,10 +134,8 @@ def _bias(low: int, high: int, first: int, window: int | None, device: torch.dev
 
 
 def _cap(scores: Tensor, spec: AttentionSpec) -> Tensor:
-    """Scale, then ``cap · tanh(score / cap)``; in place on fp32 ``scores``. Masking comes later."""
-    if spec.softcap is None:
-        return scores.mul_(spec.scale)
-    return scores.mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+    """``cap · tanh(score / cap)``, in place on fp32 ``scores``. Masking comes later."""
+    return scores if spec.softcap is None else scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ class Attention(nn.Module):
         self.o_proj = linear(config.query_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.scale = config.attention_scale
         self.spec = AttentionSpec(
-            scale=config.attention_scale,
             softcap=config.attn_logit_softcapping,
             window=config.sliding_window if config.layer_types[layer] == SLIDING else None,
         )
@@ -48,7 +48,9 @@ class Attention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, -1))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query).to(x.dtype), self.k_norm(key).to(x.dtype)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        cos, sin = rotation
+        # The score's scale goes into the fp32 rotation: no rounding of its own, and fp16 products stay small.
+        query, key = rotate(query, cos * self.scale, sin * self.scale), rotate(key, cos, sin)
         out: Tensor = self.o_proj(self.attend(query, key, value, self.layer, kv, self.spec))
         return out
 
