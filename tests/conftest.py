@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Quiet, offline, and one thread a matmul: tiny tensors lose more to threads than they gain.
+# Quiet and offline, before any library reads these.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
