@@ -87,9 +87,9 @@ class Layer(nn.Module):
     def forward(self, residual: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
         """``residual`` fp32 [T, d] -> fp32 [T, d]."""
         attended: Tensor = self.attention(self.input_norm(residual).to(self.dtype), rotation, kv)
-        residual = residual + self.post_attention_norm(attended)
+        residual = self.post_attention_norm(attended).add_(residual)
         transformed = self.mlp(self.pre_feedforward_norm(residual).to(self.dtype))
-        out: Tensor = residual + self.post_feedforward_norm(transformed)
+        out: Tensor = self.post_feedforward_norm(transformed).add_(residual)
         return out
 
 

@@ -21,4 +21,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of ``x`` (any float dtype); the result is fp32."""
-        return F.rms_norm(x.float(), self.scale.shape, self.scale, self.eps)
+        x = x.float()
+        if x.is_cuda:
+            return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+        # torch's own is five passes over memory on a CPU; this is three.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self.eps))).mul_(self.scale)

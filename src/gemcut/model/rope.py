@@ -34,5 +34,9 @@ class RotaryTable:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs ``(x[i], x[i + head_dim/2])`` of ``x`` [T, heads, head_dim]; fp32 inside, dtype of ``x`` out."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    half = first.shape[-1]
+    out = torch.empty_like(x)
+    out[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    out[..., half:] = (second * cos).addcmul_(first, sin)
+    return out
