@@ -238,6 +238,7 @@ def test_cancel_while_preempted() -> None:
     engine = Recording(model, kv_memory=10 * (full + sliding), max_batch_tokens=8)
     sequences = [engine.add([i] * 10, greedy(20)) for i in range(3)]
     while not engine.scheduler.preemptions:
+        assert engine.has_work
         engine.step()
     victim = next(s for s in sequences if s.preemptions)
     assert victim.status.value == "waiting"
