@@ -170,7 +170,7 @@ def matvec(
     processors, shared_limit = _limits(device)
     tiles, steps = -(-n // TILE), -(-k // storage.step)
     split = plan_split(storage, tiles, steps, m, processors, shared_limit)
-    partial = torch.empty(split.slices * tiles * TILE * m if split.slices > 1 else 0, device=x.device)
+    partial = torch.empty(split.slices * n * m if split.slices > 1 else 0, device=x.device)
     arrivals = _arrivals(x.device, torch.cuda.current_stream().cuda_stream)
     problem = _Problem(
         x.data_ptr(), y.data_ptr(), partial.data_ptr(), arrivals.data_ptr(), softcap or 0.0,

@@ -6,6 +6,7 @@
 // Codes are multiplied unscaled and each block of 64 is scaled in fp32: one rounding less than decoding to bf16.
 
 struct Format {
+  static constexpr bool FREE_ROWS = false;               // packed by tiles
   static constexpr int STEP = 256;                       // columns: four blocks of 64
   static constexpr int CODE_BYTES = TILE * STEP / 2;
 #if NESTED
@@ -36,18 +37,32 @@ struct Format {
     return min((min(row, n - 1) * blocks + block) >> 8, group_last);
   }
 
-  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int tile, int step) const {
-    const size_t at = (size_t)tile * steps + step;
+  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int row0, int, int step) const {
+    const size_t at = (size_t)(row0 / TILE) * steps + step;
     const u8* const from = codes + at * CODE_BYTES + lane.id * 16;
 #pragma unroll
     for (int b = 0; b < 4; ++b) copy16(stage + b * 512 + lane.id * 16, from + b * 512);
     if (lane.id < SCALE_BYTES / 16) copy16(stage + CODE_BYTES + lane.id * 16, scales + at * SCALE_BYTES + lane.id * 16);
   }
 
-  // Read one stage ahead, through the first-level cache: neighbouring stages mostly want the same values.
-  __device__ __forceinline__ Scale scale(const Lane& lane, int tile, int step) const {
+  // A stage straight to registers: read once, so the first-level cache keeps none of it.
+  __device__ __forceinline__ Fragment read(const Lane& lane, int row0, int step) const {
+    const size_t at = (size_t)(row0 / TILE) * steps + step;
+    Fragment f;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) f.codes[b] = read_once(codes + at * CODE_BYTES + b * 512 + lane.id * 16);
 #if NESTED
-    const int row = tile * TILE + lane.group, block = step * 4 + lane.quad;
+    f.scales.x = __uint_as_float(__ldg(reinterpret_cast<const u16*>(scales + at * SCALE_BYTES) + lane.id));
+#else
+    f.scales = __ldg(reinterpret_cast<const float2*>(scales + at * SCALE_BYTES) + lane.id);
+#endif
+    return f;
+  }
+
+  // Read one stage ahead, through the first-level cache: neighbouring stages mostly want the same values.
+  __device__ __forceinline__ Scale scale(const Lane& lane, int row0, int step) const {
+#if NESTED
+    const int row = row0 + lane.group, block = step * 4 + lane.quad;
     return {__ldg(groups + group_of(row, block)), __ldg(groups + group_of(row + 8, block))};
 #else
     return {};
