@@ -3,7 +3,6 @@
 struct Format {
   static constexpr int STEP = 64;
   static constexpr int STAGE_BYTES = ROW_STAGE;
-  static constexpr bool FREE_ROWS = true;
   static constexpr int TABLE_BYTES = 0;
   static constexpr int X_LANE = 16, X_PAD = 64;
 
@@ -13,8 +12,8 @@ struct Format {
   const u8* weight;          // [n, k]
   int n, k;
 
-  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int row0, int row_end, int step) const {
-    load_rows(stage, lane.id, weight, row0, row_end, 2LL * k, step * 128LL);
+  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int tile, int step) const {
+    load_rows(stage, lane.id, weight, tile * TILE, n, 2LL * k, step * 128LL);
   }
 
   __device__ __forceinline__ Scale scale(const Lane&, int, int) const { return {}; }

@@ -4,7 +4,6 @@
 struct Format {
   static constexpr int STEP = 128;
   static constexpr int STAGE_BYTES = ROW_STAGE;
-  static constexpr bool FREE_ROWS = true;
   static constexpr int TABLE_BYTES = 0;
   static constexpr int X_LANE = 32, X_PAD = 16;
 
@@ -15,8 +14,8 @@ struct Format {
   const float* scales;       // [n]
   int n, k;
 
-  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int row0, int row_end, int step) const {
-    load_rows(stage, lane.id, weight, row0, row_end, k, step * 128LL);
+  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int tile, int step) const {
+    load_rows(stage, lane.id, weight, tile * TILE, n, k, step * 128LL);
   }
 
   __device__ __forceinline__ Scale scale(const Lane&, int, int) const { return {}; }

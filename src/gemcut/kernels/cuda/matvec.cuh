@@ -20,7 +20,7 @@ constexpr int TILE = 16;      // rows of W a matrix instruction takes
 struct Problem {
   const u8* x;           // bf16 [m, k], rows x_stride bytes apart
   u8* y;                 // bf16 or fp32 [m, n]
-  float* partial;        // [slices, n, m] where there are several slices
+  float* partial;        // [slices, tiles, 16, m] where there are several slices
   u32* arrivals;         // [gridDim.x], zero between launches
   float softcap;         // 0: none
   int m, n, k, x_stride, tiles, steps, slice_steps;
@@ -38,7 +38,8 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool valid = 
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
 }
 
-__device__ __forceinline__ uint4 read_once(const void* from) {
+// The same to registers, past the first-level cache.
+__device__ __forceinline__ uint4 read16(const void* from) {
   uint4 v;
   asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
@@ -51,14 +52,14 @@ struct RowFragment {
 constexpr int ROW_STAGE = TILE * 128;
 
 // Each instruction copies four whole rows of 128 bytes; odd rows swap their halves so that fetch_rows meets no bank twice.
-__device__ __forceinline__ void load_rows(u8* stage, int lane, const u8* weight, int row0, int row_end, long long row_bytes, long long at) {
+__device__ __forceinline__ void load_rows(u8* stage, int lane, const u8* weight, int row0, int n, long long row_bytes, long long at) {
   const int chunk = lane % 8;
   const bool valid = at + chunk * 16 < row_bytes;
   const u8* const from = weight + (valid ? at + chunk * 16 : 0);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int r = i * 4 + lane / 8;
-    copy16(stage + r * 128 + (chunk ^ (r & 1) * 4) * 16, from + min(row0 + r, row_end - 1) * row_bytes, valid && row0 + r < row_end);
+    copy16(stage + r * 128 + (chunk ^ (r & 1) * 4) * 16, from + min(row0 + r, n - 1) * row_bytes, valid);
   }
 }
 __device__ __forceinline__ RowFragment fetch_rows(const u8* stage, const Lane& lane) {
@@ -115,30 +116,18 @@ __device__ __forceinline__ int run_owner(u32 i, u32 total, u32 warps) { return (
 
 // A finished sum over this block's slice: the output itself, or one of the slices' partial sums.
 template <class Format>
-__device__ __forceinline__ void emit(const Problem& p, const Format& format, int row, int row_end, int column, float value) {
-  if (row >= row_end) return;
+__device__ __forceinline__ void emit(const Problem& p, const Format& format, int tile, int r, int column, float value) {
+  const int row = tile * TILE + r;
   if (gridDim.y > 1) {
-    p.partial[((size_t)blockIdx.y * p.n + row) * p.m + column] = value;
-  } else {
+    p.partial[(((size_t)blockIdx.y * p.tiles + tile) * TILE + r) * p.m + column] = value;
+  } else if (row < p.n) {
     store_output(p, row, column, format.finish(row, value));
   }
 }
 
-// The rows of one block: whole tiles, or any rows where the format can begin a tile at any row.
-struct Rows {
-  int begin, end, tiles;
-};
+// The block that finishes last of a run of tiles adds up the slices' partial sums.
 template <class Format>
-__device__ __forceinline__ Rows block_rows(const Problem& p) {
-  const u32 units = Format::FREE_ROWS ? p.n : p.tiles, size = Format::FREE_ROWS ? 1 : TILE;
-  const int begin = (u32)((unsigned long long)blockIdx.x * units / gridDim.x) * size;
-  const int end = min((int)((u32)((unsigned long long)(blockIdx.x + 1) * units / gridDim.x) * size), p.n);
-  return {begin, end, (end - begin + TILE - 1) / TILE};
-}
-
-// The block that finishes last of a run of rows adds up the slices' partial sums.
-template <class Format>
-__device__ __forceinline__ void add_slices(const Problem& p, const Format& format, const Rows& rows, int threads) {
+__device__ __forceinline__ void add_slices(const Problem& p, const Format& format, int tile_begin, int tile_end, int threads) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -148,15 +137,15 @@ __device__ __forceinline__ void add_slices(const Problem& p, const Format& forma
   }
   __syncthreads();
   if (!is_last) return;
-  const int values = (rows.end - rows.begin) * p.m;
-  const float* const mine = p.partial + (size_t)rows.begin * p.m;
-  const size_t slice = (size_t)p.n * p.m;
+  const int values = (tile_end - tile_begin) * TILE * p.m;
+  const float* const mine = p.partial + (size_t)tile_begin * TILE * p.m;
+  const size_t slice = (size_t)p.tiles * TILE * p.m;
   for (int i = threadIdx.x; i < values; i += threads) {
     float value = 0.f;
 #pragma unroll 4
     for (int s = 0; s < gridDim.y; ++s) value += __ldcg(mine + s * slice + i);
-    const int row = rows.begin + i / p.m;
-    store_output(p, row, i % p.m, format.finish(row, value));
+    const int row = tile_begin * TILE + i / p.m;
+    if (row < p.n) store_output(p, row, i % p.m, format.finish(row, value));
   }
   if (threadIdx.x == 0) p.arrivals[blockIdx.x] = 0;
 }
@@ -176,21 +165,21 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   lane.group = lane.id / 4;
   lane.quad = lane.id % 4;
 
-  const Rows rows = block_rows<Format>(p);
+  const int tile_begin = blockIdx.x * (u32)p.tiles / gridDim.x, tile_end = (blockIdx.x + 1) * (u32)p.tiles / gridDim.x;
   const int step_begin = blockIdx.y * p.slice_steps;
   const int steps = min(p.slice_steps, p.steps - step_begin);
-  const int total = rows.tiles * steps;
+  const int total = (tile_end - tile_begin) * steps;
   const int begin = run_begin(warp, total, WARPS), end = run_begin(warp + 1, total, WARPS);
-  int row0 = rows.begin + (u32)begin / (u32)steps * TILE, step = (u32)begin % (u32)steps;
+  int tile = tile_begin + (u32)begin / (u32)steps, step = (u32)begin % (u32)steps;
 
   next_kernel_may_start();
   u8* const ring = ring_all + warp * STAGES * Format::STAGE_BYTES;
-  int load_row = row0, load_step = step, to_load = end - begin;
+  int load_tile = tile, load_step = step, to_load = end - begin;
   auto load_one = [&](u8* stage) {
     if (to_load > 0) {
-      format.load(stage, lane, load_row, rows.end, step_begin + load_step);
+      format.load(stage, lane, load_tile, step_begin + load_step);
       --to_load;
-      if (++load_step == steps) load_step = 0, load_row += TILE;
+      if (++load_step == steps) load_step = 0, ++load_tile;
     }
     copies_close();
   };
@@ -198,7 +187,7 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   for (int i = 0; i < STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
   format.fill_tables(tables, WARPS * 32);
 
-  typename Format::Scale scale = format.scale(lane, row0, step_begin + step);
+  typename Format::Scale scale = format.scale(lane, tile, step_begin + step);
 
   previous_kernels_done();
   for (int row = 0; row < p.m; ++row) {   // all copies in flight at once: one latency, whatever m
@@ -227,7 +216,7 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
     __syncwarp();
     load_one(stage);
     const bool tile_done = step + 1 == steps;
-    const typename Format::Scale next_scale = format.scale(lane, row0 + tile_done * TILE, step_begin + (tile_done ? 0 : step + 1));
+    const typename Format::Scale next_scale = format.scale(lane, tile + tile_done, step_begin + (tile_done ? 0 : step + 1));
     format.multiply(fragment, scale, tables, x_lane + step * (Format::STEP * 2), has_x, lane, sum);
     scale = next_scale;
     ++step;
@@ -237,17 +226,17 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
       for (int c = 0; c < 4; ++c) {
         const int r = lane.group + (c & 2) * 4, j = column + (c & 1);
         if (j < p.m) {
-          if (tile_done && from_start) emit(p, format, row0 + r, rows.end, j, sum[c]);
+          if (tile_done && from_start) emit(p, format, tile, r, j, sum[c]);
           else segments[((warp * 2 + from_start) * TILE + r) * p.m + j] = sum[c];
         }
         sum[c] = 0.f;
       }
-      from_start = true, step = 0, row0 += TILE;
+      from_start = true, step = 0, ++tile;
     }
   }
   __syncthreads();
 
-  for (int i = threadIdx.x; i < rows.tiles * TILE; i += WARPS * 32) {
+  for (int i = threadIdx.x; i < (tile_end - tile_begin) * TILE; i += WARPS * 32) {
     const int local = i / TILE, r = i % TILE, start = local * steps;
     const int first = run_owner(start, total, WARPS), last = run_owner(start + steps - 1, total, WARPS);
     if (first == last) continue;   // one warp had the whole tile and has emitted it
@@ -258,8 +247,8 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
         if (w_begin == run_begin(w + 1, total, WARPS)) continue;
         value += segments[((w * 2 + (w_begin <= start)) * TILE + r) * p.m + column];
       }
-      emit(p, format, rows.begin + i, rows.end, column, value);
+      emit(p, format, tile_begin + local, r, column, value);
     }
   }
-  if (gridDim.y > 1) add_slices(p, format, rows, WARPS * 32);
+  if (gridDim.y > 1) add_slices(p, format, tile_begin, tile_end, WARPS * 32);
 }
