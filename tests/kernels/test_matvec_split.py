@@ -8,7 +8,7 @@ import torch
 from four_bit_reference import FP4, NF4, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec
-from gemcut.kernels.matvec import plan_split, shared_bytes
+from gemcut.kernels.matvec import TILE, plan_fixed, plan_split, shared_bytes
 
 STORAGES = [nf4_matvec.NESTED, nf4_matvec.FLAT, bf16_matvec.STORAGE, int8_matvec.STORAGE]
 LIMIT = 227 * 1024 - 2048
@@ -33,6 +33,26 @@ def test_the_busiest_block_of_27b_has_little_more_than_its_share(n: int, k: int)
     split = plan_split(nf4_matvec.NESTED, n // 16, k // 256, 1, 132, LIMIT)
     busiest = -(-n // 16 // split.chunks) * split.slice_steps
     assert busiest * 132 <= 1.40 * (n // 16) * (k // 256)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "fixed"),
+    [(8192, 4608, 1), (4608, 4096, 1), (4608, 36864, 2), (73728, 4608, 0), (4608, 9216, None), (3584, 14336, None)],
+)
+@pytest.mark.parametrize("storage", STORAGES[:2], ids=["nested", "flat"])
+@pytest.mark.parametrize("limit", [LIMIT, 99 * 1024 - 2048], ids=["sm90", "sm86"])
+def test_warps_of_fixed_columns_cover_their_slice(storage, n, k, fixed, limit) -> None:
+    tiles, steps = n // 16, k // 256
+    frame = plan_split(storage, tiles, steps, 1, 132, limit)
+    split = plan_fixed(storage, frame, tiles, steps, limit)
+    if limit == LIMIT and fixed is not None:
+        assert (split.layout.fixed if split else 0) == fixed
+    if split is not None:
+        assert split.layout.warps * split.layout.fixed >= split.slice_steps
+        assert (split.chunks, split.slices, split.slice_steps) == (frame.chunks, frame.slices, frame.slice_steps)
+        assert split.layout.stages % split.layout.fixed == 0
+        sums = -(-tiles // split.chunks) * split.layout.warps * TILE * 4
+        assert storage.table_bytes + sums <= split.shared_bytes <= limit
 
 
 def test_too_many_columns_for_shared_memory_is_an_error() -> None:

@@ -20,8 +20,8 @@ STEP = 256
 NESTED_BLOCK = 256
 
 _LAYOUTS = (Layout(8, 3, 2), Layout(16, 3, 1))
-NESTED = Storage("nf4_matvec", STEP, 2048 + 128, 256 * 128 + 1024, 16, *_LAYOUTS, defines=(("NESTED", 1),))
-FLAT = Storage("nf4_matvec", STEP, 2048 + 256, 256 * 128 + 1024, 16, *_LAYOUTS, defines=(("NESTED", 0),))
+NESTED = Storage("nf4_matvec", STEP, 2048 + 128, 256 * 128 + 1024, 16, *_LAYOUTS, (("NESTED", 1),), "nf4_fixed")
+FLAT = Storage("nf4_matvec", STEP, 2048 + 256, 256 * 128 + 1024, 16, *_LAYOUTS, (("NESTED", 0),), "nf4_fixed")
 
 
 @dataclass(frozen=True)

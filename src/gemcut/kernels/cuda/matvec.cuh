@@ -38,6 +38,13 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool valid = 
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
 }
 
+// The same to registers, past the first-level cache.
+__device__ __forceinline__ uint4 read16(const void* from) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
 // Lanes 4 * row + quad of a warp: the fragments of 16 rows of 128 bytes of a row-major weight (bf16 and int8 share them).
 struct RowFragment {
   uint4 low[2], high[2];   // [half of the columns], rows group and group + 8
@@ -116,6 +123,31 @@ __device__ __forceinline__ void emit(const Problem& p, const Format& format, int
   } else if (row < p.n) {
     store_output(p, row, column, format.finish(row, value));
   }
+}
+
+// The block that finishes last of a run of tiles adds up the slices' partial sums.
+template <class Format>
+__device__ __forceinline__ void add_slices(const Problem& p, const Format& format, int tile_begin, int tile_end, int threads) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();   // one for the whole block: the barrier puts every thread's stores before it
+    is_last = atomicAdd(p.arrivals + blockIdx.x, 1u) == gridDim.y - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  const int values = (tile_end - tile_begin) * TILE * p.m;
+  const float* const mine = p.partial + (size_t)tile_begin * TILE * p.m;
+  const size_t slice = (size_t)p.tiles * TILE * p.m;
+  for (int i = threadIdx.x; i < values; i += threads) {
+    float value = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < gridDim.y; ++s) value += __ldcg(mine + s * slice + i);
+    const int row = tile_begin * TILE + i / p.m;
+    if (row < p.n) store_output(p, row, i % p.m, format.finish(row, value));
+  }
+  if (threadIdx.x == 0) p.arrivals[blockIdx.x] = 0;
 }
 
 template <class Format, int WARPS, int STAGES>
@@ -218,26 +250,5 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
       emit(p, format, tile_begin + local, r, column, value);
     }
   }
-  if (gridDim.y == 1) return;
-
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();   // one for the whole block: the barrier puts every thread's stores before it
-    is_last = atomicAdd(p.arrivals + blockIdx.x, 1u) == gridDim.y - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!is_last) return;
-  const int values = (tile_end - tile_begin) * TILE * p.m;
-  const float* const mine = p.partial + (size_t)tile_begin * TILE * p.m;
-  const size_t slice = (size_t)p.tiles * TILE * p.m;
-  for (int i = threadIdx.x; i < values; i += WARPS * 32) {
-    float value = 0.f;
-#pragma unroll 4
-    for (int s = 0; s < gridDim.y; ++s) value += __ldcg(mine + s * slice + i);
-    const int row = tile_begin * TILE + i / p.m;
-    if (row < p.n) store_output(p, row, i % p.m, format.finish(row, value));
-  }
-  if (threadIdx.x == 0) p.arrivals[blockIdx.x] = 0;
+  if (gridDim.y > 1) add_slices(p, format, tile_begin, tile_end, WARPS * 32);
 }

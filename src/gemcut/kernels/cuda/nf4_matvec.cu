@@ -44,6 +44,19 @@ struct Format {
     if (lane.id < SCALE_BYTES / 16) copy16(stage + CODE_BYTES + lane.id * 16, scales + at * SCALE_BYTES + lane.id * 16);
   }
 
+  __device__ __forceinline__ Fragment read(const Lane& lane, int tile, int step) const {
+    const size_t at = (size_t)tile * steps + step;
+    Fragment f;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) f.codes[b] = read16(codes + at * CODE_BYTES + b * 512 + lane.id * 16);
+#if NESTED
+    f.scales.x = __uint_as_float(__ldg(reinterpret_cast<const u16*>(scales + at * SCALE_BYTES) + lane.id));
+#else
+    f.scales = __ldg(reinterpret_cast<const float2*>(scales + at * SCALE_BYTES) + lane.id);
+#endif
+    return f;
+  }
+
   // Read one stage ahead, through the first-level cache: neighbouring stages mostly want the same values.
   __device__ __forceinline__ Scale scale(const Lane& lane, int tile, int step) const {
 #if NESTED
@@ -82,33 +95,44 @@ struct Format {
     return *reinterpret_cast<const u32*>(tables + ((shifted & 0x7f80u) | lane4));
   }
 
-  __device__ __forceinline__ void multiply(const Fragment& f, const Scale& group, const u8* tables, const u8* x, bool has_x,
-                                           const Lane& lane, float (&sum)[4]) const {
+  // Scales of rows group and group + 8 in block quad.
+  __device__ __forceinline__ float2 expand(const Fragment& f, const Scale& group, const u8* tables) const {
 #if NESTED
     const u32 bytes = __float_as_uint(f.scales.x);
     const float* const map = reinterpret_cast<const float*>(tables + PAIR_BYTES);
-    const float scale_low = map[bytes & 255] * group.low + offset, scale_high = map[bytes >> 8] * group.high + offset;
+    return make_float2(map[bytes & 255] * group.low + offset, map[bytes >> 8] * group.high + offset);
 #else
-    const float scale_low = f.scales.x, scale_high = f.scales.y;
+    return f.scales;
 #endif
+  }
+
+  // d = a block's codes, unscaled, times the x that this lane's quarter holds.
+  __device__ __forceinline__ static void multiply_block(const uint4& q, const uint4& xa, const uint4& xb, const u8* tables, u32 lane4,
+                                                        float (&d)[4]) {
+    d[0] = d[1] = d[2] = d[3] = 0.f;
+    multiply_add(d, pair<0>(tables, lane4, q.x), pair<0>(tables, lane4, q.z), pair<1>(tables, lane4, q.x),
+                 pair<1>(tables, lane4, q.z), xa.x, xa.y);
+    multiply_add(d, pair<2>(tables, lane4, q.x), pair<2>(tables, lane4, q.z), pair<3>(tables, lane4, q.x),
+                 pair<3>(tables, lane4, q.z), xa.z, xa.w);
+    multiply_add(d, pair<0>(tables, lane4, q.y), pair<0>(tables, lane4, q.w), pair<1>(tables, lane4, q.y),
+                 pair<1>(tables, lane4, q.w), xb.x, xb.y);
+    multiply_add(d, pair<2>(tables, lane4, q.y), pair<2>(tables, lane4, q.w), pair<3>(tables, lane4, q.y),
+                 pair<3>(tables, lane4, q.w), xb.z, xb.w);
+  }
+
+  __device__ __forceinline__ void multiply(const Fragment& f, const Scale& group, const u8* tables, const u8* x, bool has_x,
+                                           const Lane& lane, float (&sum)[4]) const {
+    const float2 scales = expand(f, group, tables);
     const u32 lane4 = lane.id * 4;
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      const uint4 q = f.codes[b];
       uint4 xa = make_uint4(0, 0, 0, 0), xb = xa;
       fetch_x(xa, x + b * 128, has_x);
       fetch_x(xb, x + b * 128 + 16, has_x);
-      float d[4] = {0.f, 0.f, 0.f, 0.f};
-      multiply_add(d, pair<0>(tables, lane4, q.x), pair<0>(tables, lane4, q.z), pair<1>(tables, lane4, q.x),
-                   pair<1>(tables, lane4, q.z), xa.x, xa.y);
-      multiply_add(d, pair<2>(tables, lane4, q.x), pair<2>(tables, lane4, q.z), pair<3>(tables, lane4, q.x),
-                   pair<3>(tables, lane4, q.z), xa.z, xa.w);
-      multiply_add(d, pair<0>(tables, lane4, q.y), pair<0>(tables, lane4, q.w), pair<1>(tables, lane4, q.y),
-                   pair<1>(tables, lane4, q.w), xb.x, xb.y);
-      multiply_add(d, pair<2>(tables, lane4, q.y), pair<2>(tables, lane4, q.w), pair<3>(tables, lane4, q.y),
-                   pair<3>(tables, lane4, q.w), xb.z, xb.w);
-      const float low = __shfl_sync(0xffffffffu, scale_low, (lane.id & 28) + b);
-      const float high = __shfl_sync(0xffffffffu, scale_high, (lane.id & 28) + b);
+      float d[4];
+      multiply_block(f.codes[b], xa, xb, tables, lane4, d);
+      const float low = __shfl_sync(0xffffffffu, scales.x, (lane.id & 28) + b);
+      const float high = __shfl_sync(0xffffffffu, scales.y, (lane.id & 28) + b);
       sum[0] += d[0] * low, sum[1] += d[1] * low, sum[2] += d[2] * high, sum[3] += d[3] * high;
     }
   }
@@ -116,5 +140,7 @@ struct Format {
   __device__ __forceinline__ float finish(int, float value) const { return value; }
 };
 
+#if FIXED_STEPS == 0
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCK_RESIDENT)
 nf4_matvec(Problem problem, Format format) { run<Format, BLOCK_WARPS, BLOCK_STAGES>(problem, format); }
+#endif
