@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence as Many
 from functools import cache
@@ -21,6 +22,10 @@ from support import TINY, hf_model, tiny_config
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
+
+
+def greedy(new: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_new_tokens=new)
 
 
 def fill(model: Model, state: dict[str, Tensor]) -> Model:
@@ -75,6 +80,22 @@ def small_model(vocab_size: int = 64, window: int = 6, context: int = 96) -> Mod
                 torch.randn(parameter.shape, generator=generator) * (0.1 if name == "embed.weight" else 0.4)
             )
     return model
+
+
+def prompts_of(*lengths: int, seed: int = 5) -> list[list[int]]:
+    chooser = random.Random(seed)
+    return [[chooser.randrange(320) for _ in range(n)] for n in lengths]
+
+
+PROMPTS = prompts_of(1, 2, 7, 13, 16, 17, 31, 58)
+
+
+def greedy_by_transformers(reference: Any, prompt: list[int], new: int = GREEDY.max_new_tokens) -> list[int]:
+    ids = torch.tensor([prompt])
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():  # the mask, since transformers would hide tokens that look like padding
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return out[0, len(prompt) :].tolist()
 
 
 class Recording(Engine):

@@ -5,7 +5,6 @@ The chi-square tests have fixed seeds and ask for p > 0.001: they pass or fail f
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -21,10 +20,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.driver import Recording, small_model, twins
+from engine.chi_square import chi_square, critical
+from engine.driver import Recording, twins
 from gemcut.engine import Request, SamplingParams
 from gemcut.engine.request import Sequence
-from gemcut.engine.sampler import SORT_FIRST, candidates, sample, uniform
+from gemcut.engine.sampler import SORT_FIRST, candidates, sample
 
 VOCABULARY = 40
 
@@ -84,27 +84,6 @@ def distribution_by_hand(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
         probabilities[probabilities < p.min_p * probabilities.max()] = 0
         probabilities /= probabilities.sum()
     return probabilities
-
-
-def critical(df: int) -> float:
-    """The value a chi-square variable of ``df`` degrees exceeds with probability 0.001 (Wilson and Hilferty 1931)."""
-    return df * (1 - 2 / (9 * df) + 3.0902 * math.sqrt(2 / (9 * df))) ** 3
-
-
-def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
-    """Statistic and degrees of freedom; cells that expect fewer than five draws are put together."""
-    assert (counts[expected == 0] == 0).all(), "a token was drawn that must never be"
-    common = expected >= 5
-    cells = [(counts[common], expected[common])]
-    if expected[~common].sum() >= 5:
-        cells.append((counts[~common].sum(keepdims=True), expected[~common].sum(keepdims=True)))
-    statistic = sum(float(((c - e) ** 2 / e).sum()) for c, e in cells)
-    return statistic, sum(len(c) for c, _ in cells) - 1
-
-
-def test_critical_values_are_those_of_the_tables() -> None:
-    for df, value in ((3, 16.266), (10, 29.588), (30, 59.703), (99, 148.230)):
-        assert critical(df) == pytest.approx(value, rel=0.02)
 
 
 # ---- what is drawn follows the distribution ----------------------------------------------------------------------
@@ -371,48 +350,3 @@ def test_logprobs_through_the_engine() -> None:
         assert event.logprob.logprob == pytest.approx(expected[2 + place, event.token_id].item(), abs=1e-4)
         assert [i for i, _ in event.logprob.top] == ids.tolist()
         assert [v for _, v in event.logprob.top] == pytest.approx(values.tolist(), abs=1e-4)
-
-
-# ---- random numbers ----------------------------------------------------------------------------------------------
-
-
-def test_uniform_is_evenly_spread() -> None:
-    streams = {
-        "places": [uniform(5, i) for i in range(20000)],
-        "seeds": [uniform(i, 0) for i in range(20000)],
-        "far seeds": [uniform(i * 2**44 + 1, 3) for i in range(20000)],
-        "negative": [uniform(-i, 7) for i in range(20000)],
-    }
-    for name, values in streams.items():
-        assert all(0 <= v < 1 for v in values)
-        counts, _ = np.histogram(values, bins=100, range=(0, 1))
-        statistic, df = chi_square(counts.astype(float), np.full(100, 200.0))
-        assert statistic < critical(df), name
-        pairs, _, _ = np.histogram2d(values[:-1], values[1:], bins=10, range=((0, 1), (0, 1)))
-        statistic, df = chi_square(pairs.ravel(), np.full(100, 199.99))
-        assert statistic < critical(df), name
-        assert len(set(values)) == 20000
-
-
-def test_uniform_of_neighbours_is_unrelated() -> None:
-    """Seeds and places side by side, as in a batch of one prompt with seeds 0, 1, 2, …"""
-    grid = np.array([[uniform(seed, place) for place in range(100)] for seed in range(200)])
-    for one, other in ((grid[:-1], grid[1:]), (grid[:, :-1], grid[:, 1:]), (grid[1:, :-1], grid[:-1, 1:])):
-        correlation = np.corrcoef(one.ravel(), other.ravel())[0, 1]
-        assert abs(correlation) < 3.3 / math.sqrt(one.size)
-
-
-def test_uniform_is_fixed_for_ever() -> None:
-    """A seed in somebody's notebook must give the same text next year."""
-    values = [0.28176129772258496, 0.80255116473696, 0.7361455668314747, 0.7108646800171026]
-    assert [uniform(0, 0), uniform(0, 1), uniform(42, 7), uniform(-1, 0)] == values
-    assert uniform(-1, 0) == uniform(2**64 - 1, 0)
-
-
-def test_seed_decides() -> None:
-    engine = Recording(small_model(), sequences=4)
-    params = [SamplingParams(seed=s, max_new_tokens=20) for s in (1, 1, 2, None)]
-    one, same, other, drawn = engine.answers([[1, 2]] * 4, params)
-    assert one == same
-    assert one != other
-    assert one != drawn
