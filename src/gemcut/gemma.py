@@ -278,8 +278,9 @@ class Gemma:
             mailbox = self._mailboxes[request.request_id] = deque()
             try:
                 sequence = self.engine.submit(request)
-            except Exception:
-                del self._mailboxes[request.request_id]
+            except BaseException:  # Ctrl-C too: nothing may run on without an owner
+                self._mailboxes.pop(request.request_id, None)
+                self.engine.cancel(request.request_id)
                 raise
 
         def events() -> list[TokenEvent]:
