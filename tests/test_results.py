@@ -333,3 +333,10 @@ def test_generate_and_score_agree_with_the_network(gemma: Gemma) -> None:
     assert "".join(gemma.generate(PROMPT, stream=True, max_new_tokens=6, temperature=0)) == one
     with pytest.raises(ParameterError, match="temprature"):
         gemma.generate(PROMPT, temprature=1)
+
+
+def test_logprobs_are_refused_where_only_a_text_comes_back(gemma: Gemma) -> None:
+    with pytest.raises(ParameterError, match="logprobs"):
+        gemma.generate(PROMPT, logprobs=2)
+    with pytest.raises(ParameterError, match="logprobs"):
+        gemma.chat([{"role": "user", "content": "hi"}], logprobs=0)

@@ -159,6 +159,7 @@ class Gemma:
             if not isinstance(prompts, str):
                 raise ParameterError("stream=True takes one text; call stream() once for each prompt")
             return self.stream(prompts, **sampling)
+        _refuse_logprobs(sampling)
         one = isinstance(prompts, str)
         many = cast(Sequence[Prompt], [prompts] if one else prompts)
         ids = [self.encode(prompt) for prompt in many]
@@ -200,6 +201,8 @@ class Gemma:
                 first user turn, "error" refuses.
             sampling: fields of SamplingParams.
         """
+        if not stream:
+            _refuse_logprobs(sampling)
         ids = self.encode_messages(messages, system=system)
         answer = self.stream_ids(ids, self._params(ids, sampling, DEFAULT_CHAT_TOKENS))
         return answer if stream else answer.result.text
@@ -311,6 +314,12 @@ class Gemma:
             room = max(1, self.engine.max_context - len(ids))
             sampling = {**sampling, "max_new_tokens": max(min(default, room), sampling.get("min_new_tokens") or 0)}
         return SamplingParams.from_kwargs(sampling)
+
+
+def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:
+    """A plain text has no place for log-probabilities; asking for them there is a mistake."""
+    if sampling.get("logprobs") is not None:
+        raise ParameterError("logprobs cannot be part of a text; use stream(...).result or complete(...)")
 
 
 def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> None:

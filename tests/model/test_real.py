@@ -150,6 +150,6 @@ def test_half_precision_on_real_weights(theirs: Any, text_ids: Tensor, dtype: to
     ours = dense_logits(our_model(rounded), ids)[-40:]
     if dtype == torch.float16:
         assert torch.isfinite(ours).all()
-        assert rms(ours - exact) < 0.02  # bf16 of transformers: 0.06
+        assert rms(ours - exact) < 0.02  # bf16, three bits coarser, has 0.05 here
     else:
         assert rms(ours - exact) <= rms(their_logits(rounded, ids)[-40:] - exact)

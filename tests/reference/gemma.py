@@ -58,13 +58,6 @@ def reference_logits(
     return _soft_cap(logits, _final_cap(config))
 
 
-def perplexity(logits: Tensor, ids: Sequence[int] | Tensor) -> float:
-    """exp of the mean negative log-likelihood of ids[1:] under ``logits`` [T, V] of ids[0:T]."""
-    ids = torch.as_tensor(ids)
-    log_probabilities = logits[:-1].double().log_softmax(-1)
-    return math.exp(-log_probabilities.gather(1, ids[1:, None]).mean().item())
-
-
 def _attention(x: Tensor, w: Any, prefix: str, config: Mapping[str, Any], layer: int, norm: Any) -> Tensor:
     T, head_dim = x.shape[0], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
