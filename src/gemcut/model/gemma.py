@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gemcut.config import SLIDING, GemmaConfig
 from gemcut.model.attention import AttentionFunction, AttentionSpec, KeyValues, choose_attention
 from gemcut.model.geglu import choose_geglu
-from gemcut.model.linear import Embedding, Linear, LinearFactory
+from gemcut.model.linear import EmbeddingFactory, LinearFactory, dense_embedding, dense_linear
 from gemcut.model.norm import RMSNorm
 from gemcut.model.rope import RotaryTable, rotate
 
@@ -33,8 +33,8 @@ class Attention(nn.Module):
         self.layer, self.attend = layer, attend
         self.sizes = (config.query_size, config.key_value_size, config.key_value_size)
         self.head_dim = config.head_dim
-        self.qkv_proj = linear(config.hidden_size, sum(self.sizes))  # rows: all of q, then k, then v
-        self.o_proj = linear(config.query_size, config.hidden_size)
+        self.qkv_proj = linear(config.hidden_size, self.sizes)  # rows: all of q, then k, then v
+        self.o_proj = linear(config.query_size, (config.hidden_size,))
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.scale = config.attention_scale
@@ -60,8 +60,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GemmaConfig, linear: LinearFactory, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size)  # rows: gate, then up
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = linear(config.hidden_size, (config.intermediate_size,) * 2)  # rows: gate, then up
+        self.down_proj = linear(config.intermediate_size, (config.hidden_size,))
         self.geglu = choose_geglu(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,8 @@ class Model(nn.Module):
         dtype: compute dtype: bfloat16, float16 or float32. Norms and the residual stream are fp32 in each.
         attention: "auto", or the name of an attention implementation.
         device: where it will run; only used to choose the attention implementation.
-        linear: makes linear layers; plain ones in ``dtype`` by default.
+        linear: makes linear layers; whole ones in ``dtype`` by default.
+        embedding: makes the embedding; a whole one in ``dtype`` by default.
     """
 
     def __init__(
@@ -112,12 +113,14 @@ class Model(nn.Module):
         attention: str = "auto",
         device: torch.device | None = None,
         linear: LinearFactory | None = None,
+        embedding: EmbeddingFactory | None = None,
     ) -> None:
         super().__init__()
-        make_linear = linear if linear is not None else partial(Linear, dtype=dtype)
+        make_linear = linear if linear is not None else dense_linear(dtype)
+        make_embedding = embedding if embedding is not None else dense_embedding(dtype)
         self.attention_implementation = choose_attention(attention, config, dtype, device or torch.device("cpu"))
         self.config, self.dtype = config, dtype
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.embed = make_embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Layer(config, i, dtype, make_linear, self.attention_implementation.function)
             for i in range(config.num_hidden_layers)

@@ -1,4 +1,8 @@
-"""Linear layers without bias, and the output head. A quantized linear replaces ``Linear`` through ``LinearFactory``."""
+"""Linear layers without bias, and the embedding that is also the output head, with whole weights.
+
+``gemcut.model.quantized`` has those with cut weights; the network gets either through ``LinearFactory`` and
+``EmbeddingFactory``. A layer computes with the kernel that ``gemcut.model.bind`` gave it, or with the plain product.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x`` [T, in] times ``weight`` [out, in] transposed -> [T, out].
-
-    One row in bf16 on a CPU goes through the matrix-vector product, which reads a quarter to a half faster there; both
-    accumulate in fp32.
-    """
-    if x.shape[0] == 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
-        return torch.mv(weight, x[0])[None]
-    return F.linear(x, weight)
+from gemcut.kernels.dispatch import LinearCase, LinearKernel
+from gemcut.kernels.plain import dense_product
 
 
 class Linear(nn.Module):
@@ -26,14 +22,16 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        self.kernel: LinearKernel | None = None
+
+    @property
+    def case(self) -> LinearCase:
+        """What a kernel must compute here."""
+        return LinearCase((self.weight,), self.weight.dtype, self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
-        return product(x, self.weight)
-
-
-#: Makes the linear layer for ``(in_features, out_features)``; the network never asks what kind it got.
-LinearFactory = Callable[[int, int], nn.Module]
+        return dense_product(x, self.weight) if self.kernel is None else self.kernel(x)
 
 
 class Embedding(nn.Module):
@@ -42,6 +40,12 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
+        self.kernel: LinearKernel | None = None
+
+    @property
+    def case(self) -> LinearCase:
+        """What a kernel must compute for the head."""
+        return LinearCase((self.weight,), self.weight.dtype, torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` int64 [T] -> [T, hidden]."""
@@ -49,7 +53,21 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [n, hidden] in the compute dtype -> fp32 [n, vocab], before the final soft-cap."""
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            # A bf16 result would put logits near 25 on a grid of 0.125, so the product is kept as fp32.
-            return torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
-        return product(hidden, self.weight).float()
+        return dense_product(hidden, self.weight, torch.float32) if self.kernel is None else self.kernel(hidden)
+
+
+#: Makes the linear layer for ``in_features`` and the rows of each matrix that is fused in it, top to bottom; the
+#: network never asks what kind it got.
+LinearFactory = Callable[[int, tuple[int, ...]], nn.Module]
+#: Makes the embedding for ``(vocab_size, hidden_size)``.
+EmbeddingFactory = Callable[[int, int], nn.Module]
+
+
+def dense_linear(dtype: torch.dtype) -> LinearFactory:
+    """Linear layers with whole weights in ``dtype``."""
+    return lambda in_features, rows: Linear(in_features, sum(rows), dtype)
+
+
+def dense_embedding(dtype: torch.dtype) -> EmbeddingFactory:
+    """An embedding with a whole table in ``dtype``."""
+    return lambda vocab_size, hidden_size: Embedding(vocab_size, hidden_size, dtype)

@@ -1,0 +1,30 @@
+"""Give every layer of a loaded network the kernel that dispatch chooses for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from gemcut.kernels.dispatch import Choice, choose_linear
+from gemcut.model.linear import Embedding, Linear
+from gemcut.model.quantized import Int8Embedding, QuantizedLinear
+
+if TYPE_CHECKING:
+    from gemcut.model.gemma import Model
+
+
+def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> dict[str, Choice]:
+    """Choose a kernel for each linear layer and the head; returns the choices by module name.
+
+    Call it when the weights are in place; replacing a weight afterwards needs another call. ``kernels`` is "auto" or
+    the name of one implementation: "plain" is plain PyTorch everywhere. Raises UnsupportedError.
+    """
+    chosen = {}
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    for name, module in modules:
+        if isinstance(module, (Linear, QuantizedLinear, Embedding, Int8Embedding)):
+            choice = choose_linear(module.case, device, kernels)
+            module.kernel, chosen[name] = choice.kernel, choice
+    return chosen

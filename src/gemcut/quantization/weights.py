@@ -1,0 +1,97 @@
+"""What a cut weight matrix is: packed tensors and the few numbers that decode them. Formats are bitsandbytes'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, dtype
+
+FourBitType = Literal["nf4", "fp4"]
+
+#: Blocks one nested statistic covers in double quantization.
+NESTED_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """Double quantization: a weight's block statistics, themselves quantized to 8 bits.
+
+    ``absmax[b] = dynamic_map[codes[b]] · scale[b // 256] + offset``, in fp32.
+
+    Attributes:
+        scale: fp32 [ceil(blocks / 256)].
+        offset: the mean of the statistics; an fp32 value.
+    """
+
+    scale: Tensor
+    offset: float
+
+
+@dataclass(frozen=True, eq=False)
+class FourBitWeight:
+    """A matrix [out, in] in NF4 or FP4: ``value = table[code] · absmax[block]`` in fp32, rounded once to ``dtype``.
+
+    The matrix is one row-major run of values in blocks of ``block_size``; the last block may be partial.
+
+    Attributes:
+        codes: uint8 [ceil(out · in / 2)], two codes a byte, the even one in the high half.
+        absmax: block statistics: fp32 [blocks]; uint8 [blocks] with double quantization.
+        quant_type: "nf4" or "fp4".
+        block_size: values that share a statistic.
+        shape: (out, in).
+        dtype: what a decoded value is rounded to.
+        nested: how to decode a uint8 ``absmax``; None if it is fp32.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    quant_type: FourBitType
+    block_size: int
+    shape: tuple[int, int]
+    dtype: dtype
+    nested: Nested | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All packed tensors."""
+        return (self.codes, self.absmax, *(() if self.nested is None else (self.nested.scale,)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight:
+    """A matrix [out, in] in 8 bits a value: ``value = codes[n, k] · absmax[n] / 127``.
+
+    Attributes:
+        codes: int8 [out, in].
+        absmax: largest magnitude of each row, fp32 [out] (bitsandbytes' SCB).
+        dtype: what a decoded value is rounded to.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    dtype: dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All packed tensors."""
+        return (self.codes, self.absmax)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+#: A weight matrix as a linear layer may hold it.
+Weight = Tensor | FourBitWeight | Int8Weight
