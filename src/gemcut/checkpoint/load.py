@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 
 from gemcut.checkpoint.names import FUSED, split_layer
 from gemcut.errors import CheckpointError
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 
 _STAGE_BYTES = 64 << 20
+
+#: Makes an empty tensor of this shape and dtype where the weights are to live.
+Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+
+
+class PackedModule(Protocol):
+    """A module whose matrices arrive packed, each as a Weight, all at once."""
+
+    part_shapes: tuple[tuple[int, int], ...]
+    compute_dtype: torch.dtype
+
+    def fill(self, weights: list[Weight]) -> None:
+        """Take the matrices, top to bottom."""
 
 
 def load_model_weights(
     model: nn.Module,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, Weight]],
     *,
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
     total: int | None = None,
+    allocate: Allocate | None = None,
 ) -> None:
     """Give ``model``, built on the meta device, its parameters: ``scale`` ones in fp32, all others in ``dtype``.
 
-    ``tensors`` yields (our name, CPU tensor); q, k, v and gate, up go to their rows of the fused parameters. The
-    ``progress`` hears (done, in all) after each tensor: bytes of parameters, scaled to ``total`` if that is given. The
-    parameters are put into the module only when all are complete: after an error or Ctrl-C the model is as before.
+    ``tensors`` yields (our name, weight on the CPU); q, k, v and gate, up go to their rows of the fused parameters, or
+    to the parts of a module that holds packed weights. The ``progress`` hears (done, in all) after each tensor: bytes
+    the parameters have when whole, scaled to ``total`` if that is given. ``allocate`` makes the memory; None:
+    ``torch.empty`` on ``device``. The parameters are put into the module only when all are complete: after an error or
+    Ctrl-C the model is as before.
     Raises CheckpointError naming the first tensor that is missing, unexpected, there twice, or of a wrong shape.
     """
-    builder = _Builder(dict(model.named_parameters()), dtype, torch.device(device))
+    packed = {
+        f"{name}.weight": cast(PackedModule, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "part_shapes")
+    }
+    where = torch.device(device)
+    make = allocate or (lambda shape, kind: torch.empty(shape, dtype=kind, device=where))
+    builder = _Builder(dict(model.named_parameters()), packed, dtype, where, make)
     whole = builder.nbytes
     for name, tensor in tensors:
         builder.add(name, tensor)
@@ -38,6 +65,8 @@ def load_model_weights(
             shown = whole if total is None else total
             progress(shown * builder.done // whole, shown)
     ready = builder.finish()
+    for target, holder in packed.items():
+        holder.fill([builder.parts[target][i] for i in range(len(holder.part_shapes))])
     originals = {id(parameter): name for name, parameter in model.named_parameters()}
     replaced = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in ready.items()}
     for module in model.modules():
@@ -46,15 +75,30 @@ def load_model_weights(
 
 
 class _Builder:
-    def __init__(self, targets: dict[str, nn.Parameter], dtype: torch.dtype, device: torch.device) -> None:
-        self.targets, self.dtype, self.device = targets, dtype, device
+    def __init__(
+        self,
+        targets: dict[str, nn.Parameter],
+        packed: dict[str, PackedModule],
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Allocate,
+    ) -> None:
+        self.targets, self.packed, self.dtype, self.allocate = targets, packed, dtype, allocate
         self.built: dict[str, torch.Tensor] = {}
+        self.parts: dict[str, dict[int, Weight]] = {name: {} for name in packed}
         self.filled: dict[str, list[tuple[int, int, str]]] = {}  # parameter -> row ranges and what filled them
         self.done = 0
         self.nbytes = sum(parameter.numel() * self._dtype(name).itemsize for name, parameter in targets.items())
+        self.nbytes += sum(math.prod(shape) * dtype.itemsize for m in packed.values() for shape in m.part_shapes)
         self.copy = _PinnedCopier(device) if device.type == "cuda" else _plain_copy
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: Weight) -> None:
+        target, index = self._packed_place(name)
+        if target is not None:
+            self._add_part(name, tensor, target, index)
+            return
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"tensor {name} is quantized, but the network was built for whole weights there")
         target, start = self._place(name, tensor)
         shape = self.targets[target].shape
         stop = start + tensor.shape[0] if tensor.ndim else start
@@ -71,12 +115,44 @@ class _Builder:
                 raise CheckpointError(f"tensor {name} {list(tensor.shape)} {reason}")
         ranges.append((start, stop, name))
         if target not in self.built:
-            self.built[target] = self._allocate(target)
+            self.built[target] = self.allocate(tuple(shape), self._dtype(target))
         goal = self.built[target][start:stop]
         self.copy(goal, tensor)
         self.done += goal.numel() * goal.element_size()
 
+    def _add_part(self, name: str, weight: Weight, target: str, index: int) -> None:
+        wanted = self.packed[target].part_shapes[index]
+        if tuple(weight.shape) != wanted:
+            raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; the network needs {list(wanted)}")
+        if index in self.parts[target]:
+            raise CheckpointError(f"tensor {name} {list(weight.shape)} is there twice")
+        self.parts[target][index] = self._stored(weight, self.packed[target].compute_dtype)
+        self.done += math.prod(wanted) * self.dtype.itemsize
+
+    def _stored(self, weight: Weight, whole_dtype: torch.dtype) -> Weight:
+        """A copy of ``weight`` where weights live; a whole one in ``whole_dtype``."""
+
+        def keep(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+            goal = self.allocate(tuple(tensor.shape), dtype or tensor.dtype)
+            self.copy(goal, tensor)
+            return goal
+
+        if isinstance(weight, FourBitWeight):
+            nested = weight.nested
+            if nested is not None:
+                nested = dataclasses.replace(nested, scale=keep(nested.scale))
+            return dataclasses.replace(weight, codes=keep(weight.codes), absmax=keep(weight.absmax), nested=nested)
+        if isinstance(weight, Int8Weight):
+            return dataclasses.replace(weight, codes=keep(weight.codes), absmax=keep(weight.absmax))
+        return keep(weight, whole_dtype)
+
     def finish(self) -> dict[str, torch.Tensor]:
+        for target, module in self.packed.items():
+            for index in range(len(module.part_shapes)):
+                if index not in self.parts[target]:
+                    prefix, inner = split_layer(target)
+                    missing = prefix + FUSED.get(inner, (inner,))[index]
+                    raise CheckpointError(f"tensor {missing} is missing from the checkpoint")
         for target, parameter in self.targets.items():
             rows = sum(stop - start for start, stop, _ in self.filled.get(target, []))
             if rows != parameter.shape[0]:
@@ -90,6 +166,16 @@ class _Builder:
         if isinstance(self.copy, _PinnedCopier):
             self.copy.finish()
         return self.built
+
+    def _packed_place(self, name: str) -> tuple[str | None, int]:
+        """The packed module's weight a tensor is a part of, and which part; (None, 0) if there is none."""
+        if name in self.packed and len(self.packed[name].part_shapes) == 1:
+            return name, 0
+        prefix, inner = split_layer(name)
+        for fused, parts in FUSED.items():
+            if inner in parts and prefix + fused in self.packed:
+                return prefix + fused, parts.index(inner)
+        return None, 0
 
     def _place(self, name: str, tensor: torch.Tensor) -> tuple[str, int]:
         """The parameter a tensor belongs to and its first row there."""
@@ -106,9 +192,6 @@ class _Builder:
 
     def _dtype(self, target: str) -> torch.dtype:
         return torch.float32 if target.endswith("scale") else self.dtype
-
-    def _allocate(self, target: str) -> torch.Tensor:
-        return torch.empty(self.targets[target].shape, dtype=self._dtype(target), device=self.device)
 
 
 def _plain_copy(target: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -76,7 +76,7 @@ def choose_linear(case: LinearCase, device: torch.device, kernels: str = "auto")
         if reason is not None:
             raise UnsupportedError(f"kernels={kernels!r} cannot serve this model: {reason}")
         return Choice(kernels, known[kernels].prepare(case, device))
-    refused = {}
+    refused: dict[str, str] = {}
     for implementation in LINEAR:
         reason = implementation.supports(case, device)
         if reason is None:

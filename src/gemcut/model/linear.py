@@ -34,8 +34,16 @@ class Linear(nn.Module):
         return dense_product(x, self.weight) if self.kernel is None else self.kernel(x)
 
 
-class Embedding(nn.Module):
+class TokenTable(nn.Module):
     """The table of token vectors; it is also the output head's matrix (tied)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [n, hidden] in the compute dtype -> fp32 [n, vocab], before the final soft-cap."""
+        raise NotImplementedError
+
+
+class Embedding(TokenTable):
+    """A table of whole vectors in the compute dtype."""
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -60,7 +68,7 @@ class Embedding(nn.Module):
 #: network never asks what kind it got.
 LinearFactory = Callable[[int, tuple[int, ...]], nn.Module]
 #: Makes the embedding for ``(vocab_size, hidden_size)``.
-EmbeddingFactory = Callable[[int, int], nn.Module]
+EmbeddingFactory = Callable[[int, int], TokenTable]
 
 
 def dense_linear(dtype: torch.dtype) -> LinearFactory:

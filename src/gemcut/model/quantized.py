@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gemcut.kernels.dispatch import LinearCase, LinearKernel
 from gemcut.kernels.plain import plain_linear
-from gemcut.model.linear import EmbeddingFactory, LinearFactory, dense_embedding
+from gemcut.model.linear import EmbeddingFactory, LinearFactory, TokenTable, dense_embedding
 from gemcut.quantization.int8 import dequantize_int8
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.weights import Int8Weight, Weight
@@ -49,13 +49,13 @@ class QuantizedLinear(nn.Module):
         return plain_linear(self.case, x) if self.kernel is None else self.kernel(x)
 
 
-class Int8Embedding(nn.Module):
-    """The table of token vectors in 8 bits a value, also the output head's matrix."""
+class Int8Embedding(TokenTable):
+    """A table in 8 bits a value."""
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.part_shapes = ((vocab_size, hidden_size),)
-        self.dtype = dtype
+        self.dtype = self.compute_dtype = dtype
         self.weights: list[Weight] = []
         self.kernel: LinearKernel | None = None
 
