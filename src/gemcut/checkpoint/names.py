@@ -72,6 +72,11 @@ def to_hf(name: str) -> str:
     return f"model.{prefix}{_TO_HF[inner]}" if prefix else _TO_HF[inner]
 
 
+def hf_module(name: str) -> str:
+    """The Hugging Face name of the module that holds one of our (unfused) tensors: "model.layers.0.mlp.up_proj"."""
+    return to_hf(name).rpartition(".")[0]
+
+
 def to_gguf(name: str) -> str:
     """The GGUF name of one of our (unfused) tensors."""
     prefix, inner = split_layer(name)

@@ -1,0 +1,138 @@
+"""Cut a stream of whole tensors, one after another: what a loader and a converter put between file and goal."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from gemcut.errors import CheckpointError, ParameterError
+from gemcut.quantization.four_bit import quantize_4bit
+from gemcut.quantization.int8 import quantize_int8, quantize_int8_rows
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+
+#: The embedding, which is also the output head, under our name.
+EMBEDDING = "embed.weight"
+# The embedding is by far the largest tensor: its rows are cut in pieces of so many bytes.
+_PIECE_BYTES = 32 << 20
+
+
+def quantize_tensors(
+    stream: Iterable[tuple[str, Weight]],
+    spec: Quantization,
+    *,
+    module_name: Callable[[str], str],
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Weight]]:
+    """Cut the weights of ``stream`` as ``spec`` says, each when it is asked for; at most one is held.
+
+    Args:
+        stream: (our unfused name, weight on the CPU). A weight already in ``spec``'s format passes as it is.
+        spec: what to cut to. The embedding is cut only by ``spec.head``, whatever ``spec.skip`` says.
+        module_name: the Hugging Face module name of one of our weights, which ``spec.skip`` is matched against.
+        dtype: round whole weights to this first, as a loader would; None takes them as stored.
+
+    Raises:
+        CheckpointError: a weight holds NaN or infinity, is cut to another format already, or is too large for the
+            format; the message names the tensor.
+        ParameterError: ``spec.skip`` holds something that is no pattern.
+    """
+    stays = skip_matcher(spec.skip)
+    for name, weight in stream:
+        if not isinstance(weight, Tensor):
+            yield name, _same_format(name, weight, spec)
+            continue
+        check_finite(name, weight)
+        if name == EMBEDDING:
+            yield name, weight if spec.head is None else _cut_rows(weight, dtype)
+        elif weight.ndim != 2 or stays(module_name(name)):
+            yield name, weight
+        else:
+            yield name, cut(name, weight if dtype is None else weight.to(dtype), spec)
+        del weight  # before the reader moves on, so that its memory can go
+
+
+def cut(name: str, weight: Tensor, spec: Quantization) -> FourBitWeight | Int8Weight:
+    """``weight`` [out, in], finite, in ``spec``'s format. Raises CheckpointError where int8 cannot hold it."""
+    if spec.format != "int8":
+        return quantize_4bit(weight, spec.format, block_size=spec.block_size, double_quant=spec.double_quant)
+    limit = torch.finfo(torch.float16).max
+    if weight.dtype != torch.float16 and max(map(abs, _range(weight))) > limit:
+        raise CheckpointError(
+            f"tensor {name} holds magnitudes above {limit:.0f}; the int8 format passes through fp16, which ends "
+            "there: quantize to nf4, or leave that module whole"
+        )
+    return quantize_int8(weight)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if ``tensor`` holds a NaN or an infinity."""
+    # The sum runs at memory speed and is finite for every sound tensor of ordinary size; the range decides the rest.
+    if not math.isfinite(tensor.sum().item()) and not all(map(math.isfinite, _range(tensor))):
+        raise CheckpointError(
+            f"tensor {name} holds NaN or infinity: the checkpoint is damaged or its training diverged; get the file "
+            "again, or start from an earlier checkpoint"
+        )
+
+
+def skip_matcher(patterns: tuple[str, ...] | None) -> Callable[[str], bool]:
+    """Whether a linear layer stays whole, given its Hugging Face module name.
+
+    A pattern matches the end of a name, or as a regular expression its beginning up to a dot, which is how
+    transformers reads ``llm_int8_skip_modules``: "o_proj", "model.layers.3" and "model.layers.*.mlp" all work.
+    Raises ParameterError for a pattern that is no regular expression.
+    """
+    if patterns is None:
+        return lambda name: False
+    for pattern in patterns:
+        try:
+            _beginning(pattern)
+        except (re.error, RecursionError, OverflowError):
+            raise ParameterError(
+                f"skip has {pattern!r}, which is no module name or regular expression; expected one such as 'o_proj'"
+            ) from None
+    return lambda name: any(name.endswith(pattern) or _beginning(pattern).match(name) for pattern in patterns)
+
+
+@functools.lru_cache(maxsize=64)
+def _beginning(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
+
+
+def _cut_rows(table: Tensor, dtype: torch.dtype | None) -> Int8Weight:
+    """The embedding in 8 bits a value, a few rows at a time."""
+    codes = torch.empty(table.shape, dtype=torch.int8)
+    absmax = torch.empty(table.shape[0], dtype=torch.float32)
+    step = max(1, _PIECE_BYTES // (table.shape[1] * table.element_size()))
+    kept = dtype or table.dtype
+    for start in range(0, table.shape[0], step):
+        piece = quantize_int8_rows(table[start : start + step].to(kept))
+        codes[start : start + step] = piece.codes
+        absmax[start : start + step] = piece.absmax
+    return Int8Weight(codes, absmax, kept)
+
+
+def _same_format(name: str, weight: FourBitWeight | Int8Weight, spec: Quantization) -> Weight:
+    """``weight`` if it is in ``spec``'s format; an 8-bit embedding always is."""
+    if isinstance(weight, FourBitWeight):
+        have = (weight.quant_type, weight.block_size, weight.nested is not None)
+        same = have == (spec.format, spec.block_size, spec.double_quant)
+        found = f"{weight.quant_type} with blocks of {weight.block_size}"
+    else:
+        same, found = spec.format == "int8" or name == EMBEDDING, "int8"
+    if not same:
+        raise CheckpointError(
+            f"tensor {name} is quantized already ({found}) and cannot be cut to {spec.format}: load the checkpoint "
+            "without choosing a quantization, or start from the whole weights"
+        )
+    return weight
+
+
+def _range(tensor: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(tensor)
+    return low.item(), high.item()

@@ -1,0 +1,127 @@
+"""Cutting a stream of tensors: which are cut, what passes, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from gemcut.checkpoint.names import expected_shapes, hf_module
+from gemcut.config import GemmaConfig
+from gemcut.errors import CheckpointError, ParameterError
+from gemcut.quantization.four_bit import dequantize_4bit, quantize_4bit
+from gemcut.quantization.int8 import quantize_int8_rows
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.stream import quantize_tensors, skip_matcher
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from support import tiny_config
+
+
+def whole(dtype: torch.dtype = torch.bfloat16) -> dict[str, Weight]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = expected_shapes(GemmaConfig.from_dict(tiny_config().to_dict()))
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def run(tensors: dict[str, Weight], spec: Quantization, dtype: torch.dtype | None = None) -> dict[str, Weight]:
+    return dict(quantize_tensors(tensors.items(), spec, module_name=hf_module, dtype=dtype))
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+def test_linears_are_cut_and_nothing_else(format: str) -> None:
+    tensors = whole()
+    cut = run(tensors, Quantization(format))  # type: ignore[arg-type]
+    assert list(cut) == list(tensors)
+    for name, weight in cut.items():
+        linear = name.endswith("proj.weight")
+        kind = (Int8Weight if format == "int8" else FourBitWeight) if linear else torch.Tensor
+        assert isinstance(weight, kind), name
+        assert not linear or tuple(weight.shape) == tuple(tensors[name].shape)
+        assert linear or weight is tensors[name]
+
+
+def test_weights_are_rounded_to_the_loading_dtype_first() -> None:
+    tensors = whole(torch.float32)
+    name = "layers.0.mlp.up_proj.weight"
+    (cut,) = run({name: tensors[name]}, Quantization("nf4"), torch.bfloat16).values()
+    assert isinstance(cut, FourBitWeight)
+    assert cut.dtype is torch.bfloat16
+    expected = quantize_4bit(tensors[name].to(torch.bfloat16), "nf4")  # type: ignore[union-attr]
+    assert torch.equal(dequantize_4bit(cut), dequantize_4bit(expected))
+
+
+def test_head_is_cut_in_pieces_as_if_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemcut.quantization.stream._PIECE_BYTES", 1000)
+    table = whole()["embed.weight"]
+    assert isinstance(table, torch.Tensor)
+    (cut,) = run({"embed.weight": table}, Quantization("nf4", head="int8", skip=("lm_head",))).values()
+    expected = quantize_int8_rows(table)
+    assert isinstance(cut, Int8Weight)
+    assert torch.equal(cut.codes, expected.codes)
+    assert torch.equal(cut.absmax, expected.absmax)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "stays"),
+    [
+        ("o_proj", "model.layers.0.self_attn.o_proj", True),
+        ("proj", "model.layers.0.self_attn.o_proj", True),
+        ("model.layers.1", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.1", "model.layers.11.mlp.up_proj", False),
+        ("model.layers.*.mlp", "model.layers.11.mlp.up_proj", True),
+        ("model.layers.*.mlp", "model.layers.11.self_attn.q_proj", False),
+        ("model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj", False),
+        ("mlp", "model.layers.0.mlp.gate_proj", False),  # neither the end of the name nor its beginning
+        ("a|model.layers.1", "model.layers.11.mlp.up_proj", False),
+    ],
+)
+def test_skip_matches_like_transformers(pattern: str, name: str, stays: bool) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert skip_matcher((pattern,))(name) is stays
+    assert should_convert_module(name, [pattern]) is not stays
+
+
+def test_skipped_modules_stay_whole() -> None:
+    tensors = whole()
+    cut = run(tensors, Quantization("nf4", skip=("o_proj", "model.layers.1")))
+    left = {name for name, weight in cut.items() if weight is tensors[name] and name.endswith("proj.weight")}
+    assert left == {n for n in tensors if n.endswith("o_proj.weight") or re.match(r"layers\.1\..*_proj.weight", n)}
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"skip has '\*bad\(', which is no module name"):
+        run(whole(), Quantization("nf4", skip=("*bad(",)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["layers.1.mlp.down_proj.weight", "embed.weight", "layers.0.input_norm.scale"])
+def test_nan_and_infinity_are_named(bad: float, name: str) -> None:
+    tensors = whole()
+    tensor = tensors[name]
+    assert isinstance(tensor, torch.Tensor)
+    tensor.view(-1)[-1] = bad
+    with pytest.raises(CheckpointError, match=f"tensor {re.escape(name)} holds NaN or infinity"):
+        run(tensors, Quantization("nf4"))
+
+
+def test_a_sum_that_overflows_is_no_infinity() -> None:
+    tensors: dict[str, Weight] = {"layers.0.mlp.up_proj.weight": torch.full((64, 64), 6e4, dtype=torch.float16)}
+    assert isinstance(run(tensors, Quantization("nf4"))["layers.0.mlp.up_proj.weight"], FourBitWeight)
+
+
+def test_values_that_fp16_cannot_hold_are_refused_for_int8() -> None:
+    tensors: dict[str, Weight] = {"layers.0.mlp.up_proj.weight": torch.full((64, 64), 1e5)}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight holds magnitudes above 65504"):
+        run(tensors, Quantization("int8"))
+    run(tensors, Quantization("nf4"))
+
+
+def test_cut_weights_pass_in_their_own_format_only() -> None:
+    cut = run(whole(), Quantization("nf4"))
+    again = run(cut, Quantization("nf4"))
+    assert all(again[name] is weight for name, weight in cut.items())
+    for other in (Quantization("fp4"), Quantization("int8"), Quantization("nf4", block_size=128)):
+        with pytest.raises(CheckpointError, match="is quantized already"):
+            run(cut, other)
