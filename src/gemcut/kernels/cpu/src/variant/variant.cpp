@@ -1,0 +1,4 @@
+// Says that this instruction set was compiled into the library.
+#include "gemcut.h"
+
+GEMCUT_ENTRY(int, variant)() { return 1; }
