@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from gemcut.errors import UnsupportedError
+from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
+from gemcut.kernels.cpu.linear import CPU
 from gemcut.kernels.plain import plain_linear
-from gemcut.quantization.weights import Weight
 
-#: ``x`` [T, in] in the case's compute dtype -> [T, out] in its out dtype.
-LinearKernel = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class LinearCase:
-    """A product to be computed: ``x [W₀; W₁; …]ᵀ``.
-
-    Attributes:
-        weights: matrices of the same inputs whose results stand side by side.
-        compute_dtype: of ``x``; what packed weights are decoded to. Sums are fp32.
-        out_dtype: of the result.
-        activation_threshold: see gemcut.quantization.spec.Quantization.
-    """
-
-    weights: tuple[Weight, ...]
-    compute_dtype: torch.dtype
-    out_dtype: torch.dtype
-    activation_threshold: float | None = None
-
-
-@dataclass(frozen=True)
-class LinearImplementation:
-    """A registered way to compute a LinearCase.
-
-    Attributes:
-        supports: None, or the reason why it cannot serve the case on a device.
-        prepare: makes the kernel; may repack weights and hold the result.
-    """
-
-    name: str
-    supports: Callable[[LinearCase, torch.device], str | None]
-    prepare: Callable[[LinearCase, torch.device], LinearKernel]
+__all__ = ["LINEAR", "PLAIN", "Choice", "LinearCase", "LinearImplementation", "LinearKernel", "choose_linear"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +27,7 @@ class Choice:
 PLAIN = LinearImplementation("plain", lambda case, device: None, lambda case, device: partial(plain_linear, case))
 
 #: In order of preference; plain PyTorch serves everything and stands last.
-LINEAR: list[LinearImplementation] = [PLAIN]
+LINEAR: list[LinearImplementation] = [CPU, PLAIN]
 
 
 def choose_linear(case: LinearCase, device: torch.device, kernels: str = "auto") -> Choice:

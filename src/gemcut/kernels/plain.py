@@ -13,7 +13,7 @@ from gemcut.quantization.int8 import llm_int8_product
 from gemcut.quantization.weights import Int8Weight
 
 if TYPE_CHECKING:
-    from gemcut.kernels.dispatch import LinearCase
+    from gemcut.kernels.case import LinearCase
 
 
 def dense_product(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

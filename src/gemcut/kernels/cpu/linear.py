@@ -1,0 +1,172 @@
+"""Linear layers for a few rows on a CPU: the C++ products of src/variant/linear.cpp behind dispatch's interface."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from gemcut.kernels.cpu import library as cpu
+from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
+from gemcut.kernels.plain import plain_linear
+from gemcut.quantization.tables import code_table, dynamic_map
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+
+#: The most rows of x that the products serve; linear.h's limits.
+MAX_M = 8
+MAX_K = 65536
+MAX_PARTS = 64
+
+_FOUR_BIT, _INT8, _BF16, _FP32 = range(4)
+
+# Tables in bf16 are those of the format times a factor (taken off in fp32), chosen so that rounding them to bf16 costs
+# least: NF4's error falls to 0.6 of that with factor 1, and FP4's values are twelfths of integers, which bf16 holds.
+_SHORT_FACTORS = {"nf4": 1.437005, "fp4": 12.0}
+
+
+class _Segment(ctypes.Structure):
+    """linear.h's Segment."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("column", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("nested_scale", ctypes.c_void_p),
+        ("nested_map", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("short_table", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
+        ("nested_offset", ctypes.c_float),
+        ("short_factor", ctypes.c_float),
+    )
+
+
+class _Plan(ctypes.Structure):
+    """linear.h's Plan."""
+
+    _fields_ = (
+        ("segments", ctypes.POINTER(_Segment)),
+        ("count", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("out_is_fp32", ctypes.c_int64),
+    )
+
+
+_LINEAR_ARGUMENTS = [
+    ctypes.POINTER(_Plan),
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int,
+]
+
+
+def supports(case: LinearCase, device: torch.device) -> str | None:
+    """None, or why the kernel cannot serve ``case`` on ``device``."""
+    if device.type != "cpu":
+        return f"runs on a CPU only, not on {device.type}"
+    if (reason := cpu.unavailable()) is not None:
+        return reason
+    if case.compute_dtype not in (torch.bfloat16, torch.float32):
+        return f"computes in bfloat16 and float32, not in {case.compute_dtype}"
+    if case.out_dtype not in (torch.bfloat16, torch.float32):
+        return f"gives bfloat16 and float32, not {case.out_dtype}"
+    if len(case.weights) > MAX_PARTS:
+        return f"takes at most {MAX_PARTS} matrices at once, not {len(case.weights)}"
+    return next((reason for weight in case.weights if (reason := _refused(weight, case)) is not None), None)
+
+
+def _refused(weight: Weight, case: LinearCase) -> str | None:
+    k = weight.shape[1]
+    if not 1 <= k <= MAX_K:
+        return f"takes from 1 to {MAX_K} inputs, not {k}"
+    tensors = (weight,) if isinstance(weight, Tensor) else weight.tensors
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+        return "needs contiguous weights in the CPU's memory"
+    if isinstance(weight, FourBitWeight):
+        if weight.block_size < 32 or weight.block_size & (weight.block_size - 1):
+            return f"takes blocks of a power of two from 32 on, not of {weight.block_size}"
+        if k % weight.block_size:
+            return f"a row of {k} values is not a whole number of blocks of {weight.block_size}"
+    elif isinstance(weight, Int8Weight):
+        if case.activation_threshold is not None:
+            return "keeps activations whole: LLM.int8()'s own arithmetic (activation_threshold) is plain PyTorch's"
+    elif weight.dtype not in (torch.bfloat16, torch.float32):
+        return f"multiplies bfloat16 and float32 weights, not {weight.dtype}"
+    elif weight.dtype != case.compute_dtype:
+        return f"weights in {weight.dtype} are to be computed with in {case.compute_dtype}"
+    return None
+
+
+@functools.cache
+def _tables(quant_type: str) -> tuple[Tensor, Tensor]:
+    """(fp32 [16], bf16 [16] times the format's factor)."""
+    table = code_table("nf4" if quant_type == "nf4" else "fp4")
+    return table, (table * _SHORT_FACTORS[quant_type]).to(torch.bfloat16)
+
+
+def _segment(weight: Weight, column: int) -> _Segment:
+    """``weight`` as the library sees it: addresses, of tensors that the caller keeps."""
+    rows = weight.shape[0]
+    if isinstance(weight, FourBitWeight):
+        table, short = _tables(weight.quant_type)
+        nested = weight.nested
+        return _Segment(
+            _FOUR_BIT, rows, column, weight.codes.data_ptr(), weight.absmax.data_ptr(),
+            None if nested is None else nested.scale.data_ptr(), dynamic_map().data_ptr(), table.data_ptr(),
+            short.data_ptr(), weight.block_size, 0.0 if nested is None else nested.offset,
+            _SHORT_FACTORS[weight.quant_type],
+        )  # fmt: skip
+    if isinstance(weight, Int8Weight):
+        return _Segment(kind=_INT8, rows=rows, column=column, data=weight.codes.data_ptr(), absmax=weight.absmax.data_ptr())
+    kind = _BF16 if weight.dtype == torch.bfloat16 else _FP32
+    return _Segment(kind=kind, rows=rows, column=column, data=weight.data_ptr())
+
+
+class CpuLinear:
+    """The product of a LinearCase; up to MAX_M rows in C++, more with plain PyTorch."""
+
+    def __init__(self, case: LinearCase, library: cpu.Library) -> None:
+        # The case keeps the tensors alive whose addresses the segments hold.
+        self.case = case
+        self._columns = sum(weight.shape[0] for weight in case.weights)
+        segments, column = (_Segment * len(case.weights))(), 0
+        for i, weight in enumerate(case.weights):
+            segments[i] = _segment(weight, column)
+            column += weight.shape[0]
+        k = case.weights[0].shape[1]
+        out_is_fp32 = case.out_dtype == torch.float32
+        self._plan = _Plan(ctypes.cast(segments, ctypes.POINTER(_Segment)), len(case.weights), k, out_is_fp32)
+        self._segments = segments
+        self._plan_reference = ctypes.byref(self._plan)
+        self._x_is_bf16 = int(case.compute_dtype == torch.bfloat16)
+        self._run = library.function("linear", _LINEAR_ARGUMENTS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` [T, in] in the compute dtype -> [T, out] in the out dtype."""
+        rows = x.shape[0]
+        if rows > MAX_M or rows == 0:
+            return plain_linear(self.case, x)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        out = torch.empty((rows, self._columns), dtype=self.case.out_dtype)
+        self._run(
+            self._plan_reference, x.data_ptr(), rows, x.stride(0), self._x_is_bf16, out.data_ptr(), self._columns,
+            cpu.threads(),
+        )  # fmt: skip
+        return out
+
+
+def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
+    """The kernel of ``case``, which ``supports`` accepted."""
+    return CpuLinear(case, cpu.library())
+
+
+CPU = LinearImplementation("cpu", supports, prepare)

@@ -1,0 +1,246 @@
+// Inner products of R rows of packed weights with M rows of x, in each arithmetic that the instruction set has.
+// Every product of a row is summed in the same order whatever R is: results do not depend on how rows are grouped.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+// x as the inner loops want it, all rows one after the other, each padded with zeros to a multiple of `step` values.
+struct Input {
+    int64_t k, step;
+    const float* plain;         // [m][step]
+    const float* split;         // [m][step]: within each UNIT, value e of every group of 8, for e = 0 ... 7
+    const uint16_t* short_plain;
+    const uint16_t* short_split;  // within each 128 values, value e of every group of 4, for e = 0 ... 3
+    const int8_t* digits;       // [m][3][step]: x as integers of three digits to base 256, the lowest first
+    const int32_t* digit_sums;  // [m][3]
+    const float* digit_scale;   // [m]: what the integers are multiples of
+};
+
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+
+// ---- fp32 arithmetic: any instruction set ------------------------------------------------------------------------
+
+template <int R, int M, int N>
+inline void four_bit_unit(const uint8_t* const* rows, const float* const* scales, const float* x, int64_t step,
+                          const Table& table, Vector (&total)[R][M]) {
+    for (int r = 0; r < R; ++r) {
+        const Words words = load_words(rows[r]);
+        Vector part[M];
+        for (int m = 0; m < M; ++m) part[m] = zero();
+        auto add = [&](Vector weight, int e) {
+            for (int m = 0; m < M; ++m) part[m] = fma(weight, load(x + m * step + e * W), part[m]);
+        };
+        // The even value of a byte is in its high half.
+        add(lookup<4>(table, words), 0), add(lookup<0>(table, words), 1);
+        add(lookup<12>(table, words), 2), add(lookup<8>(table, words), 3);
+        add(lookup<20>(table, words), 4), add(lookup<16>(table, words), 5);
+        add(lookup<28>(table, words), 6), add(lookup<24>(table, words), 7);
+        const Vector scale = spread<N>(scales[r]);
+        for (int m = 0; m < M; ++m) total[r][m] = fma(scale, part[m], total[r][m]);
+    }
+}
+
+// `scales`: N statistics a unit. `ahead`: bytes from here to what will be read some microseconds later.
+template <int R, int M, int N>
+void four_bit_plain(const uint8_t* const* rows, const float* const* scales, const float* values, const Input& in,
+                    int first, int64_t ahead, float (*out)[MAX_M]) {
+    const Table table = make_table(values);
+    const float* x = in.split + first * in.step;
+    Vector total[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) total[r][m] = zero();
+    const uint8_t* here[R];
+    const float* scale[R];
+    const int64_t units = in.k / UNIT, rest = in.k % UNIT / 2;
+    for (int64_t u = 0; u < units; ++u) {
+        for (int r = 0; r < R; ++r) here[r] = rows[r] + u * UNIT_BYTES, scale[r] = scales[r] + u * N;
+        if (u * UNIT_BYTES % 64 == 0)
+            for (int r = 0; r < R; ++r) prefetch(here[r] + ahead);
+        four_bit_unit<R, M, N>(here, scale, x + u * UNIT, in.step, table, total);
+    }
+    if (rest) {
+        uint8_t last[R][UNIT_BYTES] = {};
+        for (int r = 0; r < R; ++r) {
+            memcpy(last[r], rows[r] + units * UNIT_BYTES, rest);
+            here[r] = last[r], scale[r] = scales[r] + units * N;
+        }
+        four_bit_unit<R, M, N>(here, scale, x + units * UNIT, in.step, table, total);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) out[r][first + m] = sum(total[r][m]);
+}
+
+template <int R, int M, typename T>
+void rows_plain(const uint8_t* const* rows, const Input& in, int first, int64_t ahead, float (*out)[MAX_M]) {
+    const float* x = in.plain + first * in.step;
+    Vector total[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) total[r][m] = zero();
+    const int64_t whole = in.k / W * W;
+    for (int64_t j = 0; j < whole; j += W) {
+        for (int r = 0; r < R; ++r) {
+            const T* weights = reinterpret_cast<const T*>(rows[r]) + j;
+            if (j * sizeof(T) % 64 == 0) prefetch(reinterpret_cast<const uint8_t*>(weights) + ahead);
+            const Vector weight = load(weights);
+            for (int m = 0; m < M; ++m) total[r][m] = fma(weight, load(x + m * in.step + j), total[r][m]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) {
+            float result = sum(total[r][m]);
+            for (int64_t j = whole; j < in.k; ++j)
+                result += as_float(reinterpret_cast<const T*>(rows[r])[j]) * x[m * in.step + j];
+            out[r][first + m] = result;
+        }
+}
+
+// ---- bf16 pairs with fp32 sums ------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+#define GEMCUT_PAIRS 1
+
+inline Vector dot(Vector sum, __m512i a, const uint16_t* b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
+}
+
+template <int R, int M, int N>
+inline void four_bit_pairs_unit(const uint8_t* const* rows, const float* const* scales, const uint16_t* x,
+                                int64_t step, __m512i table, Vector (&total)[R][M]) {
+    for (int r = 0; r < R; ++r) {
+        // The table stands twice in the register, so the fifth bit of an index does not matter: no masking.
+        const __m512i words = _mm512_loadu_si512(rows[r]);
+        const __m512i w0 = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+        const __m512i w1 = _mm512_permutexvar_epi16(words, table);
+        const __m512i w2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+        const __m512i w3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+        const Vector scale = spread<N>(scales[r]);
+        for (int m = 0; m < M; ++m) {
+            const uint16_t* xm = x + m * step;
+            // Two short chains instead of a long one.
+            const Vector a = dot(dot(zero(), w0, xm), w1, xm + 32);
+            const Vector b = dot(dot(zero(), w2, xm + 64), w3, xm + 96);
+            total[r][m] = fma(scale, _mm512_add_ps(a, b), total[r][m]);
+        }
+    }
+}
+
+template <int R, int M, int N>
+void four_bit_pairs(const uint8_t* const* rows, const float* const* scales, const uint16_t* values, const Input& in,
+                    int first, int64_t ahead, float (*out)[MAX_M]) {
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    const uint16_t* x = in.short_split + first * in.step;
+    Vector total[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) total[r][m] = zero();
+    const uint8_t* here[R];
+    const float* scale[R];
+    const int64_t units = in.k / UNIT, rest = in.k % UNIT / 2;
+    for (int64_t u = 0; u < units; ++u) {
+        for (int r = 0; r < R; ++r) {
+            here[r] = rows[r] + u * UNIT_BYTES, scale[r] = scales[r] + u * N;
+            prefetch(here[r] + ahead);
+        }
+        four_bit_pairs_unit<R, M, N>(here, scale, x + u * UNIT, in.step, table, total);
+    }
+    if (rest) {
+        uint8_t last[R][UNIT_BYTES] = {};
+        for (int r = 0; r < R; ++r) {
+            memcpy(last[r], rows[r] + units * UNIT_BYTES, rest);
+            here[r] = last[r], scale[r] = scales[r] + units * N;
+        }
+        four_bit_pairs_unit<R, M, N>(here, scale, x + units * UNIT, in.step, table, total);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) out[r][first + m] = sum(total[r][m]);
+}
+
+template <int R, int M>
+void bf16_pairs(const uint8_t* const* rows, const Input& in, int first, int64_t ahead, float (*out)[MAX_M]) {
+    const uint16_t* x = in.short_plain + first * in.step;
+    Vector total[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) total[r][m] = zero();
+    const int64_t whole = in.k / 32 * 32;
+    auto add = [&](int64_t j, __mmask32 mask) {
+        for (int r = 0; r < R; ++r) {
+            const uint16_t* weights = reinterpret_cast<const uint16_t*>(rows[r]) + j;
+            prefetch(reinterpret_cast<const uint8_t*>(weights) + ahead);
+            const __m512i weight = _mm512_maskz_loadu_epi16(mask, weights);
+            for (int m = 0; m < M; ++m) total[r][m] = dot(total[r][m], weight, x + m * in.step + j);
+        }
+    };
+    for (int64_t j = 0; j < whole; j += 32) add(j, ~__mmask32(0));
+    if (whole < in.k) add(whole, (__mmask32(1) << (in.k - whole)) - 1);
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) out[r][first + m] = sum(total[r][m]);
+}
+#endif
+
+// ---- integers: int8 weights times x as three digits; exact but for the last rounding -----------------------------
+
+#if defined(__AVX512VNNI__)
+#define GEMCUT_DIGITS 1
+typedef __m512i Sums;
+inline Sums no_sums() { return _mm512_setzero_si512(); }
+// The instruction multiplies unsigned by signed bytes: weights are read as weight + 128, and 128 times the sum of the
+// digits is taken off at the end.
+constexpr int DIGIT_BIAS = 128, DIGIT_STEP = 64;
+typedef __m512i Bytes;
+inline Bytes load_weights(const uint8_t* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(int8_t(0x80)));
+}
+inline Sums add_products(Sums sums, Bytes weights, const int8_t* digits) {
+    return _mm512_dpbusd_epi32(sums, weights, _mm512_loadu_si512(digits));
+}
+inline int64_t total_of(Sums sums) { return _mm512_reduce_add_epi32(sums); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define GEMCUT_DIGITS 1
+typedef int32x4_t Sums;
+typedef int8x16_t Bytes;
+constexpr int DIGIT_BIAS = 0, DIGIT_STEP = 16;
+inline Sums no_sums() { return vdupq_n_s32(0); }
+inline Bytes load_weights(const uint8_t* p) { return vreinterpretq_s8_u8(vld1q_u8(p)); }
+inline Sums add_products(Sums sums, Bytes weights, const int8_t* digits) {
+    return vdotq_s32(sums, weights, vld1q_s8(digits));
+}
+inline int64_t total_of(Sums sums) { return vaddvq_s32(sums); }
+#endif
+
+#ifdef GEMCUT_DIGITS
+template <int R, int M>
+void int8_digits(const uint8_t* const* rows, const Input& in, int first, int64_t ahead, float (*out)[MAX_M]) {
+    const int8_t* x = in.digits + first * 3 * in.step;
+    Sums sums[R][M][3];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m)
+            for (int d = 0; d < 3; ++d) sums[r][m][d] = no_sums();
+    const int64_t whole = in.k / DIGIT_STEP * DIGIT_STEP;
+    for (int64_t j = 0; j < whole; j += DIGIT_STEP) {
+        Bytes weights[R];
+        for (int r = 0; r < R; ++r) {
+            if (j % 64 == 0) prefetch(rows[r] + j + ahead);
+            weights[r] = load_weights(rows[r] + j);
+        }
+        for (int m = 0; m < M; ++m)
+            for (int d = 0; d < 3; ++d)
+                for (int r = 0; r < R; ++r)
+                    sums[r][m][d] = add_products(sums[r][m][d], weights[r], x + (m * 3 + d) * in.step + j);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) {
+            int64_t parts[3];
+            for (int d = 0; d < 3; ++d) {
+                const int8_t* digits = x + (m * 3 + d) * in.step;
+                parts[d] = total_of(sums[r][m][d]);
+                for (int64_t j = whole; j < in.k; ++j)
+                    parts[d] += (int8_t(rows[r][j]) + DIGIT_BIAS) * int64_t(digits[j]);
+                parts[d] -= int64_t(DIGIT_BIAS) * in.digit_sums[(first + m) * 3 + d];
+            }
+            const int64_t result = parts[0] + parts[1] * 256 + parts[2] * 65536;
+            out[r][first + m] = float(double(result) * in.digit_scale[first + m]);
+        }
+}
+#endif
+
+}  // namespace

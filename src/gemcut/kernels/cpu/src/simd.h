@@ -1,0 +1,139 @@
+// A thin layer over each instruction set: W floats in a Vector, and how packed weights become Vectors.
+#pragma once
+#include "gemcut.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+
+constexpr int W = 16;
+typedef __m512 Vector;
+typedef __m512i Words;
+struct Table { __m512 values; };
+
+inline Vector zero() { return _mm512_setzero_ps(); }
+inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
+inline Vector load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vector load(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline Words load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Table make_table(const float* values) { return {_mm512_loadu_ps(values)}; }
+// The values of the nibbles at bit `shift` of each word; the permutation looks at four bits only.
+template <int shift>
+inline Vector lookup(const Table& table, Words words) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), table.values);
+}
+// `n` statistics, each for W / n neighbouring lanes.
+template <int n>
+inline Vector spread(const float* p) {
+    if (n == 1) return _mm512_set1_ps(*p);
+    if (n == 2) return _mm512_insertf32x8(_mm512_set1_ps(p[0]), _mm256_set1_ps(p[1]), 1);
+    const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(places, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int W = 8;
+typedef __m256 Vector;
+typedef __m256i Words;
+struct Table { __m256 low, high; };
+
+inline Vector zero() { return _mm256_setzero_ps(); }
+inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Vector v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline Vector load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vector load(const uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline Words load_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Table make_table(const float* values) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
+// The permutation looks at three bits; the fourth, moved to the sign, chooses the half of the table.
+template <int shift>
+inline Vector lookup(const Table& table, Words words) {
+    const __m256i places = _mm256_srli_epi32(words, shift);
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - shift));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, places), _mm256_permutevar8x32_ps(table.high, places),
+                            upper);
+}
+template <int n>
+inline Vector spread(const float* p) {
+    if (n == 1) return _mm256_set1_ps(*p);
+    return _mm256_insertf128_ps(_mm256_set1_ps(p[0]), _mm_set1_ps(p[1]), 1);
+}
+
+#elif defined(__aarch64__)
+
+constexpr int W = 4;
+typedef float32x4_t Vector;
+typedef uint32x4_t Words;
+struct Table { uint8x16x4_t bytes; };
+
+inline Vector zero() { return vdupq_n_f32(0); }
+inline Vector load(const float* p) { return vld1q_f32(p); }
+inline Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+inline float sum(Vector v) { return vaddvq_f32(v); }
+inline Vector load(const int8_t* p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(word))))));
+}
+inline Vector load(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline Words load_words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+inline Table make_table(const float* values) {
+    return {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4)),
+             vreinterpretq_u8_f32(vld1q_f32(values + 8)), vreinterpretq_u8_f32(vld1q_f32(values + 12))}};
+}
+// Each nibble becomes the places of its value's four bytes in the table.
+template <int shift>
+inline Vector lookup(const Table& table, Words words) {
+    const Words moved = shift ? vshrq_n_u32(words, shift ? shift : 1) : words;
+    const Words nibbles = vandq_u32(moved, vdupq_n_u32(15));
+    const Words places = vmlaq_n_u32(vdupq_n_u32(0x03020100), nibbles, 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_u32(places)));
+}
+template <int n>
+inline Vector spread(const float* p) { return vdupq_n_f32(*p); }
+
+#endif
+
+// Bytes and values that load_words takes at once.
+constexpr int UNIT_BYTES = 4 * W, UNIT = 8 * W;
+
+inline float from_bf16(uint16_t bits) {
+    const uint32_t word = uint32_t(bits) << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+inline uint16_t to_bf16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    if ((word & 0x7fffffff) > 0x7f800000) return uint16_t(word >> 16 | 0x40);  // NaN stays one
+    return uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+inline float as_float(float value) { return value; }
+inline float as_float(int8_t value) { return float(value); }
+inline float as_float(uint16_t value) { return from_bf16(value); }
+
+}  // namespace

@@ -1,0 +1,311 @@
+// y = x [W0; W1; ...]^T for a few rows of x, as fast as memory gives the weights.
+//
+// Rows of weights are taken four at a time, each read once from end to end while the next four are prefetched. Rows of
+// x are prepared once in the order in which the packed values come out of their bytes. Four-bit values are multiplied
+// before they are scaled: the statistic of a block meets the sum over its values, which costs one multiplication a
+// block and rounds less than scaling every weight.
+#include <math.h>
+#include <stdlib.h>
+
+#include "linear.h"
+#include "pool.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int GROUP = 4;
+constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 4096;
+
+// How many statistics a unit may hold, and so how many the scratch of a row must.
+constexpr int64_t MAX_SCALES = MAX_K / 32 + 16;
+
+struct Call {
+    const Plan* plan;
+    Input in;
+    int64_t m;
+    bool pairs, digits;  // which arithmetic serves x
+    void* out;
+    int64_t out_stride;
+    int64_t first_group[64];  // of each segment
+};
+
+// ---- x ------------------------------------------------------------------------------------------------------------
+
+// Scratch of the calling thread, kept for its next call.
+struct Scratch {
+    void* memory;
+    size_t size;
+    ~Scratch() { free(memory); }
+};
+
+void* scratch(size_t size) {
+    // One a thread and variant. Destroyed with its thread.
+    static thread_local Scratch kept{nullptr, 0};
+    if (kept.size < size) {
+        free(kept.memory);
+        if (posix_memalign(&kept.memory, 64, size)) abort();
+        kept.size = size;
+    }
+    return kept.memory;
+}
+
+bool all_finite(const float* x, int64_t count) {
+    uint32_t worst = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t word;
+        memcpy(&word, x + i, 4);
+        word &= 0x7fffffff;
+        worst = worst > word ? worst : word;
+    }
+    return worst < 0x7f800000;
+}
+
+// value e of every group of `group` values, group after group, within blocks of `block` values.
+template <typename T>
+void split(const T* from, T* to, int64_t count, int64_t block, int64_t group) {
+    const int64_t lanes = block / group;
+    for (int64_t start = 0; start < count; start += block)
+        for (int64_t lane = 0; lane < lanes; ++lane)
+            for (int64_t e = 0; e < group; ++e) to[start + e * lanes + lane] = from[start + lane * group + e];
+}
+
+#ifdef GEMCUT_DIGITS
+// x as integers of 23 bits times a power of two, in three signed digits. False if the range of floats is too narrow.
+bool to_digits(const float* x, int64_t k, int64_t step, int8_t* digits, int32_t* sums, float* scale) {
+    float largest = 0;
+    for (int64_t i = 0; i < k; ++i) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    if (largest != 0 && (largest < 1e-30f || largest > 1e30f)) return false;
+    const int exponent = largest == 0 ? 0 : ilogbf(largest);
+    const float factor = ldexpf(1.0f, 21 - exponent);
+    int32_t total[3] = {0, 0, 0};
+    for (int64_t i = 0; i < step; ++i) {
+        // |q| <= 2^22, and adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the lower bits.
+        const float shifted = (i < k ? x[i] * factor : 0.0f) + 12582912.0f;
+        int32_t q;
+        memcpy(&q, &shifted, 4);
+        q -= 0x4b400000;
+        const int32_t low = int8_t(q), middle = int8_t((q - low) >> 8), high = ((q - low) >> 8) - middle >> 8;
+        digits[i] = int8_t(low), digits[step + i] = int8_t(middle), digits[2 * step + i] = int8_t(high);
+        total[0] += low, total[1] += middle, total[2] += high;
+    }
+    for (int d = 0; d < 3; ++d) sums[d] = total[d];
+    *scale = ldexpf(1.0f, exponent - 21);
+    return true;
+}
+#endif
+
+// Fills call.in from x; which forms are made depends on the segments.
+void prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
+    const Plan& plan = *call.plan;
+    const int64_t k = plan.k, m = call.m, step = (k + 127) / 128 * 128, count = m * step;
+    bool four_bit = false, int8 = false, bf16 = false, fp32 = false;
+    for (int64_t s = 0; s < plan.count; ++s) {
+        const int64_t kind = plan.segments[s].kind;
+        four_bit |= kind == FOUR_BIT, int8 |= kind == INT8, bf16 |= kind == BF16, fp32 |= kind == FP32;
+    }
+    char* memory = static_cast<char*>(scratch(size_t(count) * 16 + 4096));
+    float* plain = reinterpret_cast<float*>(memory);
+    float* split_plain = plain + count;
+    uint16_t* short_plain = reinterpret_cast<uint16_t*>(split_plain + count);
+    uint16_t* short_split = short_plain + count;
+    int8_t* digits = reinterpret_cast<int8_t*>(short_split + count);
+    int32_t* digit_sums = reinterpret_cast<int32_t*>(digits + 3 * count + count % 4);
+    float* digit_scale = reinterpret_cast<float*>(digit_sums + 3 * m);
+    call.in = {k, step, plain, split_plain, short_plain, short_split, digits, digit_sums, digit_scale};
+    call.pairs = call.digits = false;
+#ifdef GEMCUT_PAIRS
+    call.pairs = x_is_bf16;
+#endif
+    if (call.pairs && (four_bit || bf16)) {
+        for (int64_t i = 0; i < m; ++i) {
+            memcpy(short_plain + i * step, static_cast<const uint16_t*>(x) + i * x_stride, size_t(k) * 2);
+            memset(short_plain + i * step + k, 0, size_t(step - k) * 2);
+        }
+        if (four_bit) split(short_plain, short_split, count, 128, 4);
+    }
+    if (!int8 && !fp32 && call.pairs) return;
+    for (int64_t i = 0; i < m; ++i) {
+        float* row = plain + i * step;
+        if (x_is_bf16) {
+            const uint16_t* source = static_cast<const uint16_t*>(x) + i * x_stride;
+            for (int64_t j = 0; j < k; ++j) row[j] = from_bf16(source[j]);
+        } else {
+            memcpy(row, static_cast<const float*>(x) + i * x_stride, size_t(k) * 4);
+        }
+        for (int64_t j = k; j < step; ++j) row[j] = 0;
+    }
+    if (four_bit && !call.pairs) split(plain, split_plain, count, UNIT, 8);
+#ifdef GEMCUT_DIGITS
+    // NaN and infinity have no digits: such an x, and one near the ends of fp32's range, is multiplied in fp32; so is one
+    // in fp32, whose last bits the digits lack.
+    call.digits = int8 && x_is_bf16 && all_finite(plain, count);
+    for (int64_t i = 0; i < m && call.digits; ++i)
+        call.digits = to_digits(plain + i * step, k, step, digits + 3 * i * step, digit_sums + 3 * i, digit_scale + i);
+#else
+    (void)all_finite;
+#endif
+}
+
+// ---- weights ------------------------------------------------------------------------------------------------------
+
+int64_t row_bytes(const Segment& segment, int64_t k) {
+    return segment.kind == FOUR_BIT ? k / 2 : segment.kind == INT8 ? k : segment.kind == BF16 ? 2 * k : 4 * k;
+}
+
+// Statistics of one row, `n` for each unit: blocks longer than a unit are repeated. Padded with zeros.
+void decode_scales(const Segment& segment, int64_t row, int64_t k, int n, float* out) {
+    const int64_t blocks = k / segment.block_size, first = row * blocks;
+    const int64_t repeat = segment.block_size * n > UNIT ? segment.block_size * n / UNIT : 1;
+    const float* plain = static_cast<const float*>(segment.absmax);
+    const uint8_t* nested = static_cast<const uint8_t*>(segment.absmax);
+    float* end = out;
+    if (segment.nested_scale == nullptr && repeat == 1) {
+        memcpy(out, plain + first, size_t(blocks) * 4);
+        end += blocks;
+    } else {
+        for (int64_t b = first; b < first + blocks; ++b) {
+            const float value = segment.nested_scale == nullptr
+                                    ? plain[b]
+                                    : segment.nested_map[nested[b]] * segment.nested_scale[b >> 8] + segment.nested_offset;
+            for (int64_t i = 0; i < repeat; ++i) *end++ = value;
+        }
+    }
+    for (int i = 0; i < 4; ++i) *end++ = 0;
+}
+
+struct Rows {
+    const Call* call;
+    const Segment* segment;
+    const uint8_t* data[GROUP];
+    int64_t index[GROUP];
+    int64_t ahead;
+    float (*scales)[MAX_SCALES];
+    int per_unit;
+};
+
+template <int R, int M, int N>
+void four_bit(const Rows& rows, int r, int first, float (*out)[MAX_M]) {
+    const float* scales[R];
+    for (int i = 0; i < R; ++i) scales[i] = rows.scales[r + i];
+    const Segment& segment = *rows.segment;
+#ifdef GEMCUT_PAIRS
+    if (rows.call->pairs) {
+        four_bit_pairs<R, M, N>(rows.data + r, scales, segment.short_table, rows.call->in, first, rows.ahead, out);
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < M; ++j) out[i][first + j] /= segment.short_factor;
+        return;
+    }
+#endif
+    four_bit_plain<R, M, N>(rows.data + r, scales, segment.table, rows.call->in, first, rows.ahead, out);
+}
+
+// R rows from row r of the group with M rows of x from row `first`.
+template <int R, int M>
+void product(const Rows& rows, int r, int first, float (*out)[MAX_M]) {
+    const Input& in = rows.call->in;
+    const uint8_t* const* data = rows.data + r;
+    switch (rows.segment->kind) {
+        case FOUR_BIT:
+            if (rows.per_unit == 1) four_bit<R, M, 1>(rows, r, first, out);
+            else if (rows.per_unit == 2) four_bit<R, M, 2>(rows, r, first, out);
+            else four_bit<R, M, 4>(rows, r, first, out);
+            return;
+        case INT8: {
+#ifdef GEMCUT_DIGITS
+            if (rows.call->digits) int8_digits<R, M>(data, in, first, rows.ahead, out);
+            else
+#endif
+                rows_plain<R, M, int8_t>(data, in, first, rows.ahead, out);
+            const float* absmax = static_cast<const float*>(rows.segment->absmax);
+            for (int i = 0; i < R; ++i)
+                for (int j = 0; j < M; ++j) out[i][first + j] *= absmax[rows.index[r + i]] / 127.0f;
+            return;
+        }
+        case BF16:
+#ifdef GEMCUT_PAIRS
+            if (rows.call->pairs) return bf16_pairs<R, M>(data, in, first, rows.ahead, out);
+#endif
+            return rows_plain<R, M, uint16_t>(data, in, first, rows.ahead, out);
+        default:
+            return rows_plain<R, M, float>(data, in, first, rows.ahead, out);
+    }
+}
+
+// As many rows at once as the registers hold.
+#if defined(__AVX512F__)
+constexpr int MANY = 4, SOME = 4, FEW = 2;
+#elif defined(__aarch64__)
+constexpr int MANY = 4, SOME = 4, FEW = 2;
+#else
+constexpr int MANY = 4, SOME = 2, FEW = 1;
+#endif
+
+template <int R, int M>
+void in_turn(const Rows& rows, int first, float (*out)[MAX_M]) {
+    for (int r = 0; r < GROUP; r += R) product<R, M>(rows, r, first, out + r);
+}
+
+void store(const Call& call, const Rows& rows, int valid, const float (*values)[MAX_M]) {
+    for (int64_t m = 0; m < call.m; ++m)
+        for (int r = 0; r < valid; ++r) {
+            const int64_t place = m * call.out_stride + rows.segment->column + rows.index[r];
+            if (call.plan->out_is_fp32) static_cast<float*>(call.out)[place] = values[r][m];
+            else static_cast<uint16_t*>(call.out)[place] = to_bf16(values[r][m]);
+        }
+}
+
+void groups(void* context, int64_t begin, int64_t end, int) {
+    const Call& call = *static_cast<const Call*>(context);
+    const Plan& plan = *call.plan;
+    alignas(64) float scales[GROUP][MAX_SCALES];
+    int64_t s = 0;
+    for (int64_t g = begin; g < end; ++g) {
+        while (s + 1 < plan.count && call.first_group[s + 1] <= g) ++s;
+        const Segment& segment = plan.segments[s];
+        const int64_t bytes = row_bytes(segment, plan.k), row = (g - call.first_group[s]) * GROUP;
+        const int valid = int(segment.rows - row < GROUP ? segment.rows - row : GROUP);
+        Rows rows;
+        rows.call = &call, rows.segment = &segment, rows.scales = scales, rows.per_unit = 1;
+        rows.ahead = (AHEAD_BYTES / (GROUP * bytes) + 1) * GROUP * bytes;
+        for (int r = 0; r < GROUP; ++r) {
+            // A last group of fewer rows computes its last one again.
+            rows.index[r] = row + (r < valid ? r : valid - 1);
+            rows.data[r] = segment.data + rows.index[r] * bytes;
+        }
+        if (segment.kind == FOUR_BIT) {
+            // The pairs work on 128 values at a time like AVX-512's units, so one rule serves both.
+            rows.per_unit = segment.block_size >= UNIT ? 1 : int(UNIT / segment.block_size);
+            for (int r = 0; r < GROUP; ++r) decode_scales(segment, rows.index[r], plan.k, rows.per_unit, scales[r]);
+        }
+        float values[GROUP][MAX_M];
+        for (int64_t m = 0; m < call.m;) {
+            const int64_t left = call.m - m;
+            if (left >= 4) in_turn<FEW, 4>(rows, int(m), values), m += 4;
+            else if (left == 3) in_turn<FEW, 3>(rows, int(m), values), m += 3;
+            else if (left == 2) in_turn<SOME, 2>(rows, int(m), values), m += 2;
+            else in_turn<MANY, 1>(rows, int(m), values), m += 1;
+        }
+        store(call, rows, valid, values);
+    }
+}
+
+}  // namespace
+
+// x: [m, k], 1 <= m <= MAX_M, rows `x_stride` apart, bf16 or fp32; out: [m, columns], rows `out_stride` apart. At most
+// 64 segments; 1 <= k <= MAX_K, and for FOUR_BIT a multiple of its block_size, which is a power of two from 32 on.
+GEMCUT_ENTRY(void, linear)
+(const Plan* plan, const void* x, int64_t m, int64_t x_stride, int x_is_bf16, void* out, int64_t out_stride,
+ int threads) {
+    Call call;
+    call.plan = plan, call.m = m, call.out = out, call.out_stride = out_stride;
+    prepare(call, x, x_stride, x_is_bf16 != 0);
+    int64_t total = 0, bytes = 0;
+    for (int64_t s = 0; s < plan->count; ++s) {
+        const Segment& segment = plan->segments[s];
+        call.first_group[s] = total;
+        total += (segment.rows + GROUP - 1) / GROUP;
+        bytes += segment.rows * row_bytes(segment, plan->k);
+    }
+    const int64_t grain = total * PIECE_BYTES / (bytes + 1) + 1;
+    gemcut_parallel(groups, &call, total, grain, threads);
+}
