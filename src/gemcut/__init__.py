@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gemcut.hf import AutoModelForCausalLM as AutoModelForCausalLM
     from gemcut.hf import AutoTokenizer as AutoTokenizer
     from gemcut.hf import BatchEncoding as BatchEncoding
+    from gemcut.hf import BitsAndBytesConfig as BitsAndBytesConfig
     from gemcut.hf import GenerationConfig as GenerationConfig
     from gemcut.hf import TextIteratorStreamer as TextIteratorStreamer
     from gemcut.hf import TextStreamer as TextStreamer
@@ -28,6 +29,7 @@ _HOME = {
     "AutoModelForCausalLM": "gemcut.hf",
     "AutoTokenizer": "gemcut.hf",
     "BatchEncoding": "gemcut.hf",
+    "BitsAndBytesConfig": "gemcut.hf",
     "Completion": "gemcut.results",
     "GemcutError": "gemcut.errors",
     "Gemma": "gemcut.gemma",

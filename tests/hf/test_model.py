@@ -58,9 +58,6 @@ def test_a_gpu_that_is_not_there_warns_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"quantization_config": object()}, UnsupportedError, "quantization_config=.*quantized loading is not in this"),
-        ({"load_in_4bit": True}, UnsupportedError, "load_in_4bit=True.*quantized loading"),
-        ({"load_in_8bit": True}, UnsupportedError, "load_in_8bit=True.*quantized loading"),
         ({"use_safetensors": False}, UnsupportedError, "use_safetensors=False"),
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True"),
         ({"attn_implementation": "flash_attention_2"}, UnsupportedError, "attn_implementation='flash_attention_2'"),

@@ -14,6 +14,7 @@ from gemcut.hf.common import Refusal, refuse, usable_revision, warn_once
 from gemcut.hf.loading import LOAD, placement, wanted_dtype
 from gemcut.hf.model import GemmaForCausalLM
 from gemcut.hf.options import GenerationConfig
+from gemcut.hf.quantization_config import BitsAndBytesConfig, read_quantization_config
 from gemcut.hf.tokenizer import GemmaTokenizer
 from gemcut.text import Tokenizer
 from gemcut.text import files as text_files
@@ -121,6 +122,9 @@ class AutoModelForCausalLM:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         generation_config: GenerationConfig | None = None,
+        quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None,
+        load_in_4bit: bool | None = None,
+        load_in_8bit: bool | None = None,
         **others: Any,
     ) -> GemmaForCausalLM:
         """Load a model: folder, ``.gguf`` file, short name or hub id.
@@ -131,14 +135,19 @@ class AutoModelForCausalLM:
                 device; None the CPU, as in transformers. A GPU that the machine does not have is replaced by the CPU,
                 with one warning.
             torch_dtype, dtype: compute dtype under either name; "auto" is the checkpoint's own. Skipped, it is
-                float32, as the Gemma 2 model card says (transformers 5 takes the checkpoint's own).
+                float32, as the Gemma 2 model card says (transformers 5 takes the checkpoint's own); for a quantized
+                model it is the checkpoint's own.
             revision, token, cache_dir, local_files_only: for the hub, as in ``Gemma.load``.
             attn_implementation: name of an attention implementation; None takes the best there is.
             generation_config: used in place of the checkpoint's.
+            quantization_config: cut the linear layers while loading: a BitsAndBytesConfig (transformers' own works
+                too) or its dictionary. A checkpoint that is quantized already keeps its own numbers: a config of the
+                same format then only chooses the compute dtype, one of another format is refused.
+            load_in_4bit, load_in_8bit: the same as ``BitsAndBytesConfig(load_in_4bit=True)``, as in transformers 4.
             others: transformers' other arguments; refused by name unless they change nothing.
 
         Raises:
-            UnsupportedError: a known option that gemcut does not have (quantization, several devices, …).
+            UnsupportedError: a known option that gemcut does not have (several devices, …).
             ParameterError: an unknown one, or torch_dtype and dtype that differ.
             GemcutError: the checkpoint cannot be found, read, or held in memory.
         """
@@ -146,9 +155,14 @@ class AutoModelForCausalLM:
         attention = "auto" if attn_implementation is None else attn_implementation
         if not isinstance(attention, str):
             raise ParameterError(f"attn_implementation is of type {type(attention).__name__}; expected a name")
+        config = read_quantization_config(
+            quantization_config, {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+        )
+        spec = None if config is None else config.to_quantization()
         gemma = Gemma.load(
             pretrained_model_name_or_path,
-            dtype=wanted_dtype(torch_dtype, dtype),
+            dtype=wanted_dtype(torch_dtype, dtype, default=torch.float32 if config is None else "auto"),
+            quantization=spec,
             device=placement(device_map),
             revision=usable_revision(pretrained_model_name_or_path, revision),
             token=token,

@@ -18,18 +18,14 @@ from gemcut.errors import CheckpointError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma
 from gemcut.hardware import parse_dtype
 from gemcut.hf.common import Refusal, find_device
-from gemcut.model import Model
+from gemcut.network import move_network
 
-_QUANTIZED = "quantized loading is not in this version; load with dtype=torch.bfloat16"
 _DEVICES = "a model is on one device in this version"
 _OFFLOAD = "nothing is offloaded in this version"
 _ANY = (True, False)
 
 #: Arguments of from_pretrained beside those it names.
 LOAD: dict[str, Refusal] = {
-    "quantization_config": ((), _QUANTIZED),
-    "load_in_4bit": ((False,), _QUANTIZED),
-    "load_in_8bit": ((False,), _QUANTIZED),
     "low_cpu_mem_usage": (_ANY, ""),  # always so
     "use_safetensors": ((True,), "only safetensors and GGUF are read; pickled weights can run code"),
     "weights_only": ((True,), "gemcut reads weights alone"),
@@ -101,11 +97,13 @@ CALL: dict[str, Refusal] = {
 }
 
 
-def wanted_dtype(torch_dtype: str | torch.dtype | None, dtype: str | torch.dtype | None) -> str | torch.dtype:
-    """The dtype under either of its two names; float32 where neither is given, as the model card says."""
+def wanted_dtype(
+    torch_dtype: str | torch.dtype | None, dtype: str | torch.dtype | None, *, default: str | torch.dtype
+) -> str | torch.dtype:
+    """The dtype under either of its two names; ``default`` where neither is given."""
     if torch_dtype is None or dtype is None:
         either = torch_dtype if dtype is None else dtype
-        return torch.float32 if either is None else either
+        return default if either is None else either
     same = torch_dtype == dtype == "auto" or (
         "auto" not in (torch_dtype, dtype)
         and parse_dtype(torch_dtype, torch.float32) == parse_dtype(dtype, torch.float32)
@@ -140,13 +138,8 @@ def moved(gemma: Gemma, device: torch.device) -> Gemma:
     """The same model on another device, its weights moved one at a time, with a fresh cache."""
     if gemma.engine.has_work:
         raise ParameterError("the model is still generating; wait for it, or cancel it, before moving it")
-    old = gemma.model
-    with torch.device("meta"):
-        model = Model(gemma.config, dtype=gemma.dtype, attention=old.attention_implementation.name, device=device)
-    for name, parameter in list(old.named_parameters()):
-        model.load_state_dict({name: parameter.to(device)}, strict=False, assign=True)
     result = Gemma(
-        model,
+        move_network(gemma.model, device),
         gemma.tokenizer,
         device,
         engine=gemma.engine.config,

@@ -19,6 +19,8 @@ from gemcut.hf.inputs import read_rows, split_mapping
 from gemcut.hf.loading import CALL, FORWARD, ModelConfig, moved, save, shard_bytes
 from gemcut.hf.options import FIXED, HONOURED, GenerationConfig, merge_options
 from gemcut.hf.outputs import CausalLMOutput, GenerateOutput
+from gemcut.hf.quantization_config import BitsAndBytesConfig
+from gemcut.model.quantized import Int8Embedding, QuantizedLinear
 
 
 class GemmaForCausalLM:
@@ -78,6 +80,42 @@ class GemmaForCausalLM:
         """The network's parameters."""
         return self.gemma.model.parameters()
 
+    @property
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """How the weights are cut; None where they are whole."""
+        spec = self.gemma.model.quantization
+        return None if spec is None else BitsAndBytesConfig.from_quantization(spec)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linear layers are cut."""
+        return self.gemma.model.quantization is not None
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        """Whether linear layers are cut to 4 bits."""
+        return self.is_quantized and not self.is_loaded_in_8bit
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        """Whether linear layers are cut to 8 bits."""
+        spec = self.gemma.model.quantization
+        return spec is not None and spec.format == "int8"
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all weights, block statistics included (transformers leaves those out of a quantized model's).
+
+        ``return_buffers`` changes nothing: gemcut's networks hold no buffers that a checkpoint would.
+        """
+        network = self.gemma.model
+        packed = sum(
+            weight.nbytes
+            for module in network.modules()
+            if isinstance(module, (QuantizedLinear, Int8Embedding))
+            for weight in module.weights
+        )
+        return packed + sum(parameter.nbytes for parameter in network.parameters())
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of distinct parameters; the output head shares the embedding."""
         config = self.gemma.config
@@ -109,6 +147,18 @@ class GemmaForCausalLM:
     def cpu(self) -> GemmaForCausalLM:
         """``to("cpu")``."""
         return self.to("cpu")
+
+    def half(self) -> GemmaForCausalLM:
+        """``to(torch.float16)``."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> GemmaForCausalLM:
+        """``to(torch.bfloat16)``."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> GemmaForCausalLM:
+        """``to(torch.float32)``."""
+        return self.to(torch.float32)
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
