@@ -1,0 +1,316 @@
+"""Cut a matrix to 4 bits so that its *outputs* stay right: same format, better codes and block statistics.
+
+A decoder only ever computes ``table[code] · absmax[block]``, so codes and statistics may be chosen freely. With
+``H = Σ x xᵀ`` over sample inputs x of the layer, the squared error of its outputs is ``tr((W - Q) H (W - Q)ᵀ)``. Three
+steps make it small; each handles all rows of W at once, since rows do not depend on one another:
+
+1. Block statistics: a search over factors of the largest magnitude and a least-squares fit, values weighted by the
+   energy of their inputs. With double quantization they are rounded to 8 bits *before* codes are chosen.
+2. Codes by error feedback, column by column: what rounding one column lost is made up for by the columns that are
+   still whole (GPTQ, Frantar et al. 2022, arXiv 2210.17323), those with the strongest inputs first.
+3. Coordinate descent: each code in turn takes the best value given all others, each statistic the best one given its
+   codes (QuantEase, Behdin et al. 2023, arXiv 2309.01885, does this for codes). No step can raise the error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemcut.quantization.four_bit import nest
+from gemcut.quantization.moments import Moments
+from gemcut.quantization.tables import code_table, dynamic_map
+from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Nested
+
+#: Columns whose corrections are gathered before they reach all later columns in one matrix product.
+_LAZY = 128
+_GRID = tuple(0.70 + 0.025 * i for i in range(15))
+_REFITS = 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """How much work is done; the defaults are what was measured best.
+
+    Attributes:
+        damping: share of the inputs' mean energy added to every input's own, so that few samples do not overfit.
+        shrink: share by which correlations between inputs are lowered, for the same reason.
+        feedback: whether codes are chosen by error feedback.
+        sweeps: rounds of coordinate descent.
+    """
+
+    damping: float = 0.01
+    shrink: float = 0.0
+    feedback: bool = True
+    sweeps: int = 2
+
+
+def quantize_4bit_calibrated(
+    weight: Tensor,
+    moments: Moments,
+    quant_type: FourBitType = "nf4",
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    method: Method | None = None,
+    target: Tensor | None = None,
+) -> FourBitWeight:
+    """Cut ``weight`` [out, in] (fp32, fp16 or bf16, finite), given the moments of its inputs.
+
+    Args:
+        weight: the matrix; the result's dtype is its.
+        moments: second moments of the ``in`` inputs. Inputs that were never seen (all zero) do no harm.
+        quant_type: "nf4" or "fp4".
+        block_size: values that share a statistic.
+        double_quant: quantize the statistics too.
+        method: how much work is done.
+        target: fp32 [out, in] to come close to instead of ``weight``.
+
+    Returns:
+        A weight that decodes like any other of its format.
+    """
+    how = method or Method()
+    wanted = (weight if target is None else target).float()
+    rows, columns = wanted.shape
+    codebook = Codebook(quant_type, wanted.device)
+    damped = [_damped(block, how) for block in moments.blocks]
+    energy = torch.cat([block.diagonal() for block in damped])
+    scales = Scales.search(wanted, energy, codebook, block_size, double_quant)
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=wanted.device)
+    start = 0
+    for hessian in damped:
+        stop = start + hessian.shape[0]
+        part = wanted[:, start:stop].t().contiguous()  # [in, out]: one column's values lie side by side
+        absmax = scales.columns(start, stop)
+        if how.feedback:
+            chosen = round_with_feedback(part, hessian, absmax, codebook)
+        else:
+            chosen = codebook.nearest(_ratio(part, absmax))
+        if how.sweeps:
+            _descend(part, hessian, chosen, scales, start, codebook, how.sweeps)
+        codes[start:stop] = codebook.stored[chosen]
+        start = stop
+    return _pack(codes.t(), scales, quant_type, block_size, (rows, columns), weight.dtype)
+
+
+class Codebook:
+    """The 16 values of a format in rising order, and the code each is stored as."""
+
+    def __init__(self, quant_type: FourBitType, device: torch.device) -> None:
+        ordered = code_table(quant_type, device).sort(stable=True)
+        self.values = ordered.values
+        self.stored = ordered.indices.to(torch.uint8)
+        self.middles = (self.values[:-1] + self.values[1:]) / 2
+
+    def nearest(self, ratios: Tensor) -> Tensor:
+        """Places (int64) in ``values`` nearest to ``ratios``."""
+        return torch.bucketize(ratios, self.middles)
+
+
+class Scales:
+    """Block statistics of a matrix [rows, columns], as the decoder will see them; blocks run along its flat values."""
+
+    def __init__(self, absmax: Tensor, block_size: int, shape: tuple[int, int], double_quant: bool) -> None:
+        self.block_size, self.shape = block_size, shape
+        self.byte_map = dynamic_map(absmax.device)
+        self.middles = (self.byte_map[:-1] + self.byte_map[1:]) / 2
+        self.stored, self.decoded = absmax, absmax
+        self.nested: Nested | None = None
+        if double_quant:
+            self.stored, self.nested = nest(absmax)
+            self.decoded = self._decode(torch.arange(absmax.numel(), device=absmax.device), self.stored)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every block lies within one row."""
+        return self.shape[1] % self.block_size == 0
+
+    @classmethod
+    def search(cls, weight: Tensor, energy: Tensor, codebook: Codebook, block_size: int, double_quant: bool) -> Scales:
+        """Statistics that make the error small if inputs were independent with ``energy`` [columns]."""
+        rows, columns = weight.shape
+        count = rows * columns
+        absmax = torch.empty(math.ceil(count / block_size), dtype=torch.float32, device=weight.device)
+        flat = weight.reshape(-1)
+        # A few blocks at a time: the grid needs a handful of temporaries of that size.
+        step = max(1, (4 << 20) // block_size)
+        for first in range(0, absmax.numel(), step):
+            low, high = first * block_size, min(count, (first + step) * block_size)
+            values = _in_blocks(flat[low:high], block_size)
+            # Which column each value belongs to: the flat index modulo the row length.
+            importance = energy[torch.arange(low, high, device=weight.device) % columns]
+            absmax[first : first + values.shape[0]] = _search(values, _in_blocks(importance, block_size), codebook)
+        return cls(absmax, block_size, (rows, columns), double_quant)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """The statistic of every value in columns ``start … stop - 1``: fp32 [stop - start, rows]."""
+        rows, columns = self.shape
+        if self.aligned and start % self.block_size == 0:
+            blocks = self.decoded.view(rows, -1)[:, start // self.block_size : math.ceil(stop / self.block_size)]
+            return blocks.t().repeat_interleave(self.block_size, dim=0)[: stop - start].contiguous()
+        index = torch.arange(rows, device=self.decoded.device)[None, :] * columns
+        index = index + torch.arange(start, stop, device=self.decoded.device)[:, None]
+        return self.decoded[index // self.block_size]
+
+    def replace(self, column_block: int, wanted: Tensor) -> Tensor:
+        """Set the statistics of one block of columns to the nearest that can be stored; returns them, fp32 [rows]."""
+        per_row = self.shape[1] // self.block_size
+        blocks = torch.arange(self.shape[0], device=wanted.device) * per_row + column_block
+        if self.nested is None:
+            self.decoded[blocks] = wanted
+            return wanted
+        reach = self.nested.scale[blocks // NESTED_BLOCK_SIZE]
+        ratios = _ratio(wanted - self.nested.offset, reach)
+        codes = torch.bucketize(ratios, self.middles).to(torch.uint8)
+        decoded = self._decode(blocks, codes)
+        self.stored[blocks], self.decoded[blocks] = codes, decoded
+        return decoded
+
+    def _decode(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        assert self.nested is not None
+        return self.byte_map[codes.int()] * self.nested.scale[blocks // NESTED_BLOCK_SIZE] + self.nested.offset
+
+
+def round_with_feedback(weight: Tensor, hessian: Tensor, absmax: Tensor, codebook: Codebook) -> Tensor:
+    """Choose codes column by column, spreading each column's error over those still to come.
+
+    Args:
+        weight: fp32 [in, out].
+        hessian: fp32 [in, in], positive definite.
+        absmax: each value's block statistic, fp32 [in, out].
+        codebook: the format's values.
+
+    Returns:
+        Places in the codebook, int64 [in, out].
+    """
+    # Strong inputs first, while many columns are left to make up for them. Blocks stay where they are: their
+    # statistics are fixed already, so that the order of work is free.
+    order = hessian.diagonal().argsort(descending=True)
+    factor = _inverse_factor(hessian[order][:, order])
+    work, scale = weight[order], absmax[order]
+    inverse = _reciprocal(scale)
+    chosen = torch.empty(work.shape, dtype=torch.int64, device=work.device)
+    size = work.shape[0]
+    for start in range(0, size, _LAZY):
+        stop = min(size, start + _LAZY)
+        lost = torch.empty(stop - start, work.shape[1], dtype=torch.float32, device=work.device)
+        for j in range(start, stop):
+            places = codebook.nearest(work[j] * inverse[j])
+            chosen[j] = places
+            error = (work[j] - codebook.values[places] * scale[j]) / factor[j, j]
+            lost[j - start] = error
+            if j + 1 < stop:
+                work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        if stop < size:
+            work[stop:].addmm_(factor[start:stop, stop:].t(), lost, alpha=-1)
+    back = torch.empty_like(chosen)
+    back[order] = chosen
+    return back
+
+
+def _descend(
+    weight: Tensor, hessian: Tensor, chosen: Tensor, scales: Scales, start: int, codebook: Codebook, sweeps: int
+) -> None:
+    """Coordinate descent on codes (``chosen`` [in, out], changed in place) and, where blocks allow it, statistics.
+
+    ``weight`` fp32 [in, out] and ``hessian`` cover the matrix's columns from ``start`` on.
+    """
+    absmax = scales.columns(start, start + weight.shape[0])
+    size = weight.shape[0]
+    refit = scales.aligned and start % scales.block_size == 0
+    width = scales.block_size if refit else _LAZY
+    current = codebook.values[chosen] * absmax
+    gradient = hessian @ (weight - current)  # of the error, but for a factor of -2
+    strength = hessian.diagonal().tolist()
+    for _ in range(sweeps):
+        for low in range(0, size, width):
+            high = min(size, low + width)
+            own = hessian[low:high, low:high].contiguous()
+            slope, part = gradient[low:high].clone(), current[low:high].clone()
+            inverse = _reciprocal(absmax[low:high])
+            for j in range(high - low):
+                places = codebook.nearest((part[j] + slope[j] / strength[low + j]) * inverse[j])
+                values = codebook.values[places] * absmax[low + j]
+                slope.addr_(own[j], values - part[j], alpha=-1)
+                chosen[low + j], part[j] = places, values
+            if refit:
+                units = codebook.values[chosen[low:high]]
+                # The error is quadratic in the block's statistic: take its best value, or the nearest storable one.
+                best = absmax[low] + _ratio((units * slope).sum(dim=0), (units * (own @ units)).sum(dim=0))
+                fitted = scales.replace((start + low) // width, torch.where(best > 0, best, absmax[low]))
+                absmax[low:high] = fitted
+                part = units * fitted
+            gradient.addmm_(hessian[:, low:high], part - current[low:high], alpha=-1)
+            current[low:high] = part
+
+
+def _search(values: Tensor, importance: Tensor, codebook: Codebook) -> Tensor:
+    """The best statistic of each block of ``values`` [blocks, size] with weights ``importance``: fp32 [blocks]."""
+    largest = values.abs().amax(dim=1)
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+
+    def consider(absmax: Tensor) -> Tensor:
+        """Keep ``absmax`` where it beats the best so far; returns the values it decodes to, before scaling."""
+        units = codebook.values[codebook.nearest(values * _reciprocal(absmax)[:, None])]
+        error = ((units * absmax[:, None] - values).square_() * importance).sum(dim=1)
+        better = error < least
+        best[better], least[better] = absmax[better], error[better]
+        return units
+
+    for factor in _GRID:
+        consider(largest * factor)
+    for _ in range(_REFITS):
+        units = consider(best)
+        weighted = units * importance
+        fitted = _ratio((weighted * values).sum(dim=1), (weighted * units).sum(dim=1))
+        consider(torch.where(fitted > 0, fitted, best))
+    return best
+
+
+def _damped(moment: Tensor, method: Method) -> Tensor:
+    """A positive definite fp32 copy of ``moment``."""
+    energy = moment.diagonal()
+    mean = energy.mean().item()
+    hessian = moment.float() * (1.0 - method.shrink)
+    hessian.diagonal().add_(energy * method.shrink + (mean * method.damping if mean > 0 else 1.0))
+    return hessian
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U with ``inverse(H) = Uᵀ U``; damps further where H is singular in fp32."""
+    mean = hessian.diagonal().mean()
+    for extra in (0.0, 0.01, 0.1, 1.0):
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(extra * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+    # Flipped, a lower factor of the flipped matrix is V, upper triangular with H = V Vᵀ; then U = inverse(V).
+    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+def _reciprocal(absmax: Tensor) -> Tensor:
+    return torch.where(absmax == 0, 0.0, 1.0 / absmax)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient; 0 where the denominator is 0."""
+    return torch.where(denominator == 0, 0.0, numerator / denominator)
+
+
+def _in_blocks(flat: Tensor, block_size: int) -> Tensor:
+    """``flat`` as [blocks, block_size], the last one filled up with zeros."""
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+
+
+def _pack(
+    codes: Tensor, scales: Scales, quant_type: FourBitType, block_size: int, shape: tuple[int, int], dtype: torch.dtype
+) -> FourBitWeight:
+    flat = codes.reshape(-1)
+    flat = torch.nn.functional.pad(flat, (0, flat.numel() % 2))
+    packed = flat[0::2] << 4 | flat[1::2]
+    return FourBitWeight(packed, scales.stored, quant_type, block_size, shape, dtype, scales.nested)
