@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,15 @@ class GgufFile:
         return {name: types.count(name) for name in sorted(set(types))}
 
     def tensors(
-        self, progress: Callable[[int, int], None] | None = None, dtype: torch.dtype | None = None
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        dtype: torch.dtype | None = None,
+        only: Collection[str] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Stream (our name, tensor) in file order: norms in fp32, other weights in ``dtype``.
 
         ``dtype`` None: F32, F16 and BF16 tensors as stored, quantized ones dequantized to fp32.
+        ``only`` names the tensors wanted; None: all.
         """
         done, total = 0, self.nbytes
         with ThreadPoolExecutor(
@@ -83,13 +87,15 @@ class GgufFile:
             thread_name_prefix="dequantize",
         ) as pool:
             for name, tensor in self._tensors.items():
+                if only is not None and name not in only:
+                    continue
                 wanted = torch.float32 if name.endswith(".scale") else dtype
                 yield name, self._read(tensor, wanted, pool)
                 self._header.file.release(tensor.offset, tensor.nbytes)
                 done += tensor.nbytes
                 if progress:
                     progress(done, total)
-        if self._head and progress:
+        if self._head and progress and only is None:
             progress(total, total)
 
     def generation_config(self) -> dict[str, Any]:

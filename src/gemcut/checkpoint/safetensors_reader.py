@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +79,20 @@ class SafetensorsFolder:
         """What the weights are stored in (the embedding's)."""
         return self._entries["embed.weight"].dtype
 
-    def tensors(self, progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(
+        self, progress: Callable[[int, int], None] | None = None, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Stream (our name, tensor) in file order; norms come as ``1 + w`` in fp32, weights as stored.
+
+        ``only`` names the tensors wanted; None: all.
 
         A tensor's memory belongs to the file's map and is given back when the next one is asked for; keeping the
         tensor is allowed (its pages are then read again on use).
         """
         done, total = 0, self.nbytes
         for name, entry in self._entries.items():
+            if only is not None and name not in only:
+                continue
             tensor = entry.tensor()
             yield name, tensor.float() + 1.0 if name.endswith(".scale") else tensor
             del tensor
@@ -94,7 +100,7 @@ class SafetensorsFolder:
             done += entry.nbytes
             if progress:
                 progress(done, total)
-        if self._head:
+        if self._head and only is None:
             _require_tied(self._head, self._entries["embed.weight"])
             if progress:
                 progress(total, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gemcut.checkpoint.gguf_reader import GgufFile
     from gemcut.checkpoint.safetensors_reader import SafetensorsFolder
+    from gemcut.quantization.spec import Quantization
     from gemcut.text.tokenizer import Tokenizer
 
 #: Called with (bytes done, bytes in all) while files are downloaded or read.
@@ -82,17 +83,27 @@ class Source:
         """dtype of a folder's weights; None for a GGUF file, whose tensors are of many kinds."""
         return None if self.kind == "gguf" else self._folder.dtype
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """What the files' weights are cut to; None where they are whole."""
+        return None
+
     def tensors(
-        self, progress: Progress | None = None, *, dtype: torch.dtype | None = None
+        self,
+        progress: Progress | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        only: Collection[str] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Stream every tensor once, on the CPU: (our name, tensor). See gemcut.checkpoint.names for the names.
 
         Norms come as ``scale = 1 + w`` in fp32. A folder's weights come as stored; a GGUF file's are dequantized to
-        ``dtype`` (None: fp32). A tensor may be backed by the file itself: copy it if it is to stay in memory.
+        ``dtype`` (None: fp32). ``only`` names the tensors wanted (None: all). A tensor may be backed by the file
+        itself: copy it if it is to stay in memory.
         """
         if self.kind == "gguf":
-            return self._gguf.tensors(progress, dtype)
-        return self._folder.tensors(progress)
+            return self._gguf.tensors(progress, dtype, only)
+        return self._folder.tensors(progress, only)
 
     @cached_property
     def _config(self) -> GemmaConfig:

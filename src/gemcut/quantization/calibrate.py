@@ -290,7 +290,8 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
             break
     # Flipped, a lower factor of the flipped matrix is V, upper triangular with H = V Vᵀ; then U = inverse(V).
     identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return factor
 
 
 def _reciprocal(absmax: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Take in rows ``x`` [T, size] of any float dtype."""
-        for block, part in zip(self.blocks, x.split(self.sizes, dim=1), strict=True):
+        for block, part in zip(self.blocks, torch.split(x, self.sizes, dim=1), strict=True):
             rows = part.float()
             block.addmm_(rows.t(), rows)
         self.count += x.shape[0]
