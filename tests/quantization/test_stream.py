@@ -13,7 +13,7 @@ from gemcut.errors import CheckpointError, ParameterError
 from gemcut.quantization.four_bit import dequantize_4bit, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8_rows
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.stream import quantize_tensors, skip_matcher
+from gemcut.quantization.stream import cut, quantize_tensors, skip_matcher
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 from support import tiny_config
 
@@ -31,9 +31,9 @@ def run(tensors: dict[str, Weight], spec: Quantization, dtype: torch.dtype | Non
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 def test_linears_are_cut_and_nothing_else(format: str) -> None:
     tensors = whole()
-    cut = run(tensors, Quantization(format))  # type: ignore[arg-type]
-    assert list(cut) == list(tensors)
-    for name, weight in cut.items():
+    result = run(tensors, Quantization(format))  # type: ignore[arg-type]
+    assert list(result) == list(tensors)
+    for name, weight in result.items():
         linear = name.endswith("proj.weight")
         kind = (Int8Weight if format == "int8" else FourBitWeight) if linear else torch.Tensor
         assert isinstance(weight, kind), name
@@ -44,22 +44,32 @@ def test_linears_are_cut_and_nothing_else(format: str) -> None:
 def test_weights_are_rounded_to_the_loading_dtype_first() -> None:
     tensors = whole(torch.float32)
     name = "layers.0.mlp.up_proj.weight"
-    (cut,) = run({name: tensors[name]}, Quantization("nf4"), torch.bfloat16).values()
-    assert isinstance(cut, FourBitWeight)
-    assert cut.dtype is torch.bfloat16
+    (result,) = run({name: tensors[name]}, Quantization("nf4"), torch.bfloat16).values()
+    assert isinstance(result, FourBitWeight)
+    assert result.dtype is torch.bfloat16
     expected = quantize_4bit(tensors[name].to(torch.bfloat16), "nf4")  # type: ignore[union-attr]
-    assert torch.equal(dequantize_4bit(cut), dequantize_4bit(expected))
+    assert torch.equal(dequantize_4bit(result), dequantize_4bit(expected))
 
 
 def test_head_is_cut_in_pieces_as_if_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemcut.quantization.stream._PIECE_BYTES", 1000)
+    monkeypatch.setattr("gemcut.quantization.stream.PIECE", 1000)
     table = whole()["embed.weight"]
     assert isinstance(table, torch.Tensor)
-    (cut,) = run({"embed.weight": table}, Quantization("nf4", head="int8", skip=("lm_head",))).values()
+    (result,) = run({"embed.weight": table}, Quantization("nf4", head="int8", skip=("lm_head",))).values()
     expected = quantize_int8_rows(table)
-    assert isinstance(cut, Int8Weight)
-    assert torch.equal(cut.codes, expected.codes)
-    assert torch.equal(cut.absmax, expected.absmax)
+    assert isinstance(result, Int8Weight)
+    assert torch.equal(result.codes, expected.codes)
+    assert torch.equal(result.absmax, expected.absmax)
+
+
+@pytest.mark.parametrize("spec", [Quantization("nf4"), Quantization("fp4", double_quant=False, block_size=256)])
+def test_pieces_are_cut_as_the_whole(spec: Quantization, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemcut.quantization.stream.PIECE", 256 * spec.block_size)
+    weight = torch.randn(301, 333, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert spec.format != "int8"
+    pieces = cut("w", weight, spec)
+    whole = quantize_4bit(weight, spec.format, block_size=spec.block_size, double_quant=spec.double_quant)
+    assert all(torch.equal(a, b) for a, b in zip(pieces.tensors, whole.tensors, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +95,8 @@ def test_skip_matches_like_transformers(pattern: str, name: str, stays: bool) ->
 
 def test_skipped_modules_stay_whole() -> None:
     tensors = whole()
-    cut = run(tensors, Quantization("nf4", skip=("o_proj", "model.layers.1")))
-    left = {name for name, weight in cut.items() if weight is tensors[name] and name.endswith("proj.weight")}
+    result = run(tensors, Quantization("nf4", skip=("o_proj", "model.layers.1")))
+    left = {name for name, weight in result.items() if weight is tensors[name] and name.endswith("proj.weight")}
     assert left == {n for n in tensors if n.endswith("o_proj.weight") or re.match(r"layers\.1\..*_proj.weight", n)}
 
 
@@ -119,9 +129,9 @@ def test_values_that_fp16_cannot_hold_are_refused_for_int8() -> None:
 
 
 def test_cut_weights_pass_in_their_own_format_only() -> None:
-    cut = run(whole(), Quantization("nf4"))
-    again = run(cut, Quantization("nf4"))
-    assert all(again[name] is weight for name, weight in cut.items())
+    result = run(whole(), Quantization("nf4"))
+    again = run(result, Quantization("nf4"))
+    assert all(again[name] is weight for name, weight in result.items())
     for other in (Quantization("fp4"), Quantization("int8"), Quantization("nf4", block_size=128)):
         with pytest.raises(CheckpointError, match="is quantized already"):
-            run(cut, other)
+            run(result, other)

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import CheckpointError, ParameterError
-from gemcut.quantization.four_bit import quantize_4bit
+from gemcut.quantization.four_bit import nest, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8, quantize_int8_rows
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import FourBitType, FourBitWeight, Int8Weight, Weight
 
 #: The embedding, which is also the output head, under our name.
 EMBEDDING = "embed.weight"
-# The embedding is by far the largest tensor: its rows are cut in pieces of so many bytes.
-_PIECE_BYTES = 32 << 20
+# A tensor is cut in pieces of so many values, so that what is computed on the way fits a cache. It holds a whole
+# number of blocks, and of groups of 256 blocks, of every block size.
+PIECE = 1 << 21
 
 
 def quantize_tensors(
@@ -49,7 +50,7 @@ def quantize_tensors(
             continue
         check_finite(name, weight)
         if name == EMBEDDING:
-            yield name, weight if spec.head is None else _cut_rows(weight, dtype)
+            yield name, weight if spec.head is None else _cut_rows(weight, dtype, quantize_int8_rows)
         elif weight.ndim != 2 or stays(module_name(name)):
             yield name, weight
         else:
@@ -60,14 +61,14 @@ def quantize_tensors(
 def cut(name: str, weight: Tensor, spec: Quantization) -> FourBitWeight | Int8Weight:
     """``weight`` [out, in], finite, in ``spec``'s format. Raises CheckpointError where int8 cannot hold it."""
     if spec.format != "int8":
-        return quantize_4bit(weight, spec.format, block_size=spec.block_size, double_quant=spec.double_quant)
+        return _cut_blocks(weight, spec.format, spec)
     limit = torch.finfo(torch.float16).max
     if weight.dtype != torch.float16 and max(map(abs, _range(weight))) > limit:
         raise CheckpointError(
             f"tensor {name} holds magnitudes above {limit:.0f}; the int8 format passes through fp16, which ends "
             "there: quantize to nf4, or leave that module whole"
         )
-    return quantize_int8(weight)
+    return _cut_rows(weight, weight.dtype, quantize_int8)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -104,14 +105,30 @@ def _beginning(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
 
 
-def _cut_rows(table: Tensor, dtype: torch.dtype | None) -> Int8Weight:
-    """The embedding in 8 bits a value, a few rows at a time."""
+def _cut_blocks(weight: Tensor, quant_type: FourBitType, spec: Quantization) -> FourBitWeight:
+    """``weight`` in 4 bits, piece by piece; the block statistics are nested when all are known."""
+    flat = weight.reshape(-1)
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // spec.block_size), dtype=torch.float32)
+    for start in range(0, flat.numel(), PIECE):
+        row = flat[start : start + PIECE].view(1, -1)
+        piece = quantize_4bit(row, quant_type, block_size=spec.block_size, double_quant=False)
+        codes[start // 2 : start // 2 + piece.codes.numel()] = piece.codes
+        first = start // spec.block_size
+        absmax[first : first + piece.absmax.numel()] = piece.absmax
+    statistics, nested = nest(absmax) if spec.double_quant else (absmax, None)
+    n, k = weight.shape
+    return FourBitWeight(codes, statistics, quant_type, spec.block_size, (n, k), weight.dtype, nested)
+
+
+def _cut_rows(table: Tensor, dtype: torch.dtype | None, quantize: Callable[[Tensor], Int8Weight]) -> Int8Weight:
+    """``table`` in 8 bits a value, a few rows at a time."""
     codes = torch.empty(table.shape, dtype=torch.int8)
     absmax = torch.empty(table.shape[0], dtype=torch.float32)
-    step = max(1, _PIECE_BYTES // (table.shape[1] * table.element_size()))
+    step = max(1, PIECE // table.shape[1])
     kept = dtype or table.dtype
     for start in range(0, table.shape[0], step):
-        piece = quantize_int8_rows(table[start : start + step].to(kept))
+        piece = quantize(table[start : start + step].to(kept))
         codes[start : start + step] = piece.codes
         absmax[start : start + step] = piece.absmax
     return Int8Weight(codes, absmax, kept)
