@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ MAX_PARTS = 64
 
 _FOUR_BIT, _INT8, _BF16, _FP32 = range(4)
 
-# Tables in bf16 are those of the format times a factor (taken off in fp32), chosen so that rounding them to bf16 costs
-# least: NF4's error falls to 0.6 of that with factor 1, and FP4's values are twelfths of integers, which bf16 holds.
-_SHORT_FACTORS = {"nf4": 1.437005, "fp4": 12.0}
+# Tables of integers are those of the format times a factor, which is taken off at the end: the largest that linear.cpp's
+# sums hold. FP4's values are multiples of 1/192, so that its integers are exact; NF4's are within 2^-14.
+_SHORT_FACTORS = {"nf4": 8191.0, "fp4": 42 * 192.0}
 
 
 class _Segment(ctypes.Structure):
@@ -68,6 +69,25 @@ _LINEAR_ARGUMENTS = [
 ]
 
 
+_GEMM_ARGUMENTS = [
+    ctypes.POINTER(_Plan),
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int,
+]
+
+
+def many_rows(library: cpu.Library) -> Any:
+    """The product of many rows of bf16, or None where the library has none for this instruction set."""
+    try:
+        return library.function("gemm", _GEMM_ARGUMENTS)
+    except AttributeError:
+        return None
+
+
 def supports(case: LinearCase, device: torch.device) -> str | None:
     """None, or why the kernel cannot serve ``case`` on ``device``."""
     if device.type != "cpu":
@@ -107,9 +127,9 @@ def _refused(weight: Weight, case: LinearCase) -> str | None:
 
 @functools.cache
 def _tables(quant_type: str) -> tuple[Tensor, Tensor]:
-    """(fp32 [16], bf16 [16] times the format's factor)."""
+    """(fp32 [16], int16 [16]: the same times the format's factor)."""
     table = code_table("nf4" if quant_type == "nf4" else "fp4")
-    return table, (table * _SHORT_FACTORS[quant_type]).to(torch.bfloat16)
+    return table, (table * _SHORT_FACTORS[quant_type]).round().to(torch.int16)
 
 
 def _segment(weight: Weight, column: int) -> _Segment:
@@ -131,7 +151,10 @@ def _segment(weight: Weight, column: int) -> _Segment:
 
 
 class CpuLinear:
-    """The product of a LinearCase; up to MAX_M rows in C++, more with plain PyTorch."""
+    """The product of a LinearCase: up to MAX_M rows of x at the speed of memory, more of them in panels (gemm.cpp).
+
+    Many rows in fp32, or on Arm, are plain PyTorch's.
+    """
 
     def __init__(self, case: LinearCase, library: cpu.Library) -> None:
         # The case keeps the tensors alive whose addresses the segments hold.
@@ -148,15 +171,21 @@ class CpuLinear:
         self._plan_reference = ctypes.byref(self._plan)
         self._x_is_bf16 = int(case.compute_dtype == torch.bfloat16)
         self._run = library.function("linear", _LINEAR_ARGUMENTS)
+        self._run_many = many_rows(library) if case.compute_dtype == torch.bfloat16 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [T, in] in the compute dtype -> [T, out] in the out dtype."""
         rows = x.shape[0]
-        if rows > MAX_M or rows == 0:
+        if rows == 0 or (rows > MAX_M and self._run_many is None):
             return plain_linear(self.case, x)
         if x.stride(1) != 1:
             x = x.contiguous()
         out = torch.empty((rows, self._columns), dtype=self.case.out_dtype)
+        if rows > MAX_M and self._run_many is not None:
+            self._run_many(
+                self._plan_reference, x.data_ptr(), rows, x.stride(0), out.data_ptr(), self._columns, cpu.threads()
+            )
+            return out
         self._run(
             self._plan_reference, x.data_ptr(), rows, x.stride(0), self._x_is_bf16, out.data_ptr(), self._columns,
             cpu.threads(),

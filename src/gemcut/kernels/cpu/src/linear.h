@@ -12,7 +12,7 @@ struct Segment {
     const float* nested_scale;   // null: absmax is fp32
     const float* nested_map;     // 256 values
     const float* table;          // FOUR_BIT: 16 values
-    const uint16_t* short_table; // the same times short_factor, rounded to bf16
+    const int16_t* short_table;  // the same times short_factor, rounded to integers of 14 bits with sign
     int64_t block_size;
     float nested_offset, short_factor;
 };

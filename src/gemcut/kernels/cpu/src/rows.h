@@ -10,8 +10,9 @@ struct Input {
     int64_t k, step;
     const float* plain;         // [m][step]
     const float* split;         // [m][step]: within each UNIT, value e of every group of 8, for e = 0 ... 7
-    const uint16_t* short_plain;
-    const uint16_t* short_split;  // within each 128 values, value e of every group of 4, for e = 0 ... 3
+    const uint16_t* bf16;
+    const int16_t* shorts;      // [m][step]: integers of 15 bits, within each UNIT as short_order says
+    const float* short_scales;  // [m][step / UNIT]: what they are multiples of
     const int8_t* digits;       // [m][3][step]: x as integers of three digits to base 256, the lowest first
     const int32_t* digit_sums;  // [m][3]
     const float* digit_scale;   // [m]: what the integers are multiples of
@@ -95,6 +96,104 @@ void rows_plain(const uint8_t* const* rows, const Input& in, int first, int64_t 
         }
 }
 
+// ---- four-bit weights as 16-bit integers times x as 16-bit integers ------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+#define GEMCUT_SHORTS 1
+typedef __m512i Ints;
+inline Ints load_shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline Vector to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Ints pairs(Ints a, Ints b) { return _mm512_dpwssd_epi32(_mm512_setzero_si512(), a, b); }
+inline Ints add_pairs(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+struct ShortTable { Ints values; };
+// Twice in the register: the fifth bit of an index does not matter then, so nibbles need no masking.
+inline ShortTable make_short_table(const int16_t* p) {
+    return {_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// Which value of a unit stands at place i of the four vectors: nibble 1, 0, 3, 2 of each 16-bit word.
+constexpr int short_order(int i) { return i % 32 * 4 + i / 32; }
+inline void decode_shorts(const ShortTable& table, const uint8_t* p, Ints (&out)[4]) {
+    const Ints words = _mm512_loadu_si512(p);
+    out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.values);
+    out[1] = _mm512_permutexvar_epi16(words, table.values);
+    out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table.values);
+    out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table.values);
+}
+#elif defined(__AVX2__)
+#define GEMCUT_SHORTS 1
+typedef __m256i Ints;
+inline Ints load_shorts(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Vector to_float(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Ints pairs(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+inline Ints add_pairs(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+struct ShortTable { Ints low, high; };  // the values' bytes
+inline ShortTable make_short_table(const int16_t* p) {
+    alignas(16) uint8_t low[16], high[16];
+    for (int i = 0; i < 16; ++i) low[i] = uint8_t(p[i]), high[i] = uint8_t(p[i] >> 8);
+    return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low))),
+            _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)))};
+}
+// Even values, lower then upper half of each 16 bytes; then odd values.
+constexpr int short_order(int i) { return 2 * (i % 8 + i / 8 % 2 * 16 + i / 16 % 2 * 8) + i / 32; }
+inline void decode_shorts(const ShortTable& table, const uint8_t* p, Ints (&out)[4]) {
+    const Ints bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi8(15);
+    const Ints even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), odd = _mm256_and_si256(bytes, mask);
+    const Ints even_low = _mm256_shuffle_epi8(table.low, even), even_high = _mm256_shuffle_epi8(table.high, even);
+    const Ints odd_low = _mm256_shuffle_epi8(table.low, odd), odd_high = _mm256_shuffle_epi8(table.high, odd);
+    out[0] = _mm256_unpacklo_epi8(even_low, even_high), out[1] = _mm256_unpackhi_epi8(even_low, even_high);
+    out[2] = _mm256_unpacklo_epi8(odd_low, odd_high), out[3] = _mm256_unpackhi_epi8(odd_low, odd_high);
+}
+#endif
+
+#ifdef GEMCUT_SHORTS
+// Products of a table of 13 bits with an x of 14, of which a lane sums eight: 2^30 at most.
+template <int R, int M, int N>
+inline void four_bit_shorts_unit(const uint8_t* const* rows, const float* const* scales, const int16_t* x,
+                                 const float* x_scale, int64_t step, const ShortTable& table, Vector (&total)[R][M]) {
+    for (int r = 0; r < R; ++r) {
+        Ints weights[4];
+        decode_shorts(table, rows[r], weights);
+        const Vector scale = spread<N>(scales[r]);
+        for (int m = 0; m < M; ++m) {
+            const int16_t* xm = x + m * step;
+            Ints part = pairs(weights[0], load_shorts(xm));
+            for (int e = 1; e < 4; ++e) part = add_pairs(part, weights[e], load_shorts(xm + e * (UNIT / 4)));
+            total[r][m] = fma(multiply(scale, spread<1>(x_scale + m * (step / UNIT))), to_float(part), total[r][m]);
+        }
+    }
+}
+
+template <int R, int M, int N>
+void four_bit_shorts(const uint8_t* const* rows, const float* const* scales, const int16_t* values, const Input& in,
+                     int first, int64_t ahead, float (*out)[MAX_M]) {
+    const ShortTable table = make_short_table(values);
+    const int16_t* x = in.shorts + first * in.step;
+    const float* x_scale = in.short_scales + first * (in.step / UNIT);
+    Vector total[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) total[r][m] = zero();
+    const uint8_t* here[R];
+    const float* scale[R];
+    const int64_t units = in.k / UNIT, rest = in.k % UNIT / 2;
+    for (int64_t u = 0; u < units; ++u) {
+        for (int r = 0; r < R; ++r) here[r] = rows[r] + u * UNIT_BYTES, scale[r] = scales[r] + u * N;
+        if (UNIT_BYTES == 64 || u % 2 == 0)
+            for (int r = 0; r < R; ++r) prefetch(here[r] + ahead);
+        four_bit_shorts_unit<R, M, N>(here, scale, x + u * UNIT, x_scale + u, in.step, table, total);
+    }
+    if (rest) {
+        uint8_t last[R][UNIT_BYTES] = {};
+        for (int r = 0; r < R; ++r) {
+            memcpy(last[r], rows[r] + units * UNIT_BYTES, rest);
+            here[r] = last[r], scale[r] = scales[r] + units * N;
+        }
+        four_bit_shorts_unit<R, M, N>(here, scale, x + units * UNIT, x_scale + units, in.step, table, total);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) out[r][first + m] = sum(total[r][m]);
+}
+#endif
+
 // ---- bf16 pairs with fp32 sums ------------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
@@ -104,60 +203,9 @@ inline Vector dot(Vector sum, __m512i a, const uint16_t* b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
 }
 
-template <int R, int M, int N>
-inline void four_bit_pairs_unit(const uint8_t* const* rows, const float* const* scales, const uint16_t* x,
-                                int64_t step, __m512i table, Vector (&total)[R][M]) {
-    for (int r = 0; r < R; ++r) {
-        // The table stands twice in the register, so the fifth bit of an index does not matter: no masking.
-        const __m512i words = _mm512_loadu_si512(rows[r]);
-        const __m512i w0 = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-        const __m512i w1 = _mm512_permutexvar_epi16(words, table);
-        const __m512i w2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
-        const __m512i w3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-        const Vector scale = spread<N>(scales[r]);
-        for (int m = 0; m < M; ++m) {
-            const uint16_t* xm = x + m * step;
-            // Two short chains instead of a long one.
-            const Vector a = dot(dot(zero(), w0, xm), w1, xm + 32);
-            const Vector b = dot(dot(zero(), w2, xm + 64), w3, xm + 96);
-            total[r][m] = fma(scale, _mm512_add_ps(a, b), total[r][m]);
-        }
-    }
-}
-
-template <int R, int M, int N>
-void four_bit_pairs(const uint8_t* const* rows, const float* const* scales, const uint16_t* values, const Input& in,
-                    int first, int64_t ahead, float (*out)[MAX_M]) {
-    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-    const uint16_t* x = in.short_split + first * in.step;
-    Vector total[R][M];
-    for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) total[r][m] = zero();
-    const uint8_t* here[R];
-    const float* scale[R];
-    const int64_t units = in.k / UNIT, rest = in.k % UNIT / 2;
-    for (int64_t u = 0; u < units; ++u) {
-        for (int r = 0; r < R; ++r) {
-            here[r] = rows[r] + u * UNIT_BYTES, scale[r] = scales[r] + u * N;
-            prefetch(here[r] + ahead);
-        }
-        four_bit_pairs_unit<R, M, N>(here, scale, x + u * UNIT, in.step, table, total);
-    }
-    if (rest) {
-        uint8_t last[R][UNIT_BYTES] = {};
-        for (int r = 0; r < R; ++r) {
-            memcpy(last[r], rows[r] + units * UNIT_BYTES, rest);
-            here[r] = last[r], scale[r] = scales[r] + units * N;
-        }
-        four_bit_pairs_unit<R, M, N>(here, scale, x + units * UNIT, in.step, table, total);
-    }
-    for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) out[r][first + m] = sum(total[r][m]);
-}
-
 template <int R, int M>
 void bf16_pairs(const uint8_t* const* rows, const Input& in, int first, int64_t ahead, float (*out)[MAX_M]) {
-    const uint16_t* x = in.short_plain + first * in.step;
+    const uint16_t* x = in.bf16 + first * in.step;
     Vector total[R][M];
     for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) total[r][m] = zero();

@@ -20,6 +20,7 @@ struct Table { __m512 values; };
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 inline Vector load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -44,6 +45,16 @@ inline Vector spread(const float* p) {
     return _mm512_permutexvar_ps(places, _mm512_castps128_ps512(_mm_loadu_ps(p)));
 }
 
+// map[codes] * scale + offset, in two roundings.
+inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, float scale, float offset, float* out) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
+        const __m512i places = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i));
+        const __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(places, map, 4), _mm512_set1_ps(scale));
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_add_ps(product, _mm512_set1_ps(offset)));
+    }
+}
+
 #elif defined(__AVX2__)
 
 constexpr int W = 8;
@@ -54,6 +65,7 @@ struct Table { __m256 low, high; };
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline float sum(Vector v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -115,6 +127,13 @@ inline Vector lookup(const Table& table, Words words) {
 template <int n>
 inline Vector spread(const float* p) { return vdupq_n_f32(*p); }
 
+#endif
+
+#if !defined(__AVX512F__)
+// map[codes] * scale + offset, in two roundings.
+inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, float scale, float offset, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = map[codes[i]] * scale + offset;
+}
 #endif
 
 // Bytes and values that load_words takes at once.
