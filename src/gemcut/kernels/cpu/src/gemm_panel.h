@@ -116,13 +116,27 @@ inline void decode_row(const Segment& segment, int64_t row, int64_t k, int64_t f
     }
 }
 
+// Asks for `count` values of a row from `first` on, to be there when they are needed.
+inline void fetch_row(const Segment& segment, int64_t row, int64_t k, int64_t first, int64_t count) {
+    // Twice the bytes of a value.
+    const int64_t size = segment.kind == FOUR_BIT ? 1 : segment.kind == INT8 ? 2 : 4;
+    const char* from = reinterpret_cast<const char*>(segment.data) + (row * k + first) * size / 2;
+    for (int64_t j = 0; j < count * size / 2; j += 64) __builtin_prefetch(from + j, 0, 2);
+}
+
 // Rows [row, row + rows) to `to`; `padded_rows` and a multiple of 32 columns are filled, with zeros where nothing is.
 inline void decode_panel(const Segment& segment, int64_t row, int64_t rows, int64_t padded_rows, int64_t k,
                          int64_t first, int64_t count, Element* to) {
     const int64_t padded = (count + 31) / 32 * 32;
     for (int64_t r = 0; r < padded_rows; ++r, to += PANEL_K) {
         if (r >= rows || padded > count) memset(to, 0, size_t(padded) * sizeof(Element));
-        if (r < rows) decode_row(segment, row + r, k, first, count, to);
+        if (r >= rows) continue;
+        // Short pieces of many rows: the processor would not guess what comes next. At a row's end that is the next
+        // panel's beginning.
+        const bool more = first + count < k;
+        if (more || row + rows + r < segment.rows)
+            fetch_row(segment, more ? row + r : row + rows + r, k, more ? first + count : 0, count);
+        decode_row(segment, row + r, k, first, count, to);
     }
 }
 
