@@ -19,6 +19,7 @@ from gemcut.cli.generate import generate
 from gemcut.cli.info import info
 from gemcut.cli.options import DEBUG_HELP, flag
 from gemcut.cli.plan import plan
+from gemcut.cli.quantize import quantize
 
 app = typer.Typer(
     name="gemcut",
@@ -34,6 +35,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(info)
 app.command()(plan)
+app.command()(quantize)
 
 
 def _version(wanted: bool) -> None:

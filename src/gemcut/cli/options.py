@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
@@ -17,6 +17,7 @@ from gemcut.errors import ParameterError
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.gemma import Gemma
+    from gemcut.quantization.spec import Quantization
 
 DEBUG_HELP = "Show the traceback of an error."
 MODEL_HELP = "Folder, .gguf file, short name (gemma-3-270m, 2b-it, 9b, 27b-it, …) or hub id."
@@ -61,12 +62,32 @@ class HubOptions:
             weights=False,
         )
 
+    def fetch(self, name: str, progress: Callable[[int, int], None] | None = None) -> Source:
+        """A checkpoint with its weights, downloaded if need be."""
+        from gemcut.checkpoint.source import resolve
+
+        return resolve(
+            name,
+            revision=self.revision,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+            progress=progress,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(HubOptions):
     """How a model is loaded."""
 
     dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
+    quantization: Annotated[
+        str | None, _model("Cut the weights while loading: nf4, fp4 or int8.", metavar="FORMAT")
+    ] = None
+    double_quant: Annotated[
+        bool, _model("Quantize 4-bit block statistics too.", "--double-quant/--no-double-quant")
+    ] = True
+    head: Annotated[str | None, _model("int8 cuts the embedding and head too.", metavar="FORMAT")] = None
     device: Annotated[str, _model("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     attn_implementation: Annotated[str, _model("auto, or an attention's name.", metavar="NAME")] = "auto"
     max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
@@ -76,6 +97,7 @@ class LoadOptions(HubOptions):
         """Load a model, with a progress bar on a terminal."""
         if self.threads is not None and self.threads < 1:
             raise ParameterError(f"--threads is {self.threads}; expected at least 1")
+        quantization = self.specification()
         import torch
 
         from gemcut.gemma import Gemma
@@ -86,12 +108,28 @@ class LoadOptions(HubOptions):
             name,
             dtype=self.dtype,
             device=self.device,
+            quantization=quantization,
             revision=self.revision,
             token=self.token,
             cache_dir=self.cache_dir,
             local_files_only=self.local_files_only,
             attn_implementation=self.attn_implementation,
             max_context=self.max_context,
+        )
+
+    def specification(self) -> Quantization | None:
+        """What the quantization options ask for. Raises ParameterError where they contradict each other."""
+        if self.quantization is None:
+            if self.head is not None or not self.double_quant:
+                given = "--head" if self.head is not None else "--no-double-quant"
+                raise ParameterError(f"{given} needs --quantization nf4, fp4 or int8")
+            return None
+        from gemcut.quantization.spec import FORMATS, Format, Quantization
+
+        if self.quantization not in FORMATS:
+            raise ParameterError(f"--quantization is {self.quantization!r}; expected one of {', '.join(FORMATS)}")
+        return Quantization(
+            cast(Format, self.quantization), double_quant=self.double_quant, head=cast("Literal['int8']", self.head)
         )
 
 

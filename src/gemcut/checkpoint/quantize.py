@@ -1,0 +1,436 @@
+"""Cut a checkpoint on disk: tensor by tensor into a folder that appears whole, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.checkpoint import names
+from gemcut.checkpoint.safetensors_reader import INDEX
+from gemcut.checkpoint.shard import ShardWriter
+from gemcut.checkpoint.source import Source
+from gemcut.errors import CheckpointError, ParameterError
+from gemcut.quantization.decode import decode
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.state import to_stored
+from gemcut.quantization.stream import PIECE, quantize_tensors
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
+
+REPORT = "gemcut_quantization.json"
+_STATE = "state.json"
+# Files of a folder that travel with the weights.
+_CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# A header's entry of one tensor, at most: its name, dtype, shape and two offsets.
+_ENTRY_BYTES = 300
+
+#: Gives the cut stream of the tensors that are still to do: (our name, weight).
+Cutter = Callable[[Source, Set[str]], Iterator[tuple[str, Weight]]]
+
+
+def quantize_checkpoint(
+    source: Source,
+    out: str | Path,
+    spec: Quantization,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    cutter: Cutter | None = None,
+    options: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write ``source`` cut as ``spec`` says into the folder ``out``, as transformers with bitsandbytes would save it.
+
+    Finished shards and a small state file wait in a hidden folder beside ``out``, which becomes ``out`` at the end.
+    After Ctrl-C, a kill or a full disk the same call goes on after the last finished shard; if the source or an option
+    has changed it starts anew. One tensor is held at a time.
+
+    Args:
+        source: a checkpoint with whole weights.
+        out: must not exist, or be an empty folder.
+        spec: what to cut to. An 8-bit head is recorded in config.json and cut when the folder is loaded: bitsandbytes
+            has no stored form for it.
+        max_shard_bytes: a file is ended before it would pass this.
+        cutter: cuts the tensors in a way of its own, with calibration for one; None rounds to the nearest code.
+        options: what else decides the result; part of what must be the same to go on.
+        progress: hears (bytes read, bytes in all).
+        say: hears a line about going on or starting anew.
+
+    Returns:
+        the report that is also written to ``gemcut_quantization.json``: options, sizes, and each matrix's relative
+        error.
+
+    Raises:
+        CheckpointError: the source is cut already or holds NaN, ``out`` is taken, or the disk is full.
+        ParameterError: blocks that do not divide the rows.
+    """
+    out = Path(out)
+    _check(source, out, spec)
+    work = working_folder(out)
+    key = _fingerprint(source, spec, max_shard_bytes, options or {})
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with _Lock(work):
+            state = _resume(work, key, say)
+            _cut_all(source, work, spec, max_shard_bytes, cutter or _nearest(spec), state, progress)
+            report = _finish(source, work, spec, state, options or {})
+            _publish(work, out)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {work}: {error.strerror or error}; finished files are kept there: free some space and run "
+            "the same again to go on"
+        ) from None
+    return report
+
+
+def working_folder(out: Path) -> Path:
+    """Where finished files wait until ``out`` is whole."""
+    return out.with_name(f".{out.name}.quantizing")
+
+
+def check_out(out: Path) -> None:
+    """Raise CheckpointError if ``out`` is taken."""
+    if not out.name or out.name == "..":
+        raise CheckpointError(f"{out} is no name for a new folder; choose another")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} already exists and is not empty; choose another name or remove it")
+
+
+def _check(source: Source, out: Path, spec: Quantization) -> None:
+    check_out(out)
+    if source.quantization is not None:
+        raise CheckpointError(
+            f"{source.name} is quantized already ({source.quantization.format}); start from the whole weights"
+        )
+    if source.path.is_dir() and out.resolve() == source.path.resolve():
+        raise CheckpointError(f"{out} is the checkpoint itself; choose another name")
+    config = source.config()
+    for rows in (config.hidden_size, config.intermediate_size, config.query_size):
+        if spec.format != "int8" and rows % spec.block_size:
+            raise ParameterError(
+                f"blocks of {spec.block_size} do not divide this model's rows of {rows} values, which bitsandbytes' "
+                "products need; choose a smaller block size, or int8"
+            )
+
+
+def _nearest(spec: Quantization) -> Cutter:
+    def cutter(source: Source, wanted: Set[str]) -> Iterator[tuple[str, Weight]]:
+        # The table stays whole in a file.
+        return quantize_tensors(
+            source.tensors(dtype=_dtype(source), only=wanted), spec.replace(head=None), module_name=names.hf_module
+        )
+
+    return cutter
+
+
+def _dtype(source: Source) -> torch.dtype:
+    """What whole weights are stored in."""
+    found = source.stored_dtype
+    return torch.bfloat16 if found is None else found
+
+
+# ---- the working folder ----------------------------------------------------------------------------------------------
+
+
+class _Lock:
+    """No two runs may write one folder. The lock goes with the process, so a kill leaves none behind."""
+
+    def __init__(self, work: Path) -> None:
+        self._path = work / "lock"
+
+    def __enter__(self) -> None:
+        self._file = open(self._path, "w")
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise CheckpointError(f"another run is writing {self._path.parent}; wait for it or stop it") from None
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _fingerprint(source: Source, spec: Quantization, max_shard_bytes: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same to go on: the source's files, and everything that decides the result."""
+    files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
+    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    config = json.dumps(source.config().to_dict(), sort_keys=True, default=str)
+    return {
+        "source": hashlib.sha256(json.dumps([facts, config]).encode()).hexdigest(),
+        "quantization": describe(spec),
+        "max_shard_bytes": max_shard_bytes,
+        "options": json.loads(json.dumps(options)),
+    }
+
+
+def describe(spec: Quantization) -> dict[str, Any]:
+    """A Quantization as JSON."""
+    fields = dataclasses.asdict(spec)
+    fields["compute_dtype"] = None if spec.compute_dtype is None else str(spec.compute_dtype).removeprefix("torch.")
+    fields["skip"] = None if spec.skip is None else list(spec.skip)
+    return fields
+
+
+def _resume(work: Path, key: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The state of an earlier run of the same work, or of a new one."""
+    state: dict[str, Any]
+    fresh: dict[str, Any] = {"key": key, "shards": [], "weights": {}}
+    try:
+        state = json.loads((work / _STATE).read_bytes())
+        shards = state["shards"]
+        sound = all((work / shard["file"]).stat().st_size == shard["size"] for shard in shards)
+        done = sum(len(shard["ours"]) for shard in shards)
+    except FileNotFoundError:
+        state, sound, done = fresh, True, 0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        state, sound, done = fresh, False, 0
+    if not sound or state["key"] != key:
+        why = "the source or the options have changed since" if sound else "what it left is damaged"
+        say(f"an earlier run was stopped, but {why}: starting anew")
+        state = fresh
+    elif done:
+        say(f"going on where an earlier run was stopped: {len(state['shards'])} files ({done} tensors) are done")
+    kept = {"lock", _STATE, *(shard["file"] for shard in state["shards"])}
+    for path in work.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return state
+
+
+def _save_state(work: Path, state: dict[str, Any]) -> None:
+    _write_json(work / _STATE, state)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+# ---- cutting ---------------------------------------------------------------------------------------------------------
+
+
+def _cut_all(
+    source: Source,
+    work: Path,
+    spec: Quantization,
+    limit: int,
+    cutter: Cutter,
+    state: dict[str, Any],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Cut every tensor that no finished shard holds."""
+    shapes = source.tensor_shapes()
+    size = _dtype(source).itemsize
+    amounts = {name: torch.Size(shape).numel() * size for name, shape in shapes.items()}
+    done = {name for shard in state["shards"] for name in shard["ours"]}
+    read, total = sum(amounts[name] for name in done), sum(amounts.values())
+    if progress and done:
+        progress(read, total)
+    room = (len(shapes) * 6 + 1) * _ENTRY_BYTES
+    todo = shapes.keys() - done
+    if not todo:
+        return
+    stream = iter(cutter(source, todo))
+    whole = _Originals(source, _dtype(source))
+    item = next(stream, None)
+    while item is not None:
+        shard: dict[str, Any] = {"file": f"shard-{len(state['shards'])}", "ours": []}
+        notes: dict[str, Any] = {}
+        with ShardWriter(work / shard["file"], room) as writer:
+            while item is not None:
+                name, weight = item
+                stored = to_stored(names.to_hf(name), _as_stored(name, weight, _dtype(source)))
+                nbytes = sum(tensor.nbytes for tensor in stored.values())
+                if writer.nbytes and writer.nbytes + nbytes > limit:
+                    break
+                for each, tensor in stored.items():
+                    writer.add(each, tensor)
+                notes[names.to_hf(name)] = {"bytes": nbytes, **whole.error(name, weight)}
+                shard["ours"].append(name)
+                read += amounts[name]
+                del item, weight, stored  # before the reader moves on, so that its memory can go
+                item = next(stream, None)
+                if progress:
+                    progress(read, total)
+            shard["theirs"] = writer.names
+            writer.finish()
+        shard["size"], shard["nbytes"] = (work / shard["file"]).stat().st_size, writer.nbytes
+        state["shards"].append(shard)
+        state["weights"] |= notes
+        _save_state(work, state)
+
+
+def _as_stored(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
+    """Norms as files hold them: ``w = scale - 1`` in the weights' dtype."""
+    return (weight - 1.0).to(dtype) if isinstance(weight, Tensor) and name.endswith(".scale") else weight
+
+
+class _Originals:
+    """The whole weights, read once more to say how far the cut ones are from them."""
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self.source, self.dtype = source, dtype
+
+    def error(self, name: str, weight: Weight) -> dict[str, Any]:
+        """{"format", "relative_error"} of a cut weight; nothing of a whole one."""
+        if isinstance(weight, Tensor):
+            return {}
+        kind = weight.quant_type if isinstance(weight, FourBitWeight) else "int8"
+        reading = self.source.tensors(dtype=self.dtype, only={name})
+        error = relative_error(next(reading)[1], weight)
+        next(reading, None)  # the reader gives the memory back
+        return {"format": kind, "relative_error": error}
+
+
+def relative_error(whole: Tensor, cut: FourBitWeight | Int8Weight) -> float:
+    """``‖W − Q‖ / ‖W‖`` (Frobenius), computed piece by piece."""
+    difference = norm = 0.0
+    for start, piece in _pieces(cut):
+        decoded = decode(piece, torch.float32).reshape(-1)
+        original = whole.reshape(-1)[start : start + decoded.numel()].float()
+        difference += (original - decoded).square_().sum().item()
+        norm += original.square_().sum().item()
+    return float((difference / norm) ** 0.5) if norm else 0.0
+
+
+def _pieces(cut: FourBitWeight | Int8Weight) -> Iterator[tuple[int, FourBitWeight | Int8Weight]]:
+    """(first value, a part of ``cut``): of whole rows in int8, of whole groups of blocks in 4 bits."""
+    n, k = cut.shape
+    if isinstance(cut, Int8Weight):
+        step = max(1, PIECE // k)
+        for row in range(0, n, step):
+            yield row * k, Int8Weight(cut.codes[row : row + step], cut.absmax[row : row + step], cut.dtype)
+        return
+    blocks = PIECE // cut.block_size
+    for start in range(0, n * k, PIECE):
+        block, count = start // cut.block_size, min(PIECE, n * k - start)
+        nested = cut.nested and Nested(cut.nested.scale[block // 256 : (block + blocks) // 256], cut.nested.offset)
+        absmax = cut.absmax[block : block + blocks]
+        codes = cut.codes[start // 2 : (start + count + 1) // 2]
+        yield start, FourBitWeight(codes, absmax, cut.quant_type, cut.block_size, (1, count), cut.dtype, nested)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    source: Source, work: Path, spec: Quantization, state: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything beside the weights. The state file stays until the folder has its name."""
+    from gemcut import __version__
+
+    dtype = str(_dtype(source)).removeprefix("torch.")
+    config = {**source.config().to_dict(), "torch_dtype": dtype, "quantization_config": bnb_config(spec, dtype)}
+    if spec.head is not None:
+        config["gemcut"] = {"head": spec.head}
+    _write_json(work / "config.json", config)
+    _carry(source, work)
+    if len(state["shards"]) > 1:
+        last = len(state["shards"])
+        weight_map = {
+            theirs: f"model-{i + 1:05d}-of-{last:05d}.safetensors"
+            for i, shard in enumerate(state["shards"])
+            for theirs in shard["theirs"]
+        }
+        total = sum(shard["nbytes"] for shard in state["shards"])
+        _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    whole = sum(torch.Size(shape).numel() for shape in source.tensor_shapes().values()) * _dtype(source).itemsize
+    report: dict[str, Any] = {
+        "gemcut_version": __version__,
+        "torch_version": str(torch.__version__),
+        "source": source.name,
+        "revision": source.revision,
+        "quantization": describe(spec),
+        "options": options,
+        "bytes_before": whole,
+        "bytes_after": sum(shard["nbytes"] for shard in state["shards"]),
+        "weights": state["weights"],
+    }
+    _write_json(work / REPORT, report)
+    return report
+
+
+def _carry(source: Source, work: Path) -> None:
+    if source.path.is_dir():
+        for pattern in _CARRIED:
+            for file in source.path.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, work / file.name)
+    else:
+        source.tokenizer().save(work)
+        if generation := source.generation_config():
+            _write_json(work / "generation_config.json", generation)
+    if source.licence_notice and not any(work.glob("NOTICE*")):
+        (work / "NOTICE").write_text(source.licence_notice + "\n", encoding="utf-8")
+
+
+def bnb_config(spec: Quantization, dtype: str) -> dict[str, Any]:
+    """``quantization_config`` of config.json, as transformers writes it for bitsandbytes."""
+    eight = spec.format == "int8"
+    compute = dtype if spec.compute_dtype is None else str(spec.compute_dtype).removeprefix("torch.")
+    return {
+        "_load_in_4bit": not eight,
+        "_load_in_8bit": eight,
+        "bnb_4bit_compute_dtype": "float32" if eight else compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "fp4" if eight else spec.format,
+        "bnb_4bit_use_double_quant": spec.double_quant and not eight,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if spec.skip is None else list(spec.skip),
+        "llm_int8_threshold": 6.0 if spec.activation_threshold is None else spec.activation_threshold,
+        "load_in_4bit": not eight,
+        "load_in_8bit": eight,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _publish(work: Path, out: Path) -> None:
+    """Give the shards their names and the folder its own. A kill in between is made good by the next run."""
+    state = json.loads((work / _STATE).read_bytes())
+    last = len(state["shards"])
+    final = work / "folder"  # built beside the state, so that what is called OUT never lacks a file
+    final.mkdir()
+    for i, shard in enumerate(state["shards"]):
+        name = "model.safetensors" if last == 1 else f"model-{i + 1:05d}-of-{last:05d}.safetensors"
+        try:
+            os.link(work / shard["file"], final / name)
+        except OSError:  # a file system without links: a kill in these few renames costs the run
+            (work / shard["file"]).replace(final / name)
+    for path in work.iterdir():
+        if path.is_file() and path.name not in {"lock", _STATE, *(shard["file"] for shard in state["shards"])}:
+            path.replace(final / path.name)
+    if out.exists():
+        out.rmdir()
+    final.rename(out)
+    shutil.rmtree(work, ignore_errors=True)

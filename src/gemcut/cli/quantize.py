@@ -1,0 +1,100 @@
+"""``gemcut quantize``: a checkpoint cut to 4 or 8 bits, as a folder that transformers with bitsandbytes reads too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from gemcut.cli import output
+from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, with_options
+from gemcut.cli.plan import parse_memory
+from gemcut.errors import ParameterError
+
+if TYPE_CHECKING:
+    from gemcut.quantization.spec import Quantization
+
+
+@with_options
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    *,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="nf4 (the best 4 bits), fp4 or int8.")] = "nf4",
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant/--no-double-quant", help="Quantize 4-bit block statistics too: smaller.")
+    ] = True,
+    block_size: Annotated[int, typer.Option(metavar="N", help="4-bit values that share a statistic.")] = 64,
+    head: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="int8 cuts the embedding and head when the folder is loaded.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="A file is no larger than this.")] = "5GB",
+    as_json: Annotated[bool, flag("The report as JSON on standard output.", "--json")] = False,
+    debug: Debug = False,
+    hub: HubOptions,
+) -> None:
+    """Cut a checkpoint's linear layers to 4 or 8 bits.
+
+    Example: [cyan]gemcut quantize gemma-3-270m gemma-3-270m-nf4 --to nf4[/]
+
+    A few hundred MB of memory beside the largest tensor are enough. A run that was stopped goes on
+    where it was when the same command is given again. OUT loads here and in transformers.
+    """
+    spec = _spec(to, double_quant, block_size, head)
+    try:
+        shard = parse_memory(max_shard_size)
+    except ParameterError:
+        raise ParameterError(f"max-shard-size is {max_shard_size!r}; expected a size such as 5GB or 500MB") from None
+    from gemcut.checkpoint.quantize import check_out, quantize_checkpoint, working_folder
+    from gemcut.progress import LoadProgress
+
+    check_out(out)  # before anything is downloaded for nothing
+    with LoadProgress(True, f"downloading {model}") as report:
+        source = hub.fetch(model, report)
+    with LoadProgress(True, f"quantizing {source.name}") as report:
+        try:
+            result = quantize_checkpoint(source, out, spec, max_shard_bytes=shard, progress=report, say=output.note)
+        except KeyboardInterrupt:
+            output.note(f"stopped; the same command goes on from here, finished files wait in {working_folder(out)}")
+            raise
+    if as_json:
+        output.print_json(result)
+    else:
+        _show(result, out)
+
+
+def _spec(to: str, double_quant: bool, block_size: int, head: str | None) -> Quantization:
+    from gemcut.quantization.spec import FORMATS, Format, Quantization
+
+    if to not in FORMATS:
+        raise ParameterError(f"--to is {to!r}; expected one of {', '.join(FORMATS)}")
+    return Quantization(cast(Format, to), double_quant=double_quant, block_size=block_size, head=cast("Any", head))
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, entry in report["weights"].items():
+        kinds.setdefault(name.split(".")[-2], []).append(entry)
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column, justify in (("matrix", "left"), ("format", "left"), ("size", "right"), ("relative error", "right")):
+        table.add_column(column, justify=cast("Any", justify))
+    for kind, entries in kinds.items():
+        errors = [entry["relative_error"] for entry in entries if "relative_error" in entry]
+        if not errors and kind != "embed_tokens":
+            continue
+        mean = f"{sum(errors) / len(errors):.2%} (at most {max(errors):.2%})" if errors else "0"
+        size = output.gigabytes(sum(entry["bytes"] for entry in entries))
+        table.add_row(f"{kind} × {len(entries)}", entries[0].get("format", "whole"), size, mean)
+    console.print(table)
+    before, after = report["bytes_before"], report["bytes_after"]
+    size = f"{output.gigabytes(after)}, was {output.gigabytes(before)} ({after / before:.0%})"
+    console.print(
+        f"[bold]{escape(str(out))}[/]: {size}",
+        soft_wrap=True,
+    )
