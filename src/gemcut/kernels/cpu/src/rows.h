@@ -11,14 +11,15 @@ struct Input {
     const float* plain;         // [m][step]
     const float* split;         // [m][step]: within each UNIT, value e of every group of 8, for e = 0 ... 7
     const uint16_t* bf16;
-    const int16_t* shorts;      // [m][step]: integers of 15 bits, within each UNIT as short_order says
+    const int16_t* shorts;      // [m][step]: integers of 15 bits, within each UNIT as order_shorts says
     const float* short_scales;  // [m][step / UNIT]: what they are multiples of
     const int8_t* digits;       // [m][3][step]: x as integers of three digits to base 256, the lowest first
     const int32_t* digit_sums;  // [m][3]
     const float* digit_scale;   // [m]: what the integers are multiples of
 };
 
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second level: the first has few lines on their way at once, and the loads need those.
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 // ---- fp32 arithmetic: any instruction set ------------------------------------------------------------------------
 
@@ -110,8 +111,11 @@ struct ShortTable { Ints values; };
 inline ShortTable make_short_table(const int16_t* p) {
     return {_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// Which value of a unit stands at place i of the four vectors: nibble 1, 0, 3, 2 of each 16-bit word.
-constexpr int short_order(int i) { return i % 32 * 4 + i / 32; }
+// The values of a unit in the order of the four vectors: nibble 1, 0, 3, 2 of each 16-bit word.
+inline void order_shorts(const int16_t* from, int16_t* to) {
+    for (int e = 0; e < 4; ++e)
+        for (int w = 0; w < 32; ++w) to[e * 32 + w] = from[w * 4 + e];
+}
 inline void decode_shorts(const ShortTable& table, const uint8_t* p, Ints (&out)[4]) {
     const Ints words = _mm512_loadu_si512(p);
     out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.values);
@@ -133,8 +137,14 @@ inline ShortTable make_short_table(const int16_t* p) {
     return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low))),
             _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)))};
 }
-// Even values, lower then upper half of each 16 bytes; then odd values.
-constexpr int short_order(int i) { return 2 * (i % 8 + i / 8 % 2 * 16 + i / 16 % 2 * 8) + i / 32; }
+// Even values, those of the lower then of the upper half of each 16 bytes; then odd values.
+inline void order_shorts(const int16_t* from, int16_t* to) {
+    for (int odd = 0; odd < 2; ++odd)
+        for (int half = 0; half < 2; ++half)
+            for (int lane = 0; lane < 2; ++lane)
+                for (int i = 0; i < 8; ++i)
+                    to[odd * 32 + half * 16 + lane * 8 + i] = from[2 * (i + lane * 16 + half * 8) + odd];
+}
 inline void decode_shorts(const ShortTable& table, const uint8_t* p, Ints (&out)[4]) {
     const Ints bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi8(15);
     const Ints even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), odd = _mm256_and_si256(bytes, mask);

@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int GROUP = 4;
-constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 4096;
+constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 8192;
 
 // How many statistics a unit may hold, and so how many the scratch of a row must.
 constexpr int64_t MAX_SCALES = MAX_K / 32 + 16;
@@ -52,7 +52,8 @@ void* scratch(size_t size) {
     return kept.memory;
 }
 
-bool all_finite(const float* x, int64_t count) {
+// The largest magnitude; NaN and infinity count as what their bits say, above every finite value.
+float largest_of(const float* x, int64_t count) {
     uint32_t worst = 0;
     for (int64_t i = 0; i < count; ++i) {
         uint32_t word;
@@ -60,8 +61,13 @@ bool all_finite(const float* x, int64_t count) {
         word &= 0x7fffffff;
         worst = worst > word ? worst : word;
     }
-    return worst < 0x7f800000;
+    float value;
+    memcpy(&value, &worst, 4);
+    return value;
 }
+
+// NaN is not.
+bool in_range(float largest) { return largest <= 1e30f; }
 
 // Within each UNIT, value e of every group of eight, for e = 0 ... 7.
 void split(const float* from, float* to, int64_t count) {
@@ -76,19 +82,20 @@ void split(const float* from, float* to, int64_t count) {
 // fp32's range.
 bool to_shorts(const float* x, int64_t step, int16_t* shorts, float* scales) {
     for (int64_t u = 0; u < step; u += UNIT) {
-        float largest = 0;
-        for (int i = 0; i < UNIT; ++i) largest = fabsf(x[u + i]) > largest ? fabsf(x[u + i]) : largest;
-        if (largest > 1e30f) return false;
+        const float largest = largest_of(x + u, UNIT);
+        if (!in_range(largest)) return false;
         // 2 to the power that the largest value has, from its bits; values below 1e-30 become zero.
         uint32_t bits;
         memcpy(&bits, &largest, 4);
         const int exponent = largest < 1e-30f ? 0 : int(bits >> 23) - 127;
         const uint32_t up = uint32_t(127 + 13 - exponent) << 23, down = uint32_t(127 - 13 + exponent) << 23;
-        float factor, rounded[UNIT];
+        float factor;
+        int16_t rounded[UNIT];
         memcpy(&factor, &up, 4), memcpy(scales + u / UNIT, &down, 4);
         // Adding 1.5 * 2^23 rounds to the nearest integer.
-        for (int i = 0; i < UNIT; ++i) rounded[i] = (x[u + i] * factor + 12582912.0f) - 12582912.0f;
-        for (int i = 0; i < UNIT; ++i) shorts[u + i] = int16_t(rounded[short_order(i)]);
+        for (int i = 0; i < UNIT; ++i)
+            rounded[i] = int16_t(int32_t((x[u + i] * factor + 12582912.0f) - 12582912.0f));
+        order_shorts(rounded, shorts + u);
     }
     return true;
 }
@@ -96,16 +103,15 @@ bool to_shorts(const float* x, int64_t step, int16_t* shorts, float* scales) {
 
 #ifdef GEMCUT_DIGITS
 // x as integers of 23 bits times a power of two, in three signed digits. False if the range of floats is too narrow.
-bool to_digits(const float* x, int64_t k, int64_t step, int8_t* digits, int32_t* sums, float* scale) {
-    float largest = 0;
-    for (int64_t i = 0; i < k; ++i) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-    if (largest != 0 && (largest < 1e-30f || largest > 1e30f)) return false;
+bool to_digits(const float* x, int64_t step, int8_t* digits, int32_t* sums, float* scale) {
+    const float largest = largest_of(x, step);
+    if (!in_range(largest) || (largest != 0 && largest < 1e-30f)) return false;
     const int exponent = largest == 0 ? 0 : ilogbf(largest);
     const float factor = ldexpf(1.0f, 21 - exponent);
     int32_t total[3] = {0, 0, 0};
     for (int64_t i = 0; i < step; ++i) {
         // |q| <= 2^22, and adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the lower bits.
-        const float shifted = (i < k ? x[i] * factor : 0.0f) + 12582912.0f;
+        const float shifted = x[i] * factor + 12582912.0f;
         int32_t q;
         memcpy(&q, &shifted, 4);
         q -= 0x4b400000;
@@ -161,17 +167,15 @@ void prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
     }
     // NaN and infinity are no integers: such an x, and one near the ends of fp32's range, is multiplied in fp32; so is
     // one in fp32, whose last bits the integers lack.
-    const bool integers = x_is_bf16 && all_finite(plain, count);
-    (void)integers;
 #ifdef GEMCUT_SHORTS
-    call.shorts = four_bit && integers;
+    call.shorts = four_bit && x_is_bf16;
     for (int64_t i = 0; i < m && call.shorts; ++i)
         call.shorts = to_shorts(plain + i * step, step, shorts + i * step, short_scales + i * (step / UNIT));
 #endif
 #ifdef GEMCUT_DIGITS
-    call.digits = int8 && integers;
+    call.digits = int8 && x_is_bf16;
     for (int64_t i = 0; i < m && call.digits; ++i)
-        call.digits = to_digits(plain + i * step, k, step, digits + 3 * i * step, digit_sums + 3 * i, digit_scale + i);
+        call.digits = to_digits(plain + i * step, step, digits + 3 * i * step, digit_sums + 3 * i, digit_scale + i);
 #endif
     if (four_bit && !call.shorts) split(plain, split_plain, count);
 }
@@ -216,20 +220,20 @@ struct Rows {
     const uint8_t* data[GROUP];
     int64_t index[GROUP];
     int64_t ahead;
-    float (*scales)[MAX_SCALES];
+    const float* scales[GROUP];
     int per_unit;
 };
 
 template <int R, int M, int N>
 void four_bit(const Rows& rows, int r, int first, float (*out)[MAX_M]) {
-    const float* scales[R];
-    for (int i = 0; i < R; ++i) scales[i] = rows.scales[r + i];
+    const float* const* scales = rows.scales + r;
     const Segment& segment = *rows.segment;
 #ifdef GEMCUT_SHORTS
     if (rows.call->shorts) {
         four_bit_shorts<R, M, N>(rows.data + r, scales, segment.short_table, rows.call->in, first, rows.ahead, out);
+        const float factor = 1.0f / segment.short_factor;
         for (int i = 0; i < R; ++i)
-            for (int j = 0; j < M; ++j) out[i][first + j] /= segment.short_factor;
+            for (int j = 0; j < M; ++j) out[i][first + j] *= factor;
         return;
     }
 #endif
@@ -302,7 +306,7 @@ void groups(void* context, int64_t begin, int64_t end, int) {
         const int64_t bytes = row_bytes(segment, plan.k), row = (g - call.first_group[s]) * GROUP;
         const int valid = int(segment.rows - row < GROUP ? segment.rows - row : GROUP);
         Rows rows;
-        rows.call = &call, rows.segment = &segment, rows.scales = scales, rows.per_unit = 1;
+        rows.call = &call, rows.segment = &segment, rows.per_unit = 1;
         rows.ahead = (AHEAD_BYTES / (GROUP * bytes) + 1) * GROUP * bytes;
         for (int r = 0; r < GROUP; ++r) {
             // A last group of fewer rows computes its last one again.
@@ -316,7 +320,12 @@ void groups(void* context, int64_t begin, int64_t end, int) {
                                   (row * blocks + rows.ahead / bytes * blocks) * statistic;
             for (int64_t at = 0; at < GROUP * blocks * statistic; at += 64) prefetch(next + at);
             rows.per_unit = segment.block_size >= UNIT ? 1 : int(UNIT / segment.block_size);
-            for (int r = 0; r < GROUP; ++r) decode_scales(segment, rows.index[r], plan.k, rows.per_unit, scales[r]);
+            const bool as_they_are = statistic == 4 && segment.block_size <= UNIT && plan.k % UNIT == 0;
+            for (int r = 0; r < GROUP; ++r) {
+                rows.scales[r] = scales[r];
+                if (as_they_are) rows.scales[r] = static_cast<const float*>(segment.absmax) + rows.index[r] * blocks;
+                else decode_scales(segment, rows.index[r], plan.k, rows.per_unit, scales[r]);
+            }
         }
         float values[GROUP][MAX_M];
         for (int64_t m = 0; m < call.m;) {
