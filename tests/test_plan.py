@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+import support
 from engine.driver import CPU, small_model
-from gemcut.config import FAMILY
+from gemcut.checkpoint.names import expected_shapes, hf_module
+from gemcut.config import FAMILY, GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.errors import CapacityError, ParameterError
 from gemcut.model import Model
-from gemcut.plan import DTYPE_BYTES, MemoryPlan
+from gemcut.plan import DTYPE_BYTES, Cut, MemoryPlan, weight_bytes
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.stream import quantize_tensors
 
 GB = 10**9
 
@@ -24,6 +28,42 @@ def test_weights_are_those_of_the_network(name: str, dtype: str) -> None:
     parameters = list(model.parameters())
     assert MemoryPlan.make(config, dtype=dtype).weights == sum(p.numel() * p.element_size() for p in parameters)
     assert config.num_parameters() == sum(p.numel() for p in parameters)
+
+
+CUTS = [
+    Quantization("nf4"),
+    Quantization("nf4", double_quant=False, block_size=128, head="int8"),
+    Quantization("fp4", block_size=4096, skip=("o_proj", "model.layers.1")),
+    Quantization("int8", head="int8"),
+]
+
+
+@pytest.mark.parametrize("spec", CUTS, ids=str)
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_cut_weights_are_counted_to_the_byte(spec: Quantization, kind: str) -> None:
+    config = GemmaConfig.from_dict(support.tiny_config(kind, hidden_size=52, intermediate_size=101).to_dict())
+    whole = ((name, torch.ones(shape)) for name, shape in expected_shapes(config).items())
+    stream = quantize_tensors(whole, spec, module_name=hf_module, dtype=torch.bfloat16)
+    held = 0
+    for name, weight in stream:
+        whole_matrix = isinstance(weight, torch.Tensor) and not name.endswith(".scale")
+        held += weight.numel() * 2 if whole_matrix and isinstance(weight, torch.Tensor) else weight.nbytes
+    assert weight_bytes(config, "bfloat16", spec) == held
+
+
+def test_cut_27b_by_hand() -> None:
+    config = FAMILY["gemma-2-27b"]
+    linears = 46 * 4608 * (2 * 32 * 128 + 2 * 16 * 128 + 3 * 36864)
+    table, norms = 256_000 * 4608, 4 * 4608 * (4 * 46 + 1)
+    nf4 = linears // 2 + linears // 64 + 4 * (linears // 64 // 256)
+    assert round(nf4 / GB, 2) == 13.44
+    assert round(table * 2 / GB, 2) == 2.36
+    assert MemoryPlan.make(config, quantization=Cut("nf4")).weights == nf4 + table * 2 + norms
+    small = MemoryPlan.make(config, quantization=Cut("nf4", head="int8"))
+    assert small.weights == nf4 + table + 4 * 256_000 + norms
+    assert small.label == "nf4 + int8 head"
+    rows = 46 * (2 * 32 * 128 // 2 + 2 * 16 * 128 + 4608 + 2 * 36864 + 4608)
+    assert MemoryPlan.make(config, quantization=Cut("int8")).weights == linears + 4 * rows + table * 2 + norms
 
 
 @pytest.mark.parametrize(

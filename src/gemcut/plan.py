@@ -2,21 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
+from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NESTED_BLOCK = 256  # statistics of blocks that share one of their own in double quantization
 BLOCK_SIZE = 16  # tokens a cache block holds
 CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step computes at most
 
 
-def weight_bytes(config: GemmaConfig, dtype: str) -> int:
-    """Bytes of all weights; norms are kept in fp32 whatever ``dtype`` is."""
-    norms = config.hidden_size * (4 * config.num_hidden_layers + 1)
-    norms += 2 * config.head_dim * config.num_hidden_layers if config.qk_norm else 0
-    return (config.num_parameters() - norms) * DTYPE_BYTES[dtype] + norms * 4
+class WeightFormat(Protocol):
+    """What decides the size of cut weights: a ``Quantization``, or a ``Cut`` where torch is not to be imported."""
+
+    @property
+    def format(self) -> Literal["nf4", "fp4", "int8"]:
+        """The linear layers' format."""
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether 4-bit block statistics are quantized too."""
+
+    @property
+    def block_size(self) -> int:
+        """Values that share a statistic in 4 bits."""
+
+    @property
+    def head(self) -> Literal["int8"] | None:
+        """What the embedding is cut to."""
+
+    @property
+    def skip(self) -> tuple[str, ...] | None:
+        """Linear layers left whole."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A weight format to plan for; the fields are those of ``gemcut.quantization.spec.Quantization``."""
+
+    format: Literal["nf4", "fp4", "int8"]
+    double_quant: bool = True
+    block_size: int = 64
+    head: Literal["int8"] | None = None
+    skip: tuple[str, ...] | None = None
+
+
+def weight_bytes(config: GemmaConfig, dtype: str, quantization: WeightFormat | None = None) -> int:
+    """Bytes of all weights; norms are kept in fp32 whatever ``dtype`` and ``quantization`` are."""
+    stays = _skip_matcher(quantization)
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if len(shape) == 1:
+            total += 4 * shape[0]
+        elif name == "embed.weight":
+            cut = quantization is not None and quantization.head == "int8"
+            total += shape[0] * (shape[1] + 4) if cut else shape[0] * shape[1] * DTYPE_BYTES[dtype]
+        elif quantization is None or stays(hf_module(name)):
+            total += shape[0] * shape[1] * DTYPE_BYTES[dtype]
+        else:
+            total += _matrix_bytes(shape[0], shape[1], quantization)
+    return total
+
+
+def _matrix_bytes(rows: int, columns: int, cut: WeightFormat) -> int:
+    """Bytes of one cut matrix: codes and statistics."""
+    count = rows * columns
+    if cut.format == "int8":
+        return count + 4 * rows
+    blocks = -(-count // cut.block_size)
+    return -(-count // 2) + (blocks + 4 * -(-blocks // NESTED_BLOCK) if cut.double_quant else 4 * blocks)
+
+
+def _skip_matcher(cut: WeightFormat | None) -> Callable[[str], bool]:
+    if cut is None or cut.skip is None:
+        return lambda name: False
+    from gemcut.quantization.stream import skip_matcher  # imports torch, which a plan rarely needs
+
+    return skip_matcher(cut.skip)
 
 
 def workspace_bytes(config: GemmaConfig, dtype: str, chunk: int) -> int:
@@ -30,9 +96,10 @@ def workspace_bytes(config: GemmaConfig, dtype: str, chunk: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of one model in one dtype. All sizes are bytes.
+    """Memory of one model in one format. All sizes are bytes.
 
     Attributes:
+        dtype: of what is computed and kept, and of whole weights.
         full_kv_per_token: keys and values of the full-attention layers; grows over the whole context.
         sliding_kv_per_token: those of sliding layers; grows until the window is full.
         context: the context the plan is for.
@@ -50,6 +117,7 @@ class MemoryPlan:
     workspace: int
     full_kv_per_token: int
     sliding_kv_per_token: int
+    quantization: WeightFormat | None = None
 
     @classmethod
     def make(
@@ -57,6 +125,7 @@ class MemoryPlan:
         config: GemmaConfig,
         *,
         dtype: str = "bfloat16",
+        quantization: WeightFormat | None = None,
         context: int | None = None,
         batch: int = 1,
         chunk: int = 512,
@@ -79,11 +148,20 @@ class MemoryPlan:
             batch=batch,
             chunk=chunk,
             memory=memory,
-            weights=weight_bytes(config, dtype),
+            weights=weight_bytes(config, dtype, quantization),
             workspace=workspace_bytes(config, dtype, chunk),
             full_kv_per_token=row * len(config.full_layers),
             sliding_kv_per_token=row * len(config.sliding_layers),
+            quantization=quantization,
         )
+
+    @property
+    def label(self) -> str:
+        """The format in a word or two: "bfloat16", "nf4", "nf4 + int8 head"."""
+        if self.quantization is None:
+            return self.dtype
+        head = " + int8 head" if self.quantization.head else ""
+        return f"{self.quantization.format}{head}"
 
     def kv(self, context: int) -> int:
         """Bytes of keys and values one request of ``context`` tokens holds at most, in whole blocks."""

@@ -38,8 +38,12 @@ def test_names_of_the_family_need_no_file(cli: Cli, name: str, member: str) -> N
 
 def test_numbers_of_27b(cli: Cli) -> None:
     run = cli("plan", "27b-it", "--memory", "80GB", "--batch", "3", "--context", "6000", "--json")
-    plans = {plan["dtype"]: plan for plan in json.loads(run.out)["plans"]}
-    assert list(plans) == ["bfloat16", "float16", "float32"]
+    every = json.loads(run.out)["plans"]
+    formats = [(plan["dtype"], plan["quantization"] and plan["quantization"]["format"]) for plan in every]
+    cut = [("bfloat16", "int8"), ("bfloat16", "nf4"), ("bfloat16", "nf4")]
+    assert formats == [("float32", None), ("bfloat16", None), *cut]
+    assert [plan["quantization"]["head"] for plan in every[2:]] == [None, None, "int8"]
+    plans = {plan["dtype"]: plan for plan in every[:2]}
     plan = plans["bfloat16"]
     # Counted by hand from the published shape: 16 key/value heads of 128 in 23 + 23 layers, keys and values, 2 bytes.
     assert plan["full_kv_bytes_per_token"] == plan["sliding_kv_bytes_per_token"] == 2 * 16 * 128 * 23 * 2
@@ -54,22 +58,29 @@ def test_numbers_of_27b(cli: Cli) -> None:
     assert plans["float32"]["largest_context"] == 0
 
 
-def test_the_table_has_the_three_dtypes_and_a_verdict(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_every_format_and_a_verdict(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     run = cli("plan", "9b-it", "--memory", "24GB")
     assert run.code == 0
-    assert "bfloat16   float16   float32" in run.out
-    assert run.out.splitlines()[-1] == "Fits: 8192 tokens in bfloat16 and float16, in 24GB."
+    assert ["float32", "bfloat16", "int8", "nf4", "+", "int8", "head"] in [
+        line.split() for line in run.out.splitlines()
+    ]
+    assert run.out.splitlines()[-1] == "Fits: 8192 tokens in bfloat16, int8, nf4 and nf4 + int8 head, in 24GB."
     assert max(map(len, run.out.splitlines())) <= 80
-    assert "float16" not in cli("plan", "9b-it", "--memory", "24GB", "--dtype", "fp32").out
+    assert "bfloat16" not in cli("plan", "9b-it", "--memory", "24GB", "--dtype", "fp32").out
+    assert "nf4" not in cli("plan", "9b-it", "--memory", "24GB", "--quantization", "fp4").out
 
 
 @pytest.mark.parametrize(
     ("args", "answer"),
     [
-        (("27b", "--memory", "24GB"), "What fits: gemma-2-9b in bfloat16."),
-        (("27b", "--memory", "57GB"), "What fits: one request of up to"),
-        (("27b", "--memory", "62GB", "--batch", "9"), "What fits: 2 requests of 8,192 tokens at a time."),
+        (("27b", "--memory", "24GB", "--dtype", "bf16"), "What fits: gemma-2-9b in bfloat16."),
+        (("27b", "--memory", "12GB"), "What fits: gemma-2-9b in nf4 + int8 head."),
+        (("27b", "--memory", "57GB", "--dtype", "bf16"), "What fits: one request of up to"),
+        (
+            ("27b", "--memory", "62GB", "--batch", "9", "--dtype", "bf16"),
+            "What fits: 2 requests of 8,192 tokens at a time.",
+        ),
         (("2b", "--memory", "10MB"), "Does not fit: 8192 tokens"),
     ],
 )
@@ -105,6 +116,10 @@ def test_gguf(cli: Cli) -> None:
         (("27b", "--memory", "-3GB"), ["-3GB"]),
         (("27b", "--memory", "3XB"), ["3XB"]),
         (("27b", "--dtype", "int4"), ["int4", "bfloat16"]),
+        (("27b", "--quantization", "int4"), ["int4", "nf4, fp4, int8"]),
+        (("27b", "--quantization", "nf4", "--head", "nf4"), ["--head is 'nf4'", "int8"]),
+        (("27b", "--quantization", "nf4", "--block-size", "48"), ["--block-size is 48", "64"]),
+        (("27b", "--head", "int8"), ["--quantization"]),
         (("27b", "--context", "9000", "--memory", "1GB"), ["9000", "8192"]),
         (("27b", "--batch", "0", "--memory", "1GB"), ["batch is 0"]),
         (("27b", "--device", "tpu", "--memory", "1GB"), ["tpu", "cuda"]),

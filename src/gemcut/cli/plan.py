@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,7 +13,7 @@ from gemcut.cli.names import family_member
 from gemcut.cli.options import Debug, HubOptions, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import ParameterError
-from gemcut.plan import CHUNK, DTYPE_BYTES, MemoryPlan
+from gemcut.plan import CHUNK, DTYPE_BYTES, Cut, MemoryPlan, WeightFormat
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in gemcut.quantization.spec
 _PUBLISHED = "published shape"
 
 
@@ -33,8 +34,16 @@ def plan(
     ] = None,
     *,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32; all three if not given.")
+        str | None, typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32; several formats if not given.")
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="nf4, fp4 or int8: plan for cut weights.")
+    ] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant/--no-double-quant", help="4-bit block statistics cut too.")
+    ] = True,
+    block_size: Annotated[int, typer.Option(metavar="N", help="4-bit values that share a statistic.")] = 64,
+    head: Annotated[str | None, typer.Option(metavar="FORMAT", help="int8: embedding and head cut too.")] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory to fit into, 24GB or 22.5GiB; what is free here if not.")
     ] = None,
@@ -57,12 +66,24 @@ def plan(
     name = need_model(model, "gemcut plan MODEL")
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPE_BYTES:
         raise ParameterError(f"dtype is {dtype!r}; expected bfloat16, float16 or float32")
-    dtypes = ["bfloat16", "float16", "float32"] if dtype is None else [DTYPE_NAMES.get(dtype, dtype)]
+    formats = _formats(
+        None if dtype is None else DTYPE_NAMES.get(dtype, dtype), quantization, double_quant, block_size, head
+    )
     limit = _limit(device, memory)
-    label, config, source = _shape(name, hub)
+    label, config, source, stored = _shape(name, hub)
+    if stored is not None and quantization is None and head is None:  # the files decide
+        formats = [(formats[0][0] if dtype else "bfloat16", stored)]
     plans = [
-        MemoryPlan.make(config, dtype=each, context=context, batch=batch, chunk=CHUNK[limit.kind], memory=limit.memory)
-        for each in dtypes
+        MemoryPlan.make(
+            config,
+            dtype=each,
+            quantization=cut,
+            context=context,
+            batch=batch,
+            chunk=CHUNK[limit.kind],
+            memory=limit.memory,
+        )
+        for each, cut in formats
     ]
     if as_json:
         output.print_json(
@@ -82,6 +103,27 @@ def plan(
     console.print(_table(plans, limit))
     for line in _verdict(plans, limit):
         console.print(line, soft_wrap=True)
+
+
+def _formats(
+    dtype: str | None, quantization: str | None, double_quant: bool, block_size: int, head: str | None
+) -> list[tuple[str, WeightFormat | None]]:
+    """What to plan for: (dtype, how weights are cut); a choice of formats where none is named."""
+    if quantization is None:
+        if head is not None or not double_quant or block_size != 64:
+            raise ParameterError("--head, --no-double-quant and --block-size need --quantization nf4, fp4 or int8")
+        if dtype is not None:
+            return [(dtype, None)]
+        cuts = (Cut("int8"), Cut("nf4"), Cut("nf4", head="int8"))
+        return [("float32", None), ("bfloat16", None), *(("bfloat16", cut) for cut in cuts)]
+    if quantization not in ("nf4", "fp4", "int8"):
+        raise ParameterError(f"--quantization is {quantization!r}; expected one of nf4, fp4, int8")
+    if head not in (None, "int8"):
+        raise ParameterError(f"--head is {head!r}; expected int8, or nothing to keep it whole")
+    if block_size not in _BLOCK_SIZES:
+        raise ParameterError(f"--block-size is {block_size}; expected one of {', '.join(map(str, _BLOCK_SIZES))}")
+    cut = Cut(cast(Any, quantization), double_quant, block_size, cast(Any, head))
+    return [(dtype or "bfloat16", cut)]
 
 
 def parse_memory(text: str) -> int:
@@ -120,15 +162,18 @@ def _limit(device: str, given: str | None) -> Limit:
     return Limit(free, output.gigabytes(free or 0), found.type, f" free now on {found} of this machine")
 
 
-def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str]:
-    """(label, configuration, where it is from). Names of the family need no file; everything else is looked up."""
+def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, WeightFormat | None]:
+    """(label, configuration, where it is from, what its weights are cut to already).
+
+    Names of the family need no file; everything else is looked up.
+    """
     from pathlib import Path
 
     member = family_member(name)
     if member is not None and hub.revision is None and not Path(name).expanduser().exists():
-        return member[0], member[1], _PUBLISHED
+        return member[0], member[1], _PUBLISHED, None
     source = hub.find(name)
-    return source.name, source.config(), str(source.path)
+    return source.name, source.config(), str(source.path), source.quantization
 
 
 def _table(plans: list[MemoryPlan], limit: Limit) -> Table:
@@ -140,7 +185,7 @@ def _table(plans: list[MemoryPlan], limit: Limit) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for plan in plans:
-        table.add_column(plan.dtype, justify="right")
+        table.add_column(plan.label.replace(" + ", "\n+ "), justify="right")
 
     def row(title: str, values: list[str], style: str = "") -> None:
         table.add_row(title, *values, style=style)
@@ -171,12 +216,12 @@ def _verdict(plans: list[MemoryPlan], limit: Limit) -> list[str]:
     if first.memory is None:
         return ["This system does not say how much memory is free; give --memory to see what fits."]
     wish = f"{first.batch} × {first.context} tokens" if first.batch > 1 else f"{first.context} tokens"
-    fitting = [plan.dtype for plan in plans if plan.fits]
+    fitting = [plan.label for plan in plans if plan.fits]
     if fitting:
         return [f"[green]Fits:[/] {wish} in {_join(fitting)}, in {limit.size}{limit.whose}."]
     best = min(plans, key=lambda plan: plan.total)
     lines = [
-        f"[red]Does not fit:[/] {wish} in {best.dtype} take {output.gigabytes(best.total)}, there is "
+        f"[red]Does not fit:[/] {wish} in {best.label} take {output.gigabytes(best.total)}, there is "
         f"{limit.size}{limit.whose}."
     ]
     if best.largest_batch:
@@ -184,7 +229,7 @@ def _verdict(plans: list[MemoryPlan], limit: Limit) -> list[str]:
     elif best.largest_context:
         lines.append(f"What fits: one request of up to {best.largest_context:,} tokens.")
     elif smaller := _smaller(best):
-        lines.append(f"What fits: {smaller} in {best.dtype}.")
+        lines.append(f"What fits: {smaller} in {best.label}.")
     return lines
 
 
@@ -198,7 +243,13 @@ def _smaller(plan: MemoryPlan) -> str | None:
     for name, config in sizes:
         context = min(plan.context, config.max_position_embeddings)
         other = MemoryPlan.make(
-            config, dtype=plan.dtype, context=context, batch=plan.batch, chunk=plan.chunk, memory=plan.memory
+            config,
+            dtype=plan.dtype,
+            quantization=plan.quantization,
+            context=context,
+            batch=plan.batch,
+            chunk=plan.chunk,
+            memory=plan.memory,
         )
         if config.num_parameters() < plan.config.num_parameters() and other.fits:
             return name
@@ -208,6 +259,7 @@ def _smaller(plan: MemoryPlan) -> str | None:
 def _report(plan: MemoryPlan) -> dict[str, Any]:
     return {
         "dtype": plan.dtype,
+        "quantization": _describe(plan.quantization),
         "parameters": plan.config.num_parameters(),
         "context": plan.context,
         "batch": plan.batch,
@@ -223,6 +275,12 @@ def _report(plan: MemoryPlan) -> dict[str, Any]:
         "largest_context": plan.largest_context,
         "largest_batch": plan.largest_batch,
     }
+
+
+def _describe(cut: WeightFormat | None) -> dict[str, Any] | None:
+    if cut is None:
+        return None
+    return {"format": cut.format, "double_quant": cut.double_quant, "block_size": cut.block_size, "head": cut.head}
 
 
 def _join(words: list[str]) -> str:
