@@ -64,9 +64,7 @@ class Probe:
 
     def __init__(self, size: int = 1 << 30) -> None:
         self.buffer = huge_empty((size,), torch.uint8).fill_(1)
-        self.run = cpu.library().function(
-            "read", [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
-        )
+        self.run = cpu.library().function("read", [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64)
 
     def __call__(self) -> float:
         start = time.perf_counter()

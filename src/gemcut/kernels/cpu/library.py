@@ -55,7 +55,11 @@ def _load() -> tuple[ctypes.CDLL | None, tuple[str, ...], str | None]:
     names = [variant.name for variant in VARIANTS.get(architecture(), ())]
     there = tuple(n for n in names if hasattr(handle, f"gemcut_variant_{n}") and handle.gemcut_supports(n.encode()))
     if not there:
-        return None, (), f"this processor has none of the instruction sets that the CPU kernels need ({', '.join(names)})"
+        return (
+            None,
+            (),
+            f"this processor has none of the instruction sets that the CPU kernels need ({', '.join(names)})",
+        )
     return handle, there, None
 
 

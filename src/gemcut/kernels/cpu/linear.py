@@ -38,6 +38,7 @@ class _Segment(ctypes.Structure):
         ("absmax", ctypes.c_void_p),
         ("nested_scale", ctypes.c_void_p),
         ("nested_map", ctypes.c_void_p),
+        ("nested_planes", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("short_table", ctypes.c_void_p),
         ("block_size", ctypes.c_int64),
@@ -132,6 +133,12 @@ def _tables(quant_type: str) -> tuple[Tensor, Tensor]:
     return table, (table * _SHORT_FACTORS[quant_type]).round().to(torch.int16)
 
 
+@functools.cache
+def _map_planes() -> Tensor:
+    """The dynamic map's bytes, uint8 [4, 256]: the first of every value, the second, …"""
+    return dynamic_map().view(torch.uint8).view(256, 4).t().contiguous()
+
+
 def _segment(weight: Weight, column: int) -> _Segment:
     """``weight`` as the library sees it: addresses, of tensors that the caller keeps."""
     rows = weight.shape[0]
@@ -140,8 +147,8 @@ def _segment(weight: Weight, column: int) -> _Segment:
         nested = weight.nested
         return _Segment(
             _FOUR_BIT, rows, column, weight.codes.data_ptr(), weight.absmax.data_ptr(),
-            None if nested is None else nested.scale.data_ptr(), dynamic_map().data_ptr(), table.data_ptr(),
-            short.data_ptr(), weight.block_size, 0.0 if nested is None else nested.offset,
+            None if nested is None else nested.scale.data_ptr(), dynamic_map().data_ptr(), _map_planes().data_ptr(),
+            table.data_ptr(), short.data_ptr(), weight.block_size, 0.0 if nested is None else nested.offset,
             _SHORT_FACTORS[weight.quant_type],
         )  # fmt: skip
     if isinstance(weight, Int8Weight):

@@ -11,6 +11,7 @@ struct Segment {
     const void* absmax;          // FOUR_BIT: fp32 or (nested) uint8, one a block; INT8: fp32, one a row
     const float* nested_scale;   // null: absmax is fp32
     const float* nested_map;     // 256 values
+    const uint8_t* nested_planes;  // their first bytes, all second bytes, third, fourth
     const float* table;          // FOUR_BIT: 16 values
     const int16_t* short_table;  // the same times short_factor, rounded to integers of 14 bits with sign
     int64_t block_size;

@@ -46,7 +46,40 @@ inline Vector spread(const float* p) {
 }
 
 // map[codes] * scale + offset, in two roundings.
-inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, float scale, float offset, float* out) {
+#if defined(__AVX512VBMI__)
+// 64 look-ups of one byte of the values at a time, which is four times as fast as gathering.
+inline __m512i look_up_bytes(const uint8_t* plane, __m512i codes) {
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(plane), codes, _mm512_loadu_si512(plane + 64));
+    const __m512i high =
+        _mm512_permutex2var_epi8(_mm512_loadu_si512(plane + 128), codes, _mm512_loadu_si512(plane + 192));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+}
+inline void decode_nested(const uint8_t* codes, int64_t count, const float*, const uint8_t* planes, float scale,
+                          float offset, float* out) {
+    // Unpacking works within 16 bytes; codes are moved so that its results are 16 neighbours each.
+    const __m512i order = _mm512_setr_epi32(
+        0x03020100, 0x13121110, 0x23222120, 0x33323130, 0x07060504, 0x17161514, 0x27262524, 0x37363534, 0x0b0a0908,
+        0x1b1a1918, 0x2b2a2928, 0x3b3a3938, 0x0f0e0d0c, 0x1f1e1d1c, 0x2f2e2d2c, 0x3f3e3d3c);
+    for (int64_t i = 0; i < count; i += 64) {
+        const int64_t left = count - i;
+        const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+        const __m512i moved = _mm512_permutexvar_epi8(order, _mm512_maskz_loadu_epi8(mask, codes + i));
+        const __m512i b0 = look_up_bytes(planes, moved), b1 = look_up_bytes(planes + 256, moved);
+        const __m512i b2 = look_up_bytes(planes + 512, moved), b3 = look_up_bytes(planes + 768, moved);
+        const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+        const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+        const __m512i values[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                                   _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+        for (int j = 0; j < 4; ++j) {
+            const __m512 product = _mm512_mul_ps(_mm512_castsi512_ps(values[j]), _mm512_set1_ps(scale));
+            const __m512 sum = _mm512_add_ps(product, _mm512_set1_ps(offset));
+            _mm512_mask_storeu_ps(out + i + 16 * j, __mmask16(mask >> (16 * j)), sum);
+        }
+    }
+}
+#else
+inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, const uint8_t*, float scale,
+                          float offset, float* out) {
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 mask = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
         const __m512i places = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i));
@@ -54,6 +87,7 @@ inline void decode_nested(const uint8_t* codes, int64_t count, const float* map,
         _mm512_mask_storeu_ps(out + i, mask, _mm512_add_ps(product, _mm512_set1_ps(offset)));
     }
 }
+#endif
 
 #elif defined(__AVX2__)
 
@@ -131,7 +165,8 @@ inline Vector spread(const float* p) { return vdupq_n_f32(*p); }
 
 #if !defined(__AVX512F__)
 // map[codes] * scale + offset, in two roundings.
-inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, float scale, float offset, float* out) {
+inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, const uint8_t*, float scale,
+                          float offset, float* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = map[codes[i]] * scale + offset;
 }
 #endif

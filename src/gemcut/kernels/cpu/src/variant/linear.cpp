@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int GROUP = 4;
-constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 8192;
+constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 4096;
 
 // How many statistics a unit may hold, and so how many the scratch of a row must.
 constexpr int64_t MAX_SCALES = MAX_K / 32 + 16;
@@ -200,8 +200,8 @@ void decode_scales(const Segment& segment, int64_t row, int64_t k, int n, float*
         for (int64_t b = first; b < first + blocks;) {
             // As far as one nested scale reaches.
             const int64_t end = (b | 255) + 1 < first + blocks ? (b | 255) + 1 : first + blocks;
-            decode_nested(nested + b, end - b, segment.nested_map, segment.nested_scale[b >> 8], segment.nested_offset,
-                          decoded + (b - first));
+            decode_nested(nested + b, end - b, segment.nested_map, segment.nested_planes, segment.nested_scale[b >> 8],
+                          segment.nested_offset, decoded + (b - first));
             b = end;
         }
     }
@@ -333,6 +333,7 @@ void groups(void* context, int64_t begin, int64_t end, int) {
             if (left >= 4) in_turn<FEW, 4>(rows, int(m), values), m += 4;
             else if (left == 3) in_turn<FEW, 3>(rows, int(m), values), m += 3;
             else if (left == 2) in_turn<SOME, 2>(rows, int(m), values), m += 2;
+            else if (segment.kind == INT8) in_turn<FEW, 1>(rows, int(m), values), m += 1;
             else in_turn<MANY, 1>(rows, int(m), values), m += 1;
         }
         store(call, rows, valid, values);
