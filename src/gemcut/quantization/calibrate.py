@@ -15,6 +15,8 @@ steps make it small; each handles all rows of W at once, since rows do not depen
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +29,11 @@ from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitW
 
 #: Columns whose corrections are gathered before they reach all later columns in one matrix product.
 _LAZY = 128
-_GRID = tuple(0.70 + 0.025 * i for i in range(15))
+#: Factors of a block's largest magnitude that are tried as its statistic, and least-squares fits after the best.
+_GRID = tuple(0.72 + 0.04 * i for i in range(9))
 _REFITS = 2
+#: Values searched at a time.
+_SEARCH_VALUES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Method:
     shrink: float = 0.0
     feedback: bool = True
     sweeps: int = 2
+    follow: float = 0.0
 
 
 def quantize_4bit_calibrated(
@@ -77,23 +83,61 @@ def quantize_4bit_calibrated(
     rows, columns = wanted.shape
     codebook = Codebook(quant_type, wanted.device)
     damped = [_damped(block, how) for block in moments.blocks]
+    if how.follow and moments.drift:
+        wanted = wanted + how.follow * _correction(wanted, damped, moments.drift)
     energy = torch.cat([block.diagonal() for block in damped])
     scales = Scales.search(wanted, energy, codebook, block_size, double_quant)
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=wanted.device)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=wanted.device)
     start = 0
     for hessian in damped:
-        stop = start + hessian.shape[0]
-        part = wanted[:, start:stop].t().contiguous()  # [in, out]: one column's values lie side by side
-        absmax = scales.columns(start, stop)
-        if how.feedback:
-            chosen = round_with_feedback(part, hessian, absmax, codebook)
+        feedback = Feedback(hessian) if how.feedback else None
+        part = _Part(wanted, codes, scales, codebook, hessian, feedback, start, how.sweeps)
+        _in_slices(part.cut, rows, wanted.device)
+        start += hessian.shape[0]
+    return _pack(codes, scales, quant_type, block_size, (rows, columns), weight.dtype)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The columns of a matrix whose correlations are known together, the first of them at ``start``."""
+
+    wanted: Tensor
+    codes: Tensor
+    scales: Scales
+    codebook: Codebook
+    hessian: Tensor
+    feedback: Feedback | None
+    start: int
+    sweeps: int
+
+    def cut(self, low: int, high: int) -> None:
+        """Choose ``codes`` and ``scales`` of rows ``low … high - 1``."""
+        stop = self.start + self.hessian.shape[0]
+        weight = self.wanted[low:high, self.start : stop].t().contiguous()  # [in, out]: a column's values side by side
+        absmax = self.scales.columns(self.start, stop, low, high)
+        if self.feedback is None:
+            chosen = self.codebook.nearest(weight * _reciprocal(absmax))
         else:
-            chosen = codebook.nearest(_ratio(part, absmax))
-        if how.sweeps:
-            _descend(part, hessian, chosen, scales, start, codebook, how.sweeps)
-        codes[start:stop] = codebook.stored[chosen]
-        start = stop
-    return _pack(codes.t(), scales, quant_type, block_size, (rows, columns), weight.dtype)
+            chosen = self.feedback.round(weight, absmax, self.codebook)
+        if self.sweeps:
+            corner = (self.start, low)
+            _descend(weight, self.hessian, chosen, absmax, self.scales, corner, self.codebook, self.sweeps)
+        self.codes[low:high, self.start : stop] = self.codebook.stored[chosen].t()
+
+
+def _in_slices(work: Callable[[int, int], None], rows: int, device: torch.device) -> None:
+    """Call ``work(low, high)`` for slices of all rows, on a CPU side by side.
+
+    Column by column work is many small operations: threads within each would mostly wait for one another.
+    """
+    if device.type != "cpu":
+        work(0, rows)
+        return
+    workers = min(torch.get_num_threads(), rows)
+    edges = [rows * i // workers for i in range(workers + 1)]
+    # A thread's count of its own helpers is its own: the caller's stays as it is.
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(torch.inference_mode()(work), edges[:-1], edges[1:]))
 
 
 class Codebook:
@@ -136,29 +180,35 @@ class Scales:
         absmax = torch.empty(math.ceil(count / block_size), dtype=torch.float32, device=weight.device)
         flat = weight.reshape(-1)
         # A few blocks at a time: the grid needs a handful of temporaries of that size.
-        step = max(1, (4 << 20) // block_size)
-        for first in range(0, absmax.numel(), step):
-            low, high = first * block_size, min(count, (first + step) * block_size)
-            values = _in_blocks(flat[low:high], block_size)
-            # Which column each value belongs to: the flat index modulo the row length.
-            importance = energy[torch.arange(low, high, device=weight.device) % columns]
-            absmax[first : first + values.shape[0]] = _search(values, _in_blocks(importance, block_size), codebook)
+        step = max(1, _SEARCH_VALUES // block_size)
+        pieces = math.ceil(absmax.numel() / step)
+
+        def work(first_piece: int, end_piece: int) -> None:
+            for first in range(first_piece * step, end_piece * step, step):
+                low, high = first * block_size, min(count, (first + step) * block_size)
+                values = _in_blocks(flat[low:high], block_size)
+                # Which column each value belongs to: the flat index modulo the row length.
+                importance = energy[torch.arange(low, high, device=weight.device) % columns]
+                best = _search(values, _in_blocks(importance, block_size), codebook)
+                absmax[first : first + values.shape[0]] = best
+
+        _in_slices(work, pieces, weight.device)
         return cls(absmax, block_size, (rows, columns), double_quant)
 
-    def columns(self, start: int, stop: int) -> Tensor:
-        """The statistic of every value in columns ``start … stop - 1``: fp32 [stop - start, rows]."""
-        rows, columns = self.shape
-        if self.aligned and start % self.block_size == 0:
-            blocks = self.decoded.view(rows, -1)[:, start // self.block_size : math.ceil(stop / self.block_size)]
-            return blocks.t().repeat_interleave(self.block_size, dim=0)[: stop - start].contiguous()
-        index = torch.arange(rows, device=self.decoded.device)[None, :] * columns
-        index = index + torch.arange(start, stop, device=self.decoded.device)[:, None]
+    def columns(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        """The statistic of each value in columns ``start … stop - 1`` of rows ``low … high - 1``: fp32, transposed."""
+        device = self.decoded.device
+        index = torch.arange(low, high, device=device)[None, :] * self.shape[1]
+        index = index + torch.arange(start, stop, device=device)[:, None]
         return self.decoded[index // self.block_size]
 
-    def replace(self, column_block: int, wanted: Tensor) -> Tensor:
-        """Set the statistics of one block of columns to the nearest that can be stored; returns them, fp32 [rows]."""
-        per_row = self.shape[1] // self.block_size
-        blocks = torch.arange(self.shape[0], device=wanted.device) * per_row + column_block
+    def replace(self, column: int, low: int, wanted: Tensor) -> Tensor:
+        """Set the statistics of the blocks at ``column`` of rows from ``low`` on to the nearest that can be stored.
+
+        ``wanted`` fp32, one value a row; returns what the decoder will see of it. Blocks must be ``aligned``.
+        """
+        rows = torch.arange(low, low + wanted.shape[0], device=wanted.device)
+        blocks = (rows * self.shape[1] + column) // self.block_size
         if self.nested is None:
             self.decoded[blocks] = wanted
             return wanted
@@ -174,53 +224,56 @@ class Scales:
         return self.byte_map[codes.int()] * self.nested.scale[blocks // NESTED_BLOCK_SIZE] + self.nested.offset
 
 
-def round_with_feedback(weight: Tensor, hessian: Tensor, absmax: Tensor, codebook: Codebook) -> Tensor:
-    """Choose codes column by column, spreading each column's error over those still to come.
+class Feedback:
+    """Chooses codes column by column, spreading each column's error over those still to come."""
 
-    Args:
-        weight: fp32 [in, out].
-        hessian: fp32 [in, in], positive definite.
-        absmax: each value's block statistic, fp32 [in, out].
-        codebook: the format's values.
+    def __init__(self, hessian: Tensor) -> None:
+        """``hessian`` fp32 [in, in], positive definite."""
+        # Strong inputs first, while many columns are left to make up for them. Blocks stay where they are: their
+        # statistics are fixed already, so that the order of work is free.
+        self.order = hessian.diagonal().argsort(descending=True)
+        self.factor = _inverse_factor(hessian[self.order][:, self.order])
 
-    Returns:
-        Places in the codebook, int64 [in, out].
-    """
-    # Strong inputs first, while many columns are left to make up for them. Blocks stay where they are: their
-    # statistics are fixed already, so that the order of work is free.
-    order = hessian.diagonal().argsort(descending=True)
-    factor = _inverse_factor(hessian[order][:, order])
-    work, scale = weight[order], absmax[order]
-    inverse = _reciprocal(scale)
-    chosen = torch.empty(work.shape, dtype=torch.int64, device=work.device)
-    size = work.shape[0]
-    for start in range(0, size, _LAZY):
-        stop = min(size, start + _LAZY)
-        lost = torch.empty(stop - start, work.shape[1], dtype=torch.float32, device=work.device)
-        for j in range(start, stop):
-            places = codebook.nearest(work[j] * inverse[j])
-            chosen[j] = places
-            error = (work[j] - codebook.values[places] * scale[j]) / factor[j, j]
-            lost[j - start] = error
-            if j + 1 < stop:
-                work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-        if stop < size:
-            work[stop:].addmm_(factor[start:stop, stop:].t(), lost, alpha=-1)
-    back = torch.empty_like(chosen)
-    back[order] = chosen
-    return back
+    def round(self, weight: Tensor, absmax: Tensor, codebook: Codebook) -> Tensor:
+        """Places in the codebook, int64, for ``weight`` with statistics ``absmax``; all are [in, out]."""
+        work, scale = weight[self.order], absmax[self.order]
+        inverse, strength = _reciprocal(scale), self.factor.diagonal().tolist()
+        chosen = torch.empty(work.shape, dtype=torch.int64, device=work.device)
+        size = work.shape[0]
+        for start in range(0, size, _LAZY):
+            stop = min(size, start + _LAZY)
+            near = self.factor[start:stop, start:stop].contiguous()
+            lost = torch.empty(stop - start, work.shape[1], dtype=torch.float32, device=work.device)
+            for j in range(start, stop):
+                places = codebook.nearest(work[j] * inverse[j])
+                error = (work[j] - codebook.values[places] * scale[j]).div_(strength[j])
+                chosen[j], lost[j - start] = places, error
+                if j + 1 < stop:
+                    work[j + 1 : stop].addr_(near[j - start, j - start + 1 :], error, alpha=-1)
+            if stop < size:
+                work[stop:].addmm_(self.factor[start:stop, stop:].t(), lost, alpha=-1)
+        back = torch.empty_like(chosen)
+        back[self.order] = chosen
+        return back
 
 
 def _descend(
-    weight: Tensor, hessian: Tensor, chosen: Tensor, scales: Scales, start: int, codebook: Codebook, sweeps: int
+    weight: Tensor,
+    hessian: Tensor,
+    chosen: Tensor,
+    absmax: Tensor,
+    scales: Scales,
+    corner: tuple[int, int],
+    codebook: Codebook,
+    sweeps: int,
 ) -> None:
-    """Coordinate descent on codes (``chosen`` [in, out], changed in place) and, where blocks allow it, statistics.
+    """Coordinate descent on codes and, where blocks allow it, statistics.
 
-    ``weight`` fp32 [in, out] and ``hessian`` cover the matrix's columns from ``start`` on.
+    ``weight``, ``chosen`` and ``absmax`` [in, out] are the matrix's columns and rows from ``corner`` (column, row) on;
+    ``chosen``, ``absmax`` and ``scales`` are changed in place.
     """
-    absmax = scales.columns(start, start + weight.shape[0])
-    size = weight.shape[0]
-    refit = scales.aligned and start % scales.block_size == 0
+    size, (first, row) = weight.shape[0], corner
+    refit = scales.aligned and first % scales.block_size == 0
     width = scales.block_size if refit else _LAZY
     current = codebook.values[chosen] * absmax
     gradient = hessian @ (weight - current)  # of the error, but for a factor of -2
@@ -240,7 +293,7 @@ def _descend(
                 units = codebook.values[chosen[low:high]]
                 # The error is quadratic in the block's statistic: take its best value, or the nearest storable one.
                 best = absmax[low] + _ratio((units * slope).sum(dim=0), (units * (own @ units)).sum(dim=0))
-                fitted = scales.replace((start + low) // width, torch.where(best > 0, best, absmax[low]))
+                fitted = scales.replace(first + low, row, torch.where(best > 0, best, absmax[low]))
                 absmax[low:high] = fitted
                 part = units * fitted
             gradient.addmm_(hessian[:, low:high], part - current[low:high], alpha=-1)
@@ -277,6 +330,20 @@ def _damped(moment: Tensor, method: Method) -> Tensor:
     hessian = moment.float() * (1.0 - method.shrink)
     hessian.diagonal().add_(energy * method.shrink + (mean * method.damping if mean > 0 else 1.0))
     return hessian
+
+
+def _correction(weight: Tensor, damped: list[Tensor], drift: list[Tensor]) -> Tensor:
+    """What to add to ``weight`` so that on the cut network's inputs it gives what it gives on the whole one's.
+
+    The least-squares answer: ``(W + D) x`` comes closest to ``W r`` for ``D = W · Σ (r - x) xᵀ · inverse(Σ x xᵀ)``.
+    """
+    parts = []
+    for part, hessian, moment in zip(
+        torch.split(weight, [h.shape[0] for h in damped], dim=1), damped, drift, strict=True
+    ):
+        factor = _inverse_factor(hessian)
+        parts.append(part @ moment @ factor.t() @ factor)
+    return torch.cat(parts, dim=1)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
