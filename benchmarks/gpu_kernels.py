@@ -17,6 +17,7 @@ import torch
 
 from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, nvrtc
 from gemcut.kernels.bandwidth import read_bandwidth
+from gemcut.quantization.weights import FourBitWeight, Nested
 
 SHAPES = {
     "gate+up": (73728, 4608),
@@ -54,23 +55,15 @@ def random_weight(name: str, n: int, k: int, head: bool) -> Weight:
         return Weight(lambda x, y: torch.mm(x, dense.T, out=y), dense.numel() * 2)
     if name == "int8":
         values = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
-        int8 = int8_matvec.Int8Weight(values, torch.rand(n, device="cuda"))
+        int8 = int8_matvec.Int8Rows(values, torch.rand(n, device="cuda"))
         if head:
             return Weight(lambda x, y: int8_matvec.int8_head(x, int8, 30.0), n * k + n * 4)
         return Weight(lambda x, y: int8_matvec.int8_matvec(x, int8, out=y), n * k + n * 4)
     blocks = n * k // 64
-    packed = nf4_matvec.pack(
-        nf4_matvec.FourBitWeight(
-            torch.randint(0, 256, (n * k // 2,), device="cuda", dtype=torch.uint8),
-            torch.randint(0, 256, (blocks,), device="cuda", dtype=torch.uint8),
-            torch.linspace(-1, 1, 16, device="cuda"),
-            n,
-            k,
-            torch.rand(-(-blocks // 256), device="cuda"),
-            torch.linspace(-1, 1, 256, device="cuda"),
-            0.5,
-        )
-    )
+    codes = torch.randint(0, 256, (n * k // 2,), device="cuda", dtype=torch.uint8)
+    absmax = torch.randint(0, 256, (blocks,), device="cuda", dtype=torch.uint8)
+    nested = Nested(torch.rand(-(-blocks // 256), device="cuda"), 0.5)
+    packed = nf4_matvec.pack([FourBitWeight(codes, absmax, "nf4", 64, (n, k), torch.bfloat16, nested)])
     return Weight(lambda x, y: nf4_matvec.nf4_matvec(x, packed, out=y), packed.nbytes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gemcut.kernels.nf4_matvec import FourBitWeight
+from gemcut.quantization.weights import FourBitWeight, Nested
 
 NF4 = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -27,7 +27,8 @@ def dynamic_map() -> torch.Tensor:
 
 def quantize(weight: torch.Tensor, table: torch.Tensor, *, nested: bool) -> FourBitWeight:
     """weight fp32 [n, k], k a multiple of 64; nearest code to weight / absmax."""
-    n, k = weight.shape
+    shape = (weight.shape[0], weight.shape[1])
+    quant_type = "nf4" if table is NF4 else "fp4"
     device = weight.device
     table = table.to(device)
     blocks = weight.reshape(-1, 64)
@@ -38,11 +39,25 @@ def quantize(weight: torch.Tensor, table: torch.Tensor, *, nested: bool) -> Four
     codes = order.indices[places].flatten().to(torch.uint8)
     codes = codes[0::2] << 4 | codes[1::2]
     if not nested:
-        return FourBitWeight(codes, absmax, table, n, k)
+        return FourBitWeight(codes, absmax, quant_type, 64, shape, torch.bfloat16)
     byte_map = dynamic_map().to(device)
     offset = absmax.mean().item()
     padded = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % 256)).view(-1, 256)
     groups = padded.abs().amax(dim=1).clamp(min=1e-30)
     places = torch.bucketize(padded / groups[:, None], (byte_map[:-1] + byte_map[1:]) / 2)
     absmax8 = places.flatten()[: absmax.numel()].to(torch.uint8)
-    return FourBitWeight(codes, absmax8, table, n, k, groups, byte_map, offset)
+    return FourBitWeight(codes, absmax8, quant_type, 64, shape, torch.bfloat16, Nested(groups, offset))
+
+
+def dequantize(weight: FourBitWeight) -> torch.Tensor:
+    """fp64 [n, k] of what `quantize` made: code times scale, both in fp64."""
+    n, k = weight.shape
+    device = weight.codes.device
+    data = weight.codes.flatten().long()
+    table = (NF4 if weight.quant_type == "nf4" else FP4).to(device).double()
+    values = table[torch.stack((data >> 4, data & 15), dim=1).flatten()]
+    scales = weight.absmax
+    if weight.nested is not None:
+        groups = weight.nested.scale.double().repeat_interleave(256)[: scales.numel()]
+        scales = dynamic_map().to(device).double()[scales.long()] * groups + weight.nested.offset
+    return (values.view(-1, 64) * scales.double()[:, None]).view(n, k)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from four_bit_reference import FP4, NF4, quantize
+from four_bit_reference import FP4, NF4, dequantize, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec
 
@@ -50,7 +50,7 @@ def case(name: str, n: int, k: int) -> Case:
         )
     if name == "int8":
         scales = weight.abs().amax(dim=1) / 127
-        int8 = int8_matvec.Int8Weight((weight / scales[:, None]).round().to(torch.int8), scales)
+        int8 = int8_matvec.Int8Rows((weight / scales[:, None]).round().to(torch.int8), scales)
         int8.values.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
         return Case(
             int8.values.double() * scales.double()[:, None],
@@ -58,11 +58,11 @@ def case(name: str, n: int, k: int) -> Case:
             lambda x: int8_matvec.int8_matvec_plain(x, int8),
         )
     four = quantize(weight, NF4 if name.startswith("nf4") else FP4, nested=name.endswith("nested"))
-    packed = nf4_matvec.pack(four)
+    packed = nf4_matvec.pack([four])
     return Case(
-        four.dequantize().double(),
+        dequantize(four),
         lambda x, **kw: nf4_matvec.nf4_matvec(x, packed, **kw),
-        lambda x: nf4_matvec.nf4_matvec_plain(x, four),
+        lambda x: nf4_matvec.nf4_matvec_plain(x, [four]),
     )
 
 
@@ -119,7 +119,7 @@ def test_values_beyond_fp16_do_not_overflow(name: str) -> None:
 def test_blocks_of_zeros_stay_zero() -> None:
     weight = torch.randn(32, 512, device="cuda")
     weight[:, 64:192] = 0
-    packed = nf4_matvec.pack(quantize(weight, NF4, nested=True))
+    packed = nf4_matvec.pack([quantize(weight, NF4, nested=True)])
     x = torch.zeros(1, 512, device="cuda", dtype=torch.bfloat16)
     x[:, 64:192] = 1e4
     assert not nf4_matvec.nf4_matvec(x, packed).any()
@@ -135,7 +135,7 @@ def test_head(name: str, softcap: float | None) -> None:
         plain = bf16_matvec.bf16_head_plain(x, weight, softcap)
     else:
         scales = weight.float().abs().amax(dim=1) / 127
-        int8 = int8_matvec.Int8Weight((weight.float() / scales[:, None]).round().to(torch.int8), scales)
+        int8 = int8_matvec.Int8Rows((weight.float() / scales[:, None]).round().to(torch.int8), scales)
         out, dense = int8_matvec.int8_head(x, int8, softcap), int8.dequantize().double()
         plain = int8_matvec.int8_head_plain(x, int8, softcap)
     reference = x.double() @ dense.T

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from four_bit_reference import FP4, NF4, quantize
+from four_bit_reference import FP4, NF4, dequantize, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec
 from gemcut.kernels.matvec import TILE, plan_fixed, plan_split, shared_bytes
@@ -65,7 +67,7 @@ def test_too_many_columns_for_shared_memory_is_an_error() -> None:
 @pytest.mark.parametrize("table", [NF4, FP4], ids=["nf4", "fp4"])
 def test_packing_keeps_every_weight(n: int, k: int, nested: bool, table: torch.Tensor) -> None:
     weight = quantize(torch.randn(n, k), table, nested=nested)
-    packed = nf4_matvec.pack(weight)
+    packed = nf4_matvec.pack([weight])
     codes = packed.codes.permute(0, 5, 3, 1, 2, 4, 6).reshape(packed.codes.shape[0] * 16, -1)
     assert torch.equal(codes[:n, : k // 2], weight.codes.view(n, -1))
     scales = packed.scales.permute(0, 4, 2, 1, 3).reshape(packed.scales.shape[0] * 16, -1)
@@ -80,16 +82,29 @@ def test_packing_keeps_every_weight(n: int, k: int, nested: bool, table: torch.T
 def test_the_dequantized_weight_is_near_the_original() -> None:
     weight = torch.randn(64, 512)
     for nested in (False, True):
-        error = quantize(weight, NF4, nested=nested).dequantize() - weight
+        error = dequantize(quantize(weight, NF4, nested=nested)) - weight
         assert 0.08 < (error.norm() / weight.norm()).item() < 0.11
 
 
 def test_weights_the_kernels_do_not_take_are_refused_with_a_reason() -> None:
     whole = quantize(torch.randn(4, 128), NF4, nested=False)
-    straddling = nf4_matvec.FourBitWeight(whole.codes, whole.absmax, whole.table, 16, 32)
+    straddling = replace(whole, shape=(16, 32))
     with pytest.raises(ParameterError, match="multiple of 64"):
-        nf4_matvec.pack(straddling)
+        nf4_matvec.pack([straddling])
     assert "contiguous" in (bf16_matvec.supports(torch.zeros(8, 16, dtype=torch.bfloat16).t()) or "")
     assert "16 bytes" in (bf16_matvec.supports(torch.zeros(8, 12, dtype=torch.bfloat16)) or "")
-    int8 = int8_matvec.Int8Weight(torch.zeros(8, 16, dtype=torch.int8), torch.zeros(8, dtype=torch.float16))
+    int8 = int8_matvec.Int8Rows(torch.zeros(8, 16, dtype=torch.int8), torch.zeros(8, dtype=torch.float16))
     assert "fp32 scale" in (int8_matvec.supports(int8) or "")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_matrices_that_stand_together_come_back_unchanged(nested: bool) -> None:
+    weights = [quantize(torch.randn(n, 256), NF4, nested=nested) for n in (64, 128, 30)]
+    packed = nf4_matvec.pack(weights)
+    assert (packed.n, packed.codes.shape[0]) == (222, 14)
+    for weight, back in zip(weights, packed.weights(), strict=True):
+        assert torch.equal(weight.codes, back.codes)
+        assert torch.equal(weight.absmax, back.absmax)
+        assert torch.equal(dequantize(weight), dequantize(back))
+        assert back.nbytes == weight.nbytes
+    assert "below" in (nf4_matvec.supports(weights[::-1]) or "")

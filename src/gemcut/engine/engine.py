@@ -137,10 +137,14 @@ class Engine:
         for scheduled in batch:
             scheduled.sequence.started = scheduled.sequence.started or now
         # These change nothing that matters: if one of them fails the step can be done again.
-        logits = self.runner.run(batch, [self.scheduler.tables[s.sequence.id] for s in batch])
+        tables = [self.scheduler.tables[s.sequence.id] for s in batch]
         ready = [s.sequence for s in batch if s.completes]
         wants = [i for i, sequence in enumerate(ready) if sequence.request.params.max_new_tokens > 0]
-        tokens, logprobs = sample(logits if len(wants) == len(ready) else logits[wants], [ready[i] for i in wants])
+        logprobs: list[TokenLogprob | None] = [None] * len(wants)
+        tokens = self.runner.greedy(batch, tables)
+        if tokens is None:
+            logits = self.runner.run(batch, tables)
+            tokens, logprobs = sample(logits if len(wants) == len(ready) else logits[wants], [ready[i] for i in wants])
         with self._bookkeeping():
             for scheduled in batch:
                 self.scheduler.computed(scheduled)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemcut.engine import decode_graph
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.paged import PagedKeyValues
+from gemcut.engine.sampler import changes_logits
 from gemcut.engine.scheduler import Scheduled
 from gemcut.model import Model
 from gemcut.model.attention import Span
@@ -20,6 +22,29 @@ class Runner:
 
     def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
         self.model, self.cache, self.device = model, cache, device
+        #: Why steps of single tokens do not run as CUDA graphs; None: they do.
+        self.graph_refusal = decode_graph.supports(model, cache, device)
+        self._graphs: decode_graph.DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def greedy(self, batch: list[Scheduled], tables: list[Tables]) -> list[int] | None:
+        """The next token of each sequence where all have one token to compute and take the likeliest, as a CUDA graph.
+
+        None where this step or this device needs the general way.
+        """
+        if (
+            self.graph_refusal is not None
+            or len(batch) > decode_graph.SIZES[-1]
+            or not all(map(_plainly_greedy, batch))
+        ):
+            if self._graphs is not None:
+                self._graphs.forget()
+            return None
+        if self._graphs is None:
+            limit = self.model.config.max_position_embeddings
+            self._graphs = decode_graph.DecodeGraphs(self.model, self.cache, self.device, limit)
+        sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
+        return self._graphs.greedy(sequences, tables)
 
     @torch.inference_mode()
     def run(self, batch: list[Scheduled], tables: list[Tables]) -> Tensor:
@@ -59,3 +84,18 @@ class Runner:
             logits = self.model.head(hidden[first : first + len(part)])
             chosen = logits.gather(1, part[:, None])[:, 0] - logits.logsumexp(dim=-1)
             sequence.prompt_logprobs += chosen.tolist()
+
+
+def _plainly_greedy(scheduled: Scheduled) -> bool:
+    """Whether one new token is computed and the likeliest next one is all that is wanted."""
+    sequence = scheduled.sequence
+    params = sequence.request.params
+    return (
+        scheduled.length == 1
+        and scheduled.completes
+        and params.greedy
+        and params.max_new_tokens > 0
+        and params.logprobs is None
+        and not sequence.request.prompt_logprobs
+        and not changes_logits(sequence)
+    )

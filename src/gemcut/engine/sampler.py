@@ -40,10 +40,10 @@ def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int], list[T
         n token ids, and for those that asked for it the log-probability of the choice with its alternatives.
     """
     raw = logits
-    if any(_changes_logits(s) for s in sequences):
+    if any(changes_logits(s) for s in sequences):
         logits = logits.clone()
         for row, sequence in zip(logits, sequences, strict=True):
-            if _changes_logits(sequence):
+            if changes_logits(sequence):
                 change_logits(row, sequence)
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     for index, sequence in enumerate(sequences):
@@ -52,7 +52,8 @@ def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int], list[T
     return tokens, token_logprobs(raw, tokens, [s.request.params.logprobs for s in sequences])
 
 
-def _changes_logits(sequence: Sequence) -> bool:
+def changes_logits(sequence: Sequence) -> bool:
+    """Whether penalties, a bias or a least length come between the network's logits and the choice."""
     p = sequence.request.params
     return bool(
         p.logit_bias

@@ -10,6 +10,7 @@ import torch
 from gemcut.errors import UnsupportedError
 from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.cpu.linear import CPU
+from gemcut.kernels.cuda_linear import CUDA
 from gemcut.kernels.plain import plain_linear
 
 __all__ = ["LINEAR", "PLAIN", "Choice", "LinearCase", "LinearImplementation", "LinearKernel", "choose_linear"]
@@ -27,7 +28,7 @@ class Choice:
 PLAIN = LinearImplementation("plain", lambda case, device: None, lambda case, device: partial(plain_linear, case))
 
 #: In order of preference; plain PyTorch serves everything and stands last.
-LINEAR: list[LinearImplementation] = [CPU, PLAIN]
+LINEAR: list[LinearImplementation] = [CUDA, CPU, PLAIN]
 
 
 def choose_linear(case: LinearCase, device: torch.device, kernels: str = "auto") -> Choice:

@@ -6,6 +6,7 @@ Activations stay bf16: nothing passes through fp16 or int8, so there is no outli
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +14,29 @@ import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
 from gemcut.kernels.matvec import Layout, Storage, matvec
+from gemcut.quantization.weights import Int8Weight
 
 STORAGE = Storage("int8_matvec", 128, 2048, 0, 16, Layout(8, 5, 2), Layout(16, 4, 1))
 
 
-@dataclass(frozen=True)
-class Int8Weight:
-    """values int8 [n, k]; scales fp32 [n] (LLM.int8()'s SCB / 127): W = values * scales[:, None]."""
+@dataclass(frozen=True, eq=False)
+class Int8Rows:
+    """codes int8 [n, k]; scales fp32 [n]: a row's largest magnitude / 127. W = codes * scales[:, None]."""
 
     values: torch.Tensor
     scales: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: Sequence[Int8Weight]) -> Int8Rows:
+        """Matrices of the same inputs, one below the other; a single one's codes are shared, not copied."""
+        codes = [weight.codes for weight in weights]
+        rows = cls(
+            codes[0].contiguous() if len(codes) == 1 else torch.cat(codes),
+            torch.cat([weight.absmax.float() / 127.0 for weight in weights]),
+        )
+        if rows.values.is_cuda:
+            torch.cuda.synchronize(rows.values.device)  # kernels read weights before what is queued ahead is done
+        return rows
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [n, k]."""
@@ -38,7 +52,7 @@ class _Format(ctypes.Structure):
     )
 
 
-def supports(weight: Int8Weight) -> str | None:
+def supports(weight: Int8Rows) -> str | None:
     """None where `int8_matvec` takes this weight, else one line that says why not."""
     values, scales = weight.values, weight.scales
     if values.dtype != torch.int8 or not values.is_contiguous():
@@ -50,18 +64,18 @@ def supports(weight: Int8Weight) -> str | None:
     return None
 
 
-def int8_matvec(x: torch.Tensor, weight: Int8Weight, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def int8_matvec(x: torch.Tensor, weight: Int8Rows, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [m, k] bf16, m from 1 to 8 -> bf16 [m, n], summed in fp32."""
     return matvec(STORAGE, _argument(x, weight), x, weight.values.shape[0], out=out)
 
 
-def int8_head(x: torch.Tensor, weight: Int8Weight, softcap: float | None) -> torch.Tensor:
+def int8_head(x: torch.Tensor, weight: Int8Rows, softcap: float | None) -> torch.Tensor:
     """x [m, d] bf16, m from 1 to 8 -> fp32 logits [m, n], `softcap * tanh(logit / softcap)` where given."""
     n = weight.values.shape[0]
     return matvec(STORAGE, _argument(x, weight), x, n, out_dtype="float32", softcap=softcap)
 
 
-def _argument(x: torch.Tensor, weight: Int8Weight) -> ctypes.Structure:
+def _argument(x: torch.Tensor, weight: Int8Rows) -> ctypes.Structure:
     reason = supports(weight)
     if reason is not None:
         raise ParameterError(reason)
@@ -70,12 +84,12 @@ def _argument(x: torch.Tensor, weight: Int8Weight) -> ctypes.Structure:
     return _Format(weight.values.data_ptr(), weight.scales.data_ptr(), *weight.values.shape)
 
 
-def int8_matvec_plain(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+def int8_matvec_plain(x: torch.Tensor, weight: Int8Rows) -> torch.Tensor:
     """The same in plain torch: the weight decoded to bf16, then a matmul."""
     return F.linear(x, weight.dequantize().to(x.dtype))
 
 
-def int8_head_plain(x: torch.Tensor, weight: Int8Weight, softcap: float | None) -> torch.Tensor:
+def int8_head_plain(x: torch.Tensor, weight: Int8Rows, softcap: float | None) -> torch.Tensor:
     """The same in plain torch, in fp32."""
     logits = F.linear(x.float(), weight.dequantize())
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

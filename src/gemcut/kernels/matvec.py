@@ -162,7 +162,7 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
         ("BLOCK_RESIDENT", layout.resident),
         ("FIXED_STEPS", layout.fixed),
     )
-    files, name = ["matvec.cuh", f"{storage.kernel}.cu"], storage.kernel
+    files, name = ["launch.cuh", "matvec.cuh", f"{storage.kernel}.cu"], storage.kernel
     if layout.fixed and storage.fixed_kernel is not None:
         name = storage.fixed_kernel
         files.append(f"{name}.cu")

@@ -114,12 +114,12 @@ class CudaKernel:
     overlaps: bool
 
     def launch(
-        self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[ctypes.Structure]
+        self, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[ctypes.Structure]
     ) -> None:
         """Queues the kernel on torch's current stream. Arguments are ctypes structures laid out as in the source."""
         attribute = _LaunchAttribute(_PROGRAMMATIC_LAUNCH, 0, 1, b"")
         config = _LaunchConfig(
-            (ctypes.c_uint * 3)(*grid, 1),
+            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             (ctypes.c_uint * 3)(threads, 1, 1),
             shared_bytes,
             torch.cuda.current_stream().cuda_stream,

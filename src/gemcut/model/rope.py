@@ -19,11 +19,15 @@ class RotaryTable:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each fp32 [T, 1, head_dim / 2], for ``positions`` int64 [T]."""
-        table = self._tables.get(positions.device)
-        if table is None:
-            table = self._tables[positions.device] = self._build().to(positions.device)
-        cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
+        cos, sin = self.table(positions.device)[positions].unsqueeze(1).chunk(2, dim=-1)
         return cos, sin
+
+    def table(self, device: torch.device) -> Tensor:
+        """fp32 [max_positions, head_dim]: the cosines of each position, then its sines."""
+        table = self._tables.get(device)
+        if table is None:
+            table = self._tables[device] = self._build().to(device)
+        return table
 
     def _build(self) -> Tensor:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim

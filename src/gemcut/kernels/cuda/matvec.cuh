@@ -9,11 +9,7 @@
 // warps share is summed in shared memory in the order of the warps, and a tile that several slices share in the order of
 // the slices by the block that finishes last: the same sum whatever the timing.
 //
-// The format's file is compiled after this one; it defines `struct Format` and calls run() from its kernel.
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+// launch.cuh stands before this file. The format's file is compiled after it; it defines `struct Format` and calls run() from its kernel.
 
 constexpr int TILE = 16;      // rows of W a matrix instruction takes
 
@@ -78,19 +74,6 @@ __device__ __forceinline__ void fetch_x(uint4& x, const u8* from, bool has_x) {
 __device__ __forceinline__ void copies_close() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
-// Programmatic launch (Hopper): the next kernel may start reading its weights while this one runs, and touches
-// nothing that another kernel wrote before previous_kernels_done().
-__device__ __forceinline__ void next_kernel_may_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void previous_kernels_done() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 __device__ __forceinline__ void multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -10,7 +10,7 @@ struct Format {
   static constexpr int CODE_BYTES = TILE * STEP / 2;
 #if NESTED
   static constexpr int SCALE_BYTES = 64;
-  struct Scale { float low, high; };           // of the 256 scales that the rows' scales belong to
+  struct Scale { float low, high, offset; };   // of the 256 scales that the rows' scales belong to; of the rows' matrix
 #else
   static constexpr int SCALE_BYTES = 256;
   struct Scale {};
@@ -29,7 +29,8 @@ struct Format {
   const u32* pairs;      // bf16 pairs [256]: code of the high nibble below, of the low nibble above
   const float* byte_map;     // [256] the dynamic 8-bit map
   const float* groups;       // fp32 scale of each 256 scales, in the order of the checkpoint
-  float offset;
+  float offsets[3];          // the mean of the scales of each matrix that stands here, top to bottom
+  int part_tiles[2];         // where the second and the third begin
   int n, blocks, group_last, steps;
 
   __device__ __forceinline__ int group_of(int row, int block) const {
@@ -61,7 +62,8 @@ struct Format {
   __device__ __forceinline__ Scale scale(const Lane& lane, int tile, int step) const {
 #if NESTED
     const int row = tile * TILE + lane.group, block = step * 4 + lane.quad;
-    return {__ldg(groups + group_of(row, block)), __ldg(groups + group_of(row + 8, block))};
+    const float offset = tile < part_tiles[0] ? offsets[0] : tile < part_tiles[1] ? offsets[1] : offsets[2];
+    return {__ldg(groups + group_of(row, block)), __ldg(groups + group_of(row + 8, block)), offset};
 #else
     return {};
 #endif
@@ -100,7 +102,7 @@ struct Format {
 #if NESTED
     const u32 bytes = __float_as_uint(f.scales.x);
     const float* const map = reinterpret_cast<const float*>(tables + PAIR_BYTES);
-    return make_float2(map[bytes & 255] * group.low + offset, map[bytes >> 8] * group.high + offset);
+    return make_float2(map[bytes & 255] * group.low + group.offset, map[bytes >> 8] * group.high + group.offset);
 #else
     return f.scales;
 #endif
@@ -140,7 +142,7 @@ struct Format {
   __device__ __forceinline__ float finish(int, float value) const { return value; }
 };
 
-#if FIXED_STEPS == 0
+#if defined(FIXED_STEPS) && FIXED_STEPS == 0
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCK_RESIDENT)
 nf4_matvec(Problem problem, Format format) { run<Format, BLOCK_WARPS, BLOCK_STAGES>(problem, format); }
 #endif

@@ -1,0 +1,64 @@
+// The place of the largest logit of each row, the first of equal ones; the row then stands ready for its next token.
+
+struct Argmax {
+  const float* logits;   // [m, vocabulary]
+  float* best;           // [m, parts]
+  int* place;            // [m, parts]
+  u32* arrivals;         // [m], zero between launches
+  int* ids;              // [m]: the token; the next step reads it as its input
+  int* positions;        // [m]: moved on by one where it is not negative; null: not wanted
+  float softcap;         // 0: none; where it rounds two logits to one, the first of them is taken
+  int vocabulary;
+};
+
+__device__ __forceinline__ void take_better(float& value, int& place, float other, int other_place) {
+  if (other > value || (other == value && other_place < place)) value = other, place = other_place;
+}
+
+__device__ __forceinline__ void best_of_block(float& value, int& place) {
+  __shared__ float values[32];
+  __shared__ int places[32];
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, value, lanes);
+    take_better(value, place, other, __shfl_xor_sync(0xffffffffu, place, lanes));
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = value, places[threadIdx.x / 32] = place;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < blockDim.x / 32; ++w) take_better(value, place, values[w], places[w]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) argmax(Argmax p) {
+  __shared__ bool is_last;
+  const int row = blockIdx.y, parts = gridDim.x;
+  float value = MINUS_INFINITY;
+  int place = 0x7fffffff;
+  previous_kernels_done();
+  next_kernel_may_start();
+  const float* const logits = p.logits + (size_t)row * p.vocabulary;
+#pragma unroll 4
+  for (int i = blockIdx.x * 256 + threadIdx.x; i < p.vocabulary; i += parts * 256) {
+    const float logit = logits[i];
+    take_better(value, place, p.softcap > 0.f ? p.softcap * tanhf(logit / p.softcap) : logit, i);
+  }
+  best_of_block(value, place);
+  if (threadIdx.x == 0) {
+    p.best[row * parts + blockIdx.x] = value, p.place[row * parts + blockIdx.x] = place;
+    __threadfence();
+    is_last = atomicAdd(p.arrivals + row, 1u) == parts - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  value = MINUS_INFINITY, place = 0x7fffffff;
+  for (int i = threadIdx.x; i < parts; i += 256) take_better(value, place, __ldcg(p.best + row * parts + i), __ldcg(p.place + row * parts + i));
+  best_of_block(value, place);
+  if (threadIdx.x == 0) {
+    p.ids[row] = place < p.vocabulary ? place : 0;
+    if (p.positions != nullptr && p.positions[row] >= 0) p.positions[row] += 1;
+    p.arrivals[row] = 0;
+  }
+}

@@ -1,0 +1,83 @@
+// The residual stream's kernels: one block a row, eight values a thread, fp32 throughout.
+//
+//   residual = embedding row * scale          (norm_embed)
+//   residual = residual + rms(y) * post       (norm_add: a sublayer's output comes back)
+//   x        = rms(residual) * pre            (both: the next sublayer's input, bf16)
+
+struct Norm {
+  const u16* y;          // norm_add: bf16 [m, d]
+  float* residual;       // [m, d]
+  const float* post;     // [d]
+  const float* pre;      // [d]
+  u16* x;                // bf16 [m, d]
+  const int* ids;        // norm_embed: [m]
+  const u8* table;       // norm_embed: bf16 or int8 [vocabulary, d]
+  const float* absmax;   // int8 tables: [vocabulary]
+  float embed_scale, eps;
+  int d;
+};
+
+__device__ __forceinline__ void write_normed(const Norm& p, const float (&residual)[8], const float (&pre)[8], bool mine, size_t at,
+                                             float* scratch) {
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) squares += residual[i] * residual[i];
+  const float scale = rsqrtf(block_sum(squares, scratch) / p.d + p.eps);
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = residual[i] * scale * pre[i];
+  if (mine) *reinterpret_cast<uint4*>(p.x + at) = pack8(x);
+}
+
+extern "C" __global__ void __launch_bounds__(1024) norm_add(Norm p) {
+  __shared__ float scratch[2][32];
+  const int column = threadIdx.x * 8;
+  const size_t at = (size_t)blockIdx.x * p.d + column;
+  const bool mine = column < p.d;
+  float post[8] = {}, pre[8] = {}, residual[8] = {}, y[8] = {};
+  if (mine) load8(p.post + column, post);
+  if (mine) load8(p.pre + column, pre);
+  previous_kernels_done();
+  next_kernel_may_start();
+  if (mine) {
+    unpack8(*reinterpret_cast<const uint4*>(p.y + at), y);
+    load8(p.residual + at, residual);
+  }
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) squares += y[i] * y[i];
+  const float scale = rsqrtf(block_sum(squares, scratch[0]) / p.d + p.eps);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) residual[i] += y[i] * scale * post[i];
+  if (mine) store8(p.residual + at, residual);
+  write_normed(p, residual, pre, mine, at, scratch[1]);
+}
+
+extern "C" __global__ void __launch_bounds__(1024) norm_embed(Norm p) {
+  __shared__ float scratch[32];
+  const int column = threadIdx.x * 8;
+  const size_t at = (size_t)blockIdx.x * p.d + column;
+  const bool mine = column < p.d;
+  float pre[8] = {}, residual[8] = {};
+  if (mine) load8(p.pre + column, pre);
+  previous_kernels_done();
+  next_kernel_may_start();
+  const size_t row = p.ids[blockIdx.x];
+  if (mine && p.absmax == nullptr) {
+    unpack8(*reinterpret_cast<const uint4*>(p.table + (row * p.d + column) * 2), residual);
+  } else if (mine) {
+    const uint2 packed = *reinterpret_cast<const uint2*>(p.table + row * p.d + column);
+    const float unit = __fdiv_rn(p.absmax[row], 127.f);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {   // rounded to bf16 once, as the plain embedding is
+      const u32 word = i < 4 ? packed.x : packed.y;
+      const float low = (float)(signed char)(word >> (i % 4 * 8)), high = (float)(signed char)(word >> (i % 4 * 8 + 8));
+      const u32 pair = pack_bf16(low * unit, high * unit);
+      residual[i] = low_bf16(pair), residual[i + 1] = high_bf16(pair);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) residual[i] *= p.embed_scale;
+  if (mine) store8(p.residual + at, residual);
+  write_normed(p, residual, pre, mine, at, scratch);
+}

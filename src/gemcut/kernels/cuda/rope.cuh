@@ -1,0 +1,37 @@
+// Eight neighbouring values of a head, normalised where wanted and rotated; LANES lanes hold a whole head between them.
+
+template <int LANES>
+__device__ __forceinline__ float sum_lanes(float value) {
+#pragma unroll
+  for (int lanes = LANES / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  return value;
+}
+
+// `head` is bf16 [8 * LANES]; `weight` null: no norm. A normalised value is rounded to bf16 before it is rotated.
+// Pairs are (i, i + half); `rope` is one position's cosines, then its sines, each [half].
+template <int LANES>
+__device__ __forceinline__ void rotated8(const u16* head, const float* weight, float eps, const float* rope, int part, float (&to)[8]) {
+  constexpr int HALF = LANES / 2;
+  const int partner = part ^ HALF, pair = part & (HALF - 1);
+  float own[8], other[8], cosine[8], sine[8];
+  unpack8(*reinterpret_cast<const uint4*>(head + part * 8), own);
+  unpack8(*reinterpret_cast<const uint4*>(head + partner * 8), other);
+  load8(rope + pair * 8, cosine);
+  load8(rope + (HALF + pair) * 8, sine);
+  if (weight != nullptr) {
+    float squares = 0.f, w[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares += own[i] * own[i];
+    const float scale = rsqrtf(sum_lanes<LANES>(squares) / (LANES * 8) + eps);
+    load8(weight + part * 8, w);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) own[i] *= scale * w[i];
+    unpack8(pack8(own), own);
+    load8(weight + partner * 8, w);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) other[i] *= scale * w[i];
+    unpack8(pack8(other), other);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = own[i] * cosine[i] + (part < HALF ? -other[i] : other[i]) * sine[i];
+}

@@ -1,0 +1,218 @@
+"""Products on an NVIDIA GPU for dispatch: matrix-vector kernels for few rows of x, decode and cuBLAS for many.
+
+Up to ``8 · PASSES`` rows go through the matrix-vector kernels eight at a time, each pass reading the packed weights
+once; more are multiplied by the weights decoded to bf16, a run of rows at a time, in a buffer all layers share. bf16
+weights need neither: cuBLAS takes them from `DENSE_ROWS` rows on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, nvrtc
+from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
+from gemcut.kernels.int8_matvec import Int8Rows
+from gemcut.kernels.matvec import MAX_ROWS, TILE, matvec
+from gemcut.kernels.nvrtc import compile_kernel, read_sources
+from gemcut.kernels.plain import dense_product
+from gemcut.quantization.tables import code_table
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+
+# Decoding a matrix for cuBLAS writes and reads 4 bytes a weight more: about as much as eight passes over packed ones.
+PASSES = 8
+# From this many rows on cuBLAS multiplies bf16 weights at least as fast as the matrix-vector kernel (measured).
+DENSE_ROWS = 5
+# Decoded weights stand here: enough rows at a time to keep cuBLAS busy, little enough to be forgotten.
+BUFFER_BYTES = 128 << 20
+
+
+def supports(case: LinearCase, device: torch.device) -> str | None:
+    """None where these kernels serve ``case``, else one line that says why not."""
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU"
+    reason = nvrtc.unavailable_reason()
+    if reason is not None:
+        return reason
+    if case.compute_dtype != torch.bfloat16:
+        return f"computes in bfloat16 only, not in {case.compute_dtype}"
+    if case.out_dtype not in (torch.bfloat16, torch.float32):
+        return f"gives bfloat16 or float32, not {case.out_dtype}"
+    if case.activation_threshold is not None:
+        return "keeps activations whole; LLM.int8()'s arithmetic (activation_threshold) runs in plain PyTorch"
+    weights = case.weights
+    if all(isinstance(weight, FourBitWeight) for weight in weights):
+        if case.out_dtype == torch.float32:
+            return "four-bit kernels give bfloat16 only"
+        return nf4_matvec.supports([w for w in weights if isinstance(w, FourBitWeight)])
+    if all(isinstance(weight, Int8Weight) for weight in weights):
+        return _int8_reason([w for w in weights if isinstance(w, Int8Weight)])
+    if len(weights) == 1 and isinstance(weights[0], Tensor):
+        return bf16_matvec.supports(weights[0])
+    return "takes matrices of one format together, and one whole matrix at a time"
+
+
+def _int8_reason(weights: list[Int8Weight]) -> str | None:
+    columns = weights[0].shape[1]
+    if columns % 16:
+        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {columns}"
+    return None
+
+
+class _FewRows:
+    """Eight rows of x at a time through a matrix-vector kernel; many through ``many``."""
+
+    def __init__(self, few: Callable[[Tensor], Tensor], many: Callable[[Tensor], Tensor], most: int) -> None:
+        self.few, self.many, self.most = few, many, most
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows == 0 or rows > self.most:
+            return self.many(x)
+        if rows <= MAX_ROWS:
+            return self.few(x)
+        return torch.cat([self.few(part) for part in torch.split(x, MAX_ROWS)])
+
+
+class _Packed(_FewRows):
+    """Four-bit or int8 weights. ``weights`` gives the matrices back, since packing let go of the ones that came."""
+
+    weights: tuple[Weight, ...]
+
+
+def _four_bit(case: LinearCase) -> LinearKernel:
+    packed = nf4_matvec.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
+    storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument()
+
+    def few(x: Tensor) -> Tensor:
+        return matvec(storage, argument, x, packed.n)
+
+    kernel = _Packed(few, functools.partial(four_bit_product, packed), MAX_ROWS * PASSES)
+    kernel.weights = packed.weights()
+    return kernel
+
+
+def _int8(case: LinearCase) -> LinearKernel:
+    given = [w for w in case.weights if isinstance(w, Int8Weight)]
+    rows = Int8Rows.of(given)
+    if case.out_dtype == torch.float32:
+        kernel = _Packed(
+            lambda x: int8_matvec.int8_head(x, rows, None),
+            functools.partial(int8_product, rows, out_dtype=torch.float32),
+            MAX_ROWS * PASSES,
+        )
+    else:
+        kernel = _Packed(
+            lambda x: int8_matvec.int8_matvec(x, rows), functools.partial(int8_product, rows), MAX_ROWS * PASSES
+        )
+    parts = torch.split(rows.values, [weight.shape[0] for weight in given])
+    kernel.weights = tuple(replace(weight, codes=part) for weight, part in zip(given, parts, strict=True))
+    return kernel
+
+
+def _dense(case: LinearCase) -> LinearKernel:
+    (weight,) = case.weights
+    assert isinstance(weight, Tensor)
+    if case.out_dtype == torch.float32:
+        return _FewRows(
+            lambda x: bf16_matvec.bf16_head(x, weight, None),
+            lambda x: dense_product(x, weight, torch.float32),
+            MAX_ROWS,
+        )
+    return _FewRows(lambda x: bf16_matvec.bf16_matvec(x, weight), lambda x: dense_product(x, weight), DENSE_ROWS - 1)
+
+
+def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
+    """The kernel of a case that ``supports`` takes."""
+    if isinstance(case.weights[0], FourBitWeight):
+        return _four_bit(case)
+    return _int8(case) if isinstance(case.weights[0], Int8Weight) else _dense(case)
+
+
+CUDA = LinearImplementation("cuda", supports, prepare)
+
+
+@functools.cache
+def _buffer(device: torch.device) -> Tensor:
+    """One for all layers: what is queued on the stream uses it in turn."""
+    return torch.empty(BUFFER_BYTES // 2, dtype=torch.bfloat16, device=device)
+
+
+class _FourBitDecode(ctypes.Structure):
+    _fields_ = (
+        ("codebook", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("first_tile", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("k", ctypes.c_int),
+    )
+
+
+def decode_four_bit(packed: nf4_matvec.PackedFourBit, first_tile: int, tiles: int, out: Tensor) -> None:
+    """Rows of ``tiles`` tiles of 16 from ``first_tile`` on, decoded into ``out`` bf16 [rows, k]."""
+    device = out.device.index or 0
+    sources = read_sources("launch.cuh", "matvec.cuh", "nf4_matvec.cu", "four_bit_decode.cu")
+    kernel = compile_kernel(sources, "four_bit_decode", (("NESTED", int(packed.nested)),), device)
+    codebook = code_table(packed.quant_type, out.device)
+    task = _FourBitDecode(codebook.data_ptr(), out.data_ptr(), first_tile, tiles, packed.k)
+    blocks = min(-(-tiles * packed.codes.shape[1] // 8), 132 * 16)
+    kernel.launch((blocks, 1), 256, 0, (task, packed.argument()))
+
+
+class _Int8Decode(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("k", ctypes.c_int),
+    )
+
+
+def decode_int8(values: Tensor, scales: Tensor, out: Tensor) -> None:
+    """int8 [n, k] times fp32 [n] into ``out`` bf16 [n, k]; n is at most 65535."""
+    n, k = values.shape
+    kernel = compile_kernel(read_sources("launch.cuh", "int8_decode.cu"), "int8_decode", (), out.device.index or 0)
+    task = _Int8Decode(values.data_ptr(), scales.data_ptr(), out.data_ptr(), k)
+    kernel.launch((-(-k // 4096), n), 256, 0, (task,))
+
+
+def four_bit_product(packed: nf4_matvec.PackedFourBit, x: Tensor) -> Tensor:
+    """x bf16 [m, k], any m -> bf16 [m, n]."""
+
+    def decode(start: int, count: int, out: Tensor) -> None:
+        decode_four_bit(packed, start // TILE, -(-count // TILE), out)
+
+    return _by_runs(x, packed.n, packed.k, decode, x.dtype)
+
+
+def int8_product(rows: Int8Rows, x: Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x bf16 [m, k], any m -> [m, n]."""
+    n, k = rows.values.shape
+
+    def decode(start: int, count: int, out: Tensor) -> None:
+        decode_int8(rows.values[start : start + count], rows.scales[start : start + count], out)
+
+    return _by_runs(x, n, k, decode, out_dtype)
+
+
+def _by_runs(x: Tensor, n: int, k: int, decode: Callable[[int, int, Tensor], None], out_dtype: torch.dtype) -> Tensor:
+    buffer = _buffer(x.device)
+    step = min(max(buffer.numel() // k // TILE * TILE, TILE), 65520)
+    runs = -(-n // step)
+    step = -(-n // runs // TILE) * TILE if runs > 1 else n
+    out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
+    for start in range(0, n, step):
+        count = min(step, n - start)
+        weight = buffer[: count * k].view(count, k)
+        decode(start, count, weight)
+        target = out[:, start : start + count]
+        if out_dtype == x.dtype:
+            torch.mm(x, weight.t(), out=target)
+        else:
+            target.copy_(torch.mm(x, weight.t(), out_dtype=out_dtype))
+    return out
