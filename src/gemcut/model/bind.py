@@ -27,4 +27,7 @@ def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> d
         if isinstance(module, (Linear, QuantizedLinear, Embedding, Int8Embedding)):
             choice = choose_linear(module.case, device, kernels)
             module.kernel, chosen[name] = choice.kernel, choice
+            repacked = getattr(choice.kernel, "weights", None)  # a kernel that repacked gives the matrices back
+            if repacked is not None and isinstance(module, (QuantizedLinear, Int8Embedding)):
+                module.fill(list(repacked))
     return chosen
