@@ -29,6 +29,9 @@ from gemcut.quantization.moments import Moments, block_width
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import EMBEDDING, check_finite, quantize_tensors, skip_matcher
 from gemcut.quantization.weights import Weight
+from gemcut.text.samples import read_calibration_text
+
+__all__ = ["MEMORY", "CalibrationState", "calibrate", "read_calibration_text"]
 
 #: Rows that go through a layer together: enough for quick products, little memory at any width.
 _CHUNK_ROWS = 2048
