@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,24 @@ from torch import Tensor
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, ceil_div
 from gemcut.model.attention import Span
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where one layer's keys and values of sequences of one query each stand: what a kernel needs to find them.
+
+    Attributes:
+        keys, values: the layer's storage [blocks, block_size, kv_heads, head_dim].
+        slots: where each sequence's new token goes, int64 [B], counted in tokens of the storage.
+        blocks: each sequence's live blocks, int64 [B, longest], padded with block 0.
+        lengths: tokens in them, the new one included, int64 [B].
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    blocks: Tensor
+    lengths: Tensor
 
 
 class _Group:
@@ -48,11 +67,19 @@ class _Group:
             self.first_positions[sequence],
         )
 
-    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _padded(self) -> tuple[Tensor, Tensor, int]:
         if self._decode is None:
             padded = torch.nn.utils.rnn.pad_sequence(self.blocks, batch_first=True)  # pads with block 0; masked later
             self._decode = (padded, torch.tensor(self.lengths, device=padded.device), max(self.lengths))
-        padded, lengths, longest = self._decode
+        return self._decode
+
+    def pages(self, layer: int) -> Pages:
+        padded, lengths, _ = self._padded()
+        keys, values = self.storage[layer]
+        return Pages(keys, values, self.slots, padded, lengths)
+
+    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        padded, lengths, longest = self._padded()
         keys, values = (
             part.index_select(0, padded.flatten()).view(len(padded), -1, *part.shape[2:])[:, :longest]
             for part in self.storage[layer]
@@ -87,3 +114,8 @@ class PagedKeyValues:
     def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         group, index = self._layers[layer]
         return group.read_decode(index)
+
+    def pages(self, layer: int) -> Pages:
+        """The layer's place in the cache, for sequences of one query each."""
+        group, index = self._layers[layer]
+        return group.pages(index)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from gemcut.kernels.cpu import step
 from gemcut.kernels.dispatch import Choice, choose_linear
 from gemcut.model.linear import Embedding, Linear
 from gemcut.model.quantized import Int8Embedding, QuantizedLinear
@@ -30,4 +31,9 @@ def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> d
             repacked = getattr(choice.kernel, "weights", None)  # a kernel that repacked gives the matrices back
             if repacked is not None and isinstance(module, (QuantizedLinear, Int8Embedding)):
                 module.fill(list(repacked))
+    config, plain_attention = model.config, model.attention_implementation.name == "eager"
+    if kernels == "auto" and plain_attention and step.supports(model.dtype, config.head_dim, device) is None:
+        model.step = step.CpuStep()
+    else:
+        model.step = None
     return chosen

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gemcut.config import SLIDING, GemmaConfig
+from gemcut.kernels.cpu.step import CpuStep
 from gemcut.model.attention import AttentionFunction, AttentionSpec, KeyValues, choose_attention
 from gemcut.model.geglu import choose_geglu
 from gemcut.model.linear import EmbeddingFactory, LinearFactory, dense_embedding, dense_linear
 from gemcut.model.norm import RMSNorm
 from gemcut.model.rope import RotaryTable, rotate
+from gemcut.quantization.spec import Quantization
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin
 
@@ -45,14 +47,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
         """``x`` [T, d] -> [T, d]."""
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, -1))
+        out: Tensor = self.o_proj(self.mix(self.qkv_proj(x), rotation, kv))
+        return out
+
+    def mix(self, qkv: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
+        """From q, k, v side by side, [T, sum of ``sizes``], to the heads' results [T, heads · head_dim]."""
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in torch.split(qkv, self.sizes, -1))
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query).to(x.dtype), self.k_norm(key).to(x.dtype)
+            query, key = self.q_norm(query).to(qkv.dtype), self.k_norm(key).to(qkv.dtype)
         cos, sin = rotation
         # The score's scale goes into the fp32 rotation: no rounding of its own, and fp16 products stay small.
         query, key = rotate(query, cos * self.scale, sin * self.scale), rotate(key, cos, sin)
-        out: Tensor = self.o_proj(self.attend(query, key, value, self.layer, kv, self.spec))
-        return out
+        return self.attend(query, key, value, self.layer, kv, self.spec)
 
 
 class MLP(nn.Module):
@@ -103,6 +109,7 @@ class Model(nn.Module):
         device: where it will run; only used to choose the attention implementation.
         linear: makes linear layers; whole ones in ``dtype`` by default.
         embedding: makes the embedding; a whole one in ``dtype`` by default.
+        quantization: what those factories cut to; kept for who asks, nothing here depends on it.
     """
 
     def __init__(
@@ -114,18 +121,21 @@ class Model(nn.Module):
         device: torch.device | None = None,
         linear: LinearFactory | None = None,
         embedding: EmbeddingFactory | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
         make_linear = linear if linear is not None else dense_linear(dtype)
         make_embedding = embedding if embedding is not None else dense_embedding(dtype)
         self.attention_implementation = choose_attention(attention, config, dtype, device or torch.device("cpu"))
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.quantization = config, dtype, quantization
         self.embed = make_embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Layer(config, i, dtype, make_linear, self.attention_implementation.function)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        #: Computes what stands between the matrix products, in place of the plain code here; see gemcut.model.bind.
+        self.step: CpuStep | None = None
         # √d is rounded to the compute dtype, as in training: 67.88 becomes 68 at 27B in bf16.
         self.embed_scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         positions = config.max_position_embeddings
@@ -145,12 +155,17 @@ class Model(nn.Module):
         """
         residual: Tensor = self.embed(ids).float() * self.embed_scale
         full, sliding = self.rope_full.at(positions), self.rope_sliding.at(positions)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            residual = layer(residual, sliding if kind == SLIDING else full, kv)
+        rotations = [sliding if kind == SLIDING else full for kind in self.config.layer_types]
+        if self.step is not None:
+            return self.step.layers(self.layers, residual, rotations, kv)
+        for layer, rotation in zip(self.layers, rotations, strict=True):
+            residual = layer(residual, rotation, kv)
         return residual
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits after the final soft-cap, fp32 [n, V], of chosen rows of ``forward``'s result, fp32 [n, d]."""
         logits: Tensor = self.embed.logits(self.norm(hidden).to(self.dtype))
         cap = self.config.final_logit_softcapping
+        if cap is not None and self.step is not None:
+            return self.step.softcap(logits, cap)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
