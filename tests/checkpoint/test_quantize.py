@@ -234,3 +234,28 @@ def test_relative_error_piece_by_piece(spec: Quantization, monkeypatch: pytest.M
     expected = (decode(packed, torch.float64).double() - weight.double()).norm() / weight.double().norm()
     monkeypatch.setattr(module, "PIECE", 256 * spec.block_size * 2)
     assert relative_error(weight, packed) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_calibrated_run_goes_on_layer_by_layer(folder: Path, tmp_path: Path) -> None:
+    from gemcut.calibrated import CalibratedCutter
+
+    generator = torch.Generator().manual_seed(3)
+    documents = [[2, *torch.randint(5, 320, (60,), generator=generator).tolist()] for _ in range(4)]
+    source, out, said = resolve(folder), tmp_path / "out", []
+
+    def run(path: Path, progress: Any = None) -> None:
+        cutter = CalibratedCutter(source, NF4, documents)
+        quantize_checkpoint(
+            source, path, NF4, cutter=cutter, options={"calibration": 1}, progress=progress, say=said.append
+        )
+
+    run(tmp_path / "at once")
+    for bytes_read in (130_000, 200_000):
+        with pytest.raises(Stopped):
+            run(out, stop_after(bytes_read))
+        assert list(working_folder(out).glob("calibration-*"))
+    run(out)
+    assert [line.split(": ")[1] for line in said] == ["1 files (12 tensors) are done", "2 files (23 tensors) are done"]
+    for file in out.iterdir():
+        assert file.read_bytes() == (tmp_path / "at once" / file.name).read_bytes(), file.name
+    transformers.AutoModelForCausalLM.from_pretrained(out)

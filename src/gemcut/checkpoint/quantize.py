@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,44 @@ _CARRIED = (
 # A header's entry of one tensor, at most: its name, dtype, shape and two offsets.
 _ENTRY_BYTES = 300
 
-#: Gives the cut stream of the tensors that are still to do: (our name, weight).
-Cutter = Callable[[Source, Set[str]], Iterator[tuple[str, Weight]]]
+
+class Cutter(Protocol):
+    """How tensors are cut: the cut stream, and where in it a run can go on."""
+
+    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, Weight]]:
+        """(our name, weight) of the tensors that no finished file holds; ``work`` is the working folder."""
+
+    def ends_file(self, name: str) -> bool:
+        """Whether a file is to end after this tensor."""
+
+    def saved(self) -> None:
+        """A file was finished: keep what is needed to go on after it."""
+
+    def kept(self) -> str:
+        """Name of what ``saved`` wrote into the working folder; "" for nothing."""
+
+
+class NearestCutter:
+    """Every value becomes the nearest code of its block; the table stays whole, as it does in a file."""
+
+    def __init__(self, source: Source, spec: Quantization) -> None:
+        self.source, self.spec = source, spec.replace(head=None)
+
+    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, Weight]]:
+        """(our name, weight) in the order of the source's files."""
+        whole = self.source.tensors(dtype=_dtype(self.source), only=wanted)
+        return quantize_tensors(whole, self.spec, module_name=names.hf_module)
+
+    def ends_file(self, name: str) -> bool:
+        """Files end by their size alone."""
+        return False
+
+    def saved(self) -> None:
+        """Nothing is needed to go on."""
+
+    def kept(self) -> str:
+        """Nothing is kept."""
+        return ""
 
 
 def quantize_checkpoint(
@@ -91,7 +127,11 @@ def quantize_checkpoint(
         work.mkdir(parents=True, exist_ok=True)
         with _Lock(work):
             state = _resume(work, key, say)
-            _cut_all(source, work, spec, max_shard_bytes, cutter or _nearest(spec), state, progress)
+            try:
+                _cut_all(source, work, spec, max_shard_bytes, cutter or NearestCutter(source, spec), state, progress)
+            finally:
+                if not state["shards"]:  # nothing is done that could be gone on with
+                    shutil.rmtree(work, ignore_errors=True)
             report = _finish(source, work, spec, state, options or {})
             _publish(work, out)
     except CheckpointError:
@@ -132,16 +172,6 @@ def _check(source: Source, out: Path, spec: Quantization) -> None:
                 f"blocks of {spec.block_size} do not divide this model's rows of {rows} values, which bitsandbytes' "
                 "products need; choose a smaller block size, or int8"
             )
-
-
-def _nearest(spec: Quantization) -> Cutter:
-    def cutter(source: Source, wanted: Set[str]) -> Iterator[tuple[str, Weight]]:
-        # The table stays whole in a file.
-        return quantize_tensors(
-            source.tensors(dtype=_dtype(source), only=wanted), spec.replace(head=None), module_name=names.hf_module
-        )
-
-    return cutter
 
 
 def _dtype(source: Source) -> torch.dtype:
@@ -215,7 +245,7 @@ def _resume(work: Path, key: dict[str, Any], say: Callable[[str], None]) -> dict
         state = fresh
     elif done:
         say(f"going on where an earlier run was stopped: {len(state['shards'])} files ({done} tensors) are done")
-    kept = {"lock", _STATE, *(shard["file"] for shard in state["shards"])}
+    kept = {"lock", _STATE, state.get("kept", ""), *(shard["file"] for shard in state["shards"])}
     for path in work.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -260,12 +290,13 @@ def _cut_all(
     todo = shapes.keys() - done
     if not todo:
         return
-    stream = iter(cutter(source, todo))
+    stream = cutter.stream(todo, work)
     whole = _Originals(source, _dtype(source))
     item = next(stream, None)
     while item is not None:
         shard: dict[str, Any] = {"file": f"shard-{len(state['shards'])}", "ours": []}
         notes: dict[str, Any] = {}
+        ended = False
         with ShardWriter(work / shard["file"], room) as writer:
             while item is not None:
                 name, weight = item
@@ -279,15 +310,23 @@ def _cut_all(
                 shard["ours"].append(name)
                 read += amounts[name]
                 del item, weight, stored  # before the reader moves on, so that its memory can go
-                item = next(stream, None)
                 if progress:
                     progress(read, total)
+                if ended := cutter.ends_file(name):
+                    break
+                item = next(stream, None)
             shard["theirs"] = writer.names
             writer.finish()
         shard["size"], shard["nbytes"] = (work / shard["file"]).stat().st_size, writer.nbytes
         state["shards"].append(shard)
         state["weights"] |= notes
+        cutter.saved()
+        before, state["kept"] = state.get("kept", ""), cutter.kept()
         _save_state(work, state)
+        if before and before != state["kept"]:
+            (work / before).unlink(missing_ok=True)
+        if ended:
+            item = next(stream, None)
 
 
 def _as_stored(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
@@ -428,7 +467,12 @@ def _publish(work: Path, out: Path) -> None:
         except OSError:  # a file system without links: a kill in these few renames costs the run
             (work / shard["file"]).replace(final / name)
     for path in work.iterdir():
-        if path.is_file() and path.name not in {"lock", _STATE, *(shard["file"] for shard in state["shards"])}:
+        if path.is_file() and path.name not in {
+            "lock",
+            _STATE,
+            state.get("kept", ""),
+            *(shard["file"] for shard in state["shards"]),
+        }:
             path.replace(final / path.name)
     if out.exists():
         out.rmdir()

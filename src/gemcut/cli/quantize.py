@@ -13,6 +13,8 @@ from gemcut.cli.plan import parse_memory
 from gemcut.errors import ParameterError
 
 if TYPE_CHECKING:
+    from gemcut.checkpoint.quantize import Cutter
+    from gemcut.checkpoint.source import Source
     from gemcut.quantization.spec import Quantization
 
 
@@ -28,6 +30,10 @@ def quantize(
     block_size: Annotated[int, typer.Option(metavar="N", help="4-bit values that share a statistic.")] = 64,
     head: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="int8 cuts the embedding and head when the folder is loaded.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="TEXT", help="A text file: choose codes by what it does in the model. Slower, better."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="A file is no larger than this.")] = "5GB",
     as_json: Annotated[bool, flag("The report as JSON on standard output.", "--json")] = False,
@@ -49,12 +55,24 @@ def quantize(
     from gemcut.checkpoint.quantize import check_out, quantize_checkpoint, working_folder
     from gemcut.progress import LoadProgress
 
+    if calibrate is not None and spec.format == "int8":
+        raise ParameterError("--calibrate is for nf4 and fp4; int8 needs none")
     check_out(out)  # before anything is downloaded for nothing
     with LoadProgress(True, f"downloading {model}") as report:
         source = hub.fetch(model, report)
+    cutter, options = (None, {}) if calibrate is None else _calibration(source, spec, calibrate)
     with LoadProgress(True, f"quantizing {source.name}") as report:
         try:
-            result = quantize_checkpoint(source, out, spec, max_shard_bytes=shard, progress=report, say=output.note)
+            result = quantize_checkpoint(
+                source,
+                out,
+                spec,
+                max_shard_bytes=shard,
+                cutter=cutter,
+                options=options,
+                progress=report,
+                say=output.note,
+            )
         except KeyboardInterrupt:
             output.note(f"stopped; the same command goes on from here, finished files wait in {working_folder(out)}")
             raise
@@ -70,6 +88,21 @@ def _spec(to: str, double_quant: bool, block_size: int, head: str | None) -> Qua
     if to not in FORMATS:
         raise ParameterError(f"--to is {to!r}; expected one of {', '.join(FORMATS)}")
     return Quantization(cast(Format, to), double_quant=double_quant, block_size=block_size, head=cast("Any", head))
+
+
+def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter, dict[str, Any]]:
+    """The cutter that goes by the sample ``text``, and what of it decides the result."""
+    import hashlib
+
+    from gemcut.calibrated import CalibratedCutter
+    from gemcut.text.samples import read_calibration_text
+
+    documents = read_calibration_text(
+        text, source.tokenizer(), context=min(512, source.config().max_position_embeddings)
+    )
+    digest = hashlib.sha256(repr(documents).encode()).hexdigest()
+    options = {"calibration_sha256": digest, "calibration_tokens": sum(map(len, documents))}
+    return CalibratedCutter(source, spec, documents), options
 
 
 def _show(report: dict[str, Any], out: Path) -> None:

@@ -1,0 +1,97 @@
+"""gemcut quantize: a folder with its report, and one line for everything that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import support
+
+from .conftest import Cli
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = support.tiny_config(
+        vocab_size=256000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=128
+    )
+    model = support.hf_model(config, dtype=torch.bfloat16)
+    return support.save_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", model, tokenizer=True)
+
+
+def test_a_folder_and_a_report(cli: Cli, whole: Path, tmp_path: Path) -> None:
+    run = cli("quantize", whole, tmp_path / "out", "--to", "nf4", "--head", "int8")
+    assert run.code == 0
+    assert run.err == ""
+    assert [line.split()[:5] for line in run.out.splitlines()[1:3]] == [
+        ["embed_tokens", "×", "1", "whole", "32.8"],
+        ["down_proj", "×", "2", "nf4", "11.0"],
+    ]
+    assert run.out.splitlines()[-1].startswith(str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "gemcut_quantization.json").read_text())
+    assert report["quantization"]["head"] == "int8"
+    assert 0.05 < report["weights"]["model.layers.0.mlp.up_proj.weight"]["relative_error"] < 0.15
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+
+
+def test_json(cli: Cli, whole: Path, tmp_path: Path) -> None:
+    report = json.loads(cli("quantize", whole, tmp_path / "out", "--to", "int8", "--json").out)
+    assert report == json.loads((tmp_path / "out" / "gemcut_quantization.json").read_text())
+
+
+def test_calibration_by_a_text(cli: Cli, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    run = cli("quantize", whole, tmp_path / "out", "--calibrate", tmp_path / "text.txt", "--json")
+    assert run.code == 0
+    assert json.loads(run.out)["options"]["calibration_tokens"] > 256
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (("--to", "int4"), ["--to is 'int4'", "nf4, fp4, int8"]),
+        (("--head", "nf4"), ["head is 'nf4'", "int8"]),
+        (("--block-size", "100"), ["block_size is 100", "64"]),
+        (("--block-size", "256"), ["blocks of 256 do not divide", "64"]),
+        (("--max-shard-size", "big"), ["max-shard-size is 'big'", "5GB"]),
+        (("--to", "int8", "--calibrate", "README.md"), ["--calibrate is for nf4 and fp4"]),
+        (("--calibrate", "/nowhere.txt"), ["/nowhere.txt", "No such file"]),
+    ],
+)
+def test_bad_options(cli: Cli, whole: Path, tmp_path: Path, args: tuple[str, ...], parts: list[str]) -> None:
+    run = cli("quantize", whole, tmp_path / "out", *args)
+    assert run.code == 2
+    assert run.out == ""
+    for part in parts:
+        assert part in run.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"", "is empty"), (b"\xff\xfe\x00", "is not UTF-8 text"), (b"short", "calibration needs 256")]
+)
+def test_bad_calibration_texts(cli: Cli, whole: Path, tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "text").write_bytes(data)
+    run = cli("quantize", whole, tmp_path / "out", "--calibrate", tmp_path / "text")
+    assert run.code == 2
+    assert words in run.error
+
+
+def test_places_that_are_taken(cli: Cli, whole: Path) -> None:
+    run = cli("quantize", whole, whole)
+    assert run.code == 2
+    assert "already exists and is not empty" in run.error
+
+
+def test_loading_options_that_contradict_each_other(cli: Cli, whole: Path) -> None:
+    for args, words in (
+        (("--head", "int8"), "--head needs --quantization"),
+        (("--no-double-quant",), "--no-double-quant needs --quantization"),
+        (("--quantization", "int4"), "--quantization is 'int4'"),
+    ):
+        run = cli("generate", "Hello", "--model", whole, *args)
+        assert run.code == 2
+        assert words in run.error
