@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels when gemcut is installed or packed, if there is a compiler; a build never fails for want of it."""
+"""Compiles the CPU kernels when gemcut is installed or packed. Without a compiler it says so and goes on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class CustomBuildHook(BuildHookInterface[Any]):
 def _load(path: Path) -> ModuleType:
     """build.py alone: importing gemcut would need torch, which a build environment lacks."""
     spec = importlib.util.spec_from_file_location("gemcut_cpu_build", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -22,8 +22,8 @@ MAX_PARTS = 64
 
 _FOUR_BIT, _INT8, _BF16, _FP32 = range(4)
 
-# Tables of integers are those of the format times a factor, which is taken off at the end: the largest that linear.cpp's
-# sums hold. FP4's values are multiples of 1/192, so that its integers are exact; NF4's are within 2^-14.
+# Tables of integers are those of the format times a factor, which is taken off at the end: the largest that the sums of
+# linear.cpp hold. FP4's values are multiples of 1/192, so that its integers are exact; NF4's are within 2^-14.
 _SHORT_FACTORS = {"nf4": 8191.0, "fp4": 42 * 192.0}
 
 

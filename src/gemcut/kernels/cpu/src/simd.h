@@ -45,7 +45,7 @@ inline Vector spread(const float* p) {
     return _mm512_permutexvar_ps(places, _mm512_castps128_ps512(_mm_loadu_ps(p)));
 }
 
-// map[codes] * scale + offset, in two roundings.
+// map[codes] * scale + offset, in two roundings. Writes `out` up to the next multiple of 16.
 #if defined(__AVX512VBMI__)
 // 64 look-ups of one byte of the values at a time, which is four times as fast as gathering.
 inline __m512i look_up_bytes(const uint8_t* plane, __m512i codes) {
@@ -70,10 +70,10 @@ inline void decode_nested(const uint8_t* codes, int64_t count, const float*, con
         const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
         const __m512i values[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
                                    _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
-        for (int j = 0; j < 4; ++j) {
+        // Whole stores: what is read soon after a masked one has to wait for the cache.
+        for (int j = 0; j < 4 && 16 * j < left; ++j) {
             const __m512 product = _mm512_mul_ps(_mm512_castsi512_ps(values[j]), _mm512_set1_ps(scale));
-            const __m512 sum = _mm512_add_ps(product, _mm512_set1_ps(offset));
-            _mm512_mask_storeu_ps(out + i + 16 * j, __mmask16(mask >> (16 * j)), sum);
+            _mm512_storeu_ps(out + i + 16 * j, _mm512_add_ps(product, _mm512_set1_ps(offset)));
         }
     }
 }
@@ -84,7 +84,7 @@ inline void decode_nested(const uint8_t* codes, int64_t count, const float* map,
         const __mmask16 mask = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
         const __m512i places = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i));
         const __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(places, map, 4), _mm512_set1_ps(scale));
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_add_ps(product, _mm512_set1_ps(offset)));
+        _mm512_storeu_ps(out + i, _mm512_add_ps(product, _mm512_set1_ps(offset)));
     }
 }
 #endif

@@ -20,7 +20,7 @@ constexpr int GROUP = 4;
 constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 4096;
 
 // How many statistics a unit may hold, and so how many the scratch of a row must.
-constexpr int64_t MAX_SCALES = MAX_K / 32 + 16;
+constexpr int64_t MAX_SCALES = MAX_K / 32 + 32;
 
 struct Call {
     const Plan* plan;
@@ -189,7 +189,7 @@ int64_t row_bytes(const Segment& segment, int64_t k) {
 // Statistics of one row, `n` for each unit: blocks longer than a unit are repeated. Padded with zeros.
 void decode_scales(const Segment& segment, int64_t row, int64_t k, int n, float* out) {
     const int64_t blocks = k / segment.block_size, first = row * blocks;
-    float spare[MAX_K / 32];
+    float spare[MAX_K / 32 + 16];
     const int64_t repeat = segment.block_size * n > UNIT ? segment.block_size * n / UNIT : 1;
     const float* plain = static_cast<const float*>(segment.absmax);
     const uint8_t* nested = static_cast<const uint8_t*>(segment.absmax);
