@@ -36,8 +36,8 @@ extern "C" __global__ void __launch_bounds__(256) argmax(Argmax p) {
   const int row = blockIdx.y, parts = gridDim.x;
   float value = MINUS_INFINITY;
   int place = 0x7fffffff;
-  previous_kernels_done();
   next_kernel_may_start();
+  previous_kernels_done();
   const float* const logits = p.logits + (size_t)row * p.vocabulary;
 #pragma unroll 4
   for (int i = blockIdx.x * 256 + threadIdx.x; i < p.vocabulary; i += parts * 256) {

@@ -40,8 +40,8 @@ decode_attention(Attention p) {
   const int run = blockIdx.x, kv = blockIdx.y, row = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, sub = lane / LANES;
 
-  previous_kernels_done();
   next_kernel_may_start();
+  previous_kernels_done();
   const int position = p.positions[row];
   if (position < 0) return;
   const int first = p.window > 0 ? max(0, position - p.window + 1) : 0;

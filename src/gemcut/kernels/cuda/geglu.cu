@@ -8,8 +8,8 @@ struct Geglu {
 
 extern "C" __global__ void __launch_bounds__(256) geglu(Geglu p) {
   const int column = (blockIdx.x * 256 + threadIdx.x) * 8;
-  previous_kernels_done();
   next_kernel_may_start();
+  previous_kernels_done();
   if (column >= p.width) return;
   const u16* const from = p.gate_up + (size_t)blockIdx.y * 2 * p.width + column;
   float gate[8], up[8];

@@ -37,8 +37,8 @@ extern "C" __global__ void __launch_bounds__(1024) norm_add(Norm p) {
   float post[8] = {}, pre[8] = {}, residual[8] = {}, y[8] = {};
   if (mine) load8(p.post + column, post);
   if (mine) load8(p.pre + column, pre);
-  previous_kernels_done();
   next_kernel_may_start();
+  previous_kernels_done();
   if (mine) {
     unpack8(*reinterpret_cast<const uint4*>(p.y + at), y);
     load8(p.residual + at, residual);
@@ -60,8 +60,8 @@ extern "C" __global__ void __launch_bounds__(1024) norm_embed(Norm p) {
   const bool mine = column < p.d;
   float pre[8] = {}, residual[8] = {};
   if (mine) load8(p.pre + column, pre);
-  previous_kernels_done();
   next_kernel_may_start();
+  previous_kernels_done();
   const size_t row = p.ids[blockIdx.x];
   if (mine && p.absmax == nullptr) {
     unpack8(*reinterpret_cast<const uint4*>(p.table + (row * p.d + column) * 2), residual);
