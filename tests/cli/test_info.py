@@ -10,6 +10,8 @@ import torch
 
 import gemcut
 import support
+from gemcut.cli.info import quantization
+from gemcut.quantization.spec import Quantization
 
 from .conftest import Cli, process
 
@@ -81,3 +83,10 @@ def test_a_file_that_is_no_gguf(cli: Cli, tmp_path: Path) -> None:
     run = cli("info", file)
     assert run.code == 2
     assert "model.gguf" in run.error
+
+
+def test_quantization_in_a_line() -> None:
+    assert quantization(Quantization("nf4")) == "nf4, blocks of 64, double quantization, head whole"
+    spec = Quantization("fp4", double_quant=False, block_size=128, head="int8", skip=("o_proj", "lm_head"))
+    assert quantization(spec) == "fp4, blocks of 128, int8 head, whole too: o_proj"
+    assert quantization(Quantization("int8")) == "int8, head whole"

