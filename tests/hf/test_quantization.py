@@ -241,6 +241,11 @@ def test_a_cut_model_keeps_its_dtype(checkpoint: Path) -> None:
             change()
 
 
+def test_saving_a_cut_model_is_refused_with_the_way_to_do_it(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="gemcut quantize MODEL OUT"):
+        ours(checkpoint, **NF4).save_pretrained(tmp_path / "out")
+
+
 def test_memory_footprint_counts_every_byte(checkpoint: Path) -> None:
     model = ours(checkpoint, **NF4)
     linears = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)

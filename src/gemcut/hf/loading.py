@@ -163,6 +163,10 @@ def shard_bytes(size: int | str) -> int:
 
 def save(gemma: Gemma, folder: Path, max_shard_bytes: int, generation_config: dict[str, Any]) -> None:
     """Write the model into ``folder``, which may hold a tokenizer but no other model."""
+    if gemma.model.quantization is not None:
+        raise UnsupportedError(
+            "save_pretrained of a quantized model is not in this version: `gemcut quantize MODEL OUT` writes the folder"
+        )
     taken = [*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")]
     if taken:
         raise CheckpointError(f"{folder} already holds a model ({taken[0].name}); choose another name or remove it")
