@@ -45,7 +45,7 @@ def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int], list[T
         for row, sequence in zip(logits, sequences, strict=True):
             if changes_logits(sequence):
                 change_logits(row, sequence)
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = _likeliest(logits)
     for index, sequence in enumerate(sequences):
         if not sequence.request.params.greedy:
             tokens[index] = _draw(logits[index], sequence)
