@@ -6,6 +6,7 @@ really gets, which come through everything that was cut before it, so that later
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -135,6 +136,10 @@ def calibrate(
         raise ParameterError(
             f"start_layer is {start_layer}, but the state holds {state.layer} layers; expected as many"
         )
+    if state.hidden is not None and state.hidden.shape[0] != len(ids):
+        raise ParameterError(
+            f"the state holds {state.hidden.shape[0]} tokens, the documents {len(ids)}: go on with the same documents"
+        )
     if start_layer == 0:
         for name, weight in quantize_tensors(
             source.tensors(dtype=compute, only={EMBEDDING}), spec, module_name=_module_name, dtype=compute
@@ -166,8 +171,8 @@ class _Probe(nn.Module):
         self.parts = parts
         self.whole: list[Tensor] = []
         self.cut: list[Tensor] = []
-        self.use_cut = True
-        self.observe: Callable[[Tensor], None] | None = None
+        self.use_cut, self.start = True, 0
+        self.observe: Callable[[Tensor], object] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
@@ -176,6 +181,19 @@ class _Probe(nn.Module):
             raise _InputSeen
         weights = self.cut if self.use_cut else self.whole
         return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+
+
+class _Replay(nn.Module):
+    """Stands for a layer's attention once all that it gives is known."""
+
+    def __init__(self, outputs: dict[tuple[bool, int], Tensor]) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.use_cut, self.start = True, 0
+
+    def forward(self, x: Tensor, rotation: object, kv: object) -> Tensor:
+        """What attention gave for this chunk, [T, d]."""
+        return self.outputs[self.use_cut, self.start]
 
 
 class _InputSeen(Exception):  # noqa: N818 - no error: ends a forward pass where nothing more is needed
@@ -215,7 +233,10 @@ class _Run:
         for stage, probe in probes.items():
             probe.whole = [decode(tensors[name], self.dtype) for name in parts[stage]]
             probe.cut = list(probe.whole)
+        attention = module.attention
         for stage, probe in probes.items():
+            if stage == "mlp.gate_up_proj":  # attention is settled: compute it once for all passes that follow
+                module.attention = _Replay(self._attention_outputs(model, index))
             todo = [name for name in parts[stage] if not stays(_module_name(name))]
             if not todo:
                 continue
@@ -224,6 +245,7 @@ class _Run:
                 tensors[name] = self._cut(name, tensors[name], moments)
             probe.cut = [decode(tensors[name], self.dtype) for name in parts[stage]]
         self._advance(model, index)
+        module.attention = attention
         for probe in probes.values():  # this layer's memory goes before the next one's comes
             probe.whole, probe.cut = [], []
         self.state.layer = index + 1
@@ -257,15 +279,38 @@ class _Run:
                 seen.clear()
                 probe.observe = seen.append
                 try:
-                    self._forward(model, index, start, stop, lengths, use_cut)
-                except _InputSeen:
-                    pass
+                    with contextlib.suppress(_InputSeen):
+                        self._forward(model, index, start, stop, lengths, use_cut)
                 finally:
                     probe.observe = None
                 pair.append(seen[0])
             moments.add(pair[0], pair[1])
             start = stop
         return moments
+
+    @torch.inference_mode()
+    def _attention_outputs(self, model: Model, index: int) -> dict[tuple[bool, int], Tensor]:
+        """What the layer's attention gives, by (use_cut, first row of the chunk), in the compute dtype."""
+        outputs: dict[tuple[bool, int], Tensor] = {}
+        seen: list[Tensor] = []
+        probe = _probe(model, index, "mlp.gate_up_proj")
+        attention = model.layers[index].get_submodule("attention")
+        hook = attention.register_forward_hook(lambda module, args, out: seen.append(out))
+        probe.observe = seen.append  # only to end the pass there: attention's output comes first
+        try:
+            for use_cut in (True, False):
+                start = 0
+                for lengths in self.chunks:
+                    seen.clear()
+                    stop = start + sum(lengths)
+                    with contextlib.suppress(_InputSeen):
+                        self._forward(model, index, start, stop, lengths, use_cut)
+                    outputs[use_cut, start] = seen[0]
+                    start = stop
+        finally:
+            hook.remove()
+            probe.observe = None
+        return outputs
 
     @torch.inference_mode()
     def _advance(self, model: Model, index: int) -> None:
@@ -283,8 +328,9 @@ class _Run:
     def _forward(self, model: Model, index: int, start: int, stop: int, lengths: list[int], use_cut: bool) -> Tensor:
         hidden = self.state.hidden if use_cut else self.state.reference
         assert hidden is not None
-        for stage in _STAGES:
-            _probe(model, index, stage).use_cut = use_cut
+        for module in model.layers[index].modules():
+            if isinstance(module, (_Probe, _Replay)):
+                module.use_cut, module.start = use_cut, start
         positions = torch.cat([torch.arange(length) for length in lengths])
         table = model.rope_sliding if model.config.layer_types[index] == SLIDING else model.rope_full
         out: Tensor = model.layers[index](hidden[start:stop], table.at(positions), _Documents(lengths))
