@@ -52,6 +52,16 @@ def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int], list[T
     return tokens, token_logprobs(raw, tokens, [s.request.params.logprobs for s in sequences])
 
 
+def _likeliest(logits: Tensor) -> list[int]:
+    """The place of each row's largest value."""
+    if logits.is_cuda:
+        found: list[int] = logits.argmax(dim=-1).tolist()
+        return found
+    # On one processor: PyTorch's threads would go on spinning while the next step's products want theirs.
+    places: list[int] = logits.numpy().argmax(axis=-1).tolist()
+    return places
+
+
 def changes_logits(sequence: Sequence) -> bool:
     """Whether penalties, a bias or a least length come between the network's logits and the choice."""
     p = sequence.request.params

@@ -53,7 +53,7 @@ class Attention(nn.Module):
     def mix(self, qkv: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
         """From q, k, v side by side, [T, sum of ``sizes``], to the heads' results [T, heads · head_dim]."""
         parts = torch.split(qkv, list(self.sizes), -1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        query, key, value = (part.view(len(qkv), -1, self.head_dim) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query).to(qkv.dtype), self.k_norm(key).to(qkv.dtype)
         cos, sin = rotation
