@@ -7,6 +7,7 @@ really gets, which come through everything that was cut before it, so that later
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -41,6 +42,8 @@ _CHUNK_ROWS = 2048
 MEMORY = 2 << 30
 #: The linear layers of a layer in the order in which their inputs become known.
 _STAGES = ("attention.qkv_proj", "attention.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+#: Those whose outputs go straight into a norm.
+_NORMED = ("attention.o_proj", "mlp.down_proj")
 
 
 @dataclass
@@ -50,25 +53,23 @@ class CalibrationState:
     Attributes:
         layer: layers that are done.
         hidden: what the cut network gives after them for all documents, fp32 [T, d]; None before the first.
-        reference: the same of the whole network.
         methods: for each tensor that was cut, how.
     """
 
     layer: int = 0
     hidden: Tensor | None = None
-    reference: Tensor | None = None
     methods: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to one safetensors file, whole or not at all. Raises CheckpointError."""
         from safetensors.torch import save_file
 
-        if self.hidden is None or self.reference is None:
+        if self.hidden is None:
             raise CheckpointError("nothing to save: no layer is calibrated yet")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         metadata = {"layer": str(self.layer), "methods": json.dumps(self.methods)}
         try:
-            save_file({"hidden": self.hidden, "reference": self.reference}, part, metadata)
+            save_file({"hidden": self.hidden}, part, metadata)
             os.replace(part, path)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
@@ -83,8 +84,8 @@ class CalibrationState:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-                hidden, reference = file.get_tensor("hidden"), file.get_tensor("reference")
-            return cls(int(metadata["layer"]), hidden, reference, dict(json.loads(metadata["methods"])))
+                hidden = file.get_tensor("hidden")
+            return cls(int(metadata["layer"]), hidden, dict(json.loads(metadata["methods"])))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is no saved calibration ({error}); delete it and start again") from None
 
@@ -145,11 +146,9 @@ def calibrate(
             source.tensors(dtype=compute, only={EMBEDDING}), spec, module_name=_module_name, dtype=compute
         ):
             table = weight if isinstance(weight, Tensor) else decode(weight, compute)
-            whole = next(source.tensors(dtype=compute, only={EMBEDDING}))[1] if spec.head else table
             with torch.inference_mode():
                 state.hidden = F.embedding(ids, table).to(compute).float() * model.embed_scale
-                state.reference = F.embedding(ids, whole).to(compute).float() * model.embed_scale
-            del table, whole
+            del table
             yield name, weight
     for name in shapes:
         if split_layer(name)[0] == "" or int(name.split(".")[1]) < start_layer:
@@ -164,36 +163,31 @@ def calibrate(
 
 
 class _Probe(nn.Module):
-    """Stands for a linear layer: shows its inputs to an observer, computes with whole or with cut weights."""
+    """Stands for a linear layer; shows its inputs to an observer instead of computing, if there is one."""
 
     def __init__(self, parts: int) -> None:
         super().__init__()
         self.parts = parts
-        self.whole: list[Tensor] = []
-        self.cut: list[Tensor] = []
-        self.use_cut, self.start = True, 0
-        self.observe: Callable[[Tensor], object] | None = None
+        self.weights: list[Tensor] = []
+        self.observe: Callable[[Tensor], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
         if self.observe is not None:
             self.observe(x)
             raise _InputSeen
-        weights = self.cut if self.use_cut else self.whole
-        return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+        return torch.cat([F.linear(x, weight) for weight in self.weights], dim=-1)
 
 
 class _Replay(nn.Module):
-    """Stands for a layer's attention once all that it gives is known."""
+    """Stands for a layer's attention once all that it gives is known: [T, d] for each chunk, over and over."""
 
-    def __init__(self, outputs: dict[tuple[bool, int], Tensor]) -> None:
+    def __init__(self, outputs: list[Tensor]) -> None:
         super().__init__()
-        self.outputs = outputs
-        self.use_cut, self.start = True, 0
+        self.outputs = itertools.cycle(outputs)
 
     def forward(self, x: Tensor, rotation: object, kv: object) -> Tensor:
-        """What attention gave for this chunk, [T, d]."""
-        return self.outputs[self.use_cut, self.start]
+        return next(self.outputs)
 
 
 class _InputSeen(Exception):  # noqa: N818 - no error: ends a forward pass where nothing more is needed
@@ -231,8 +225,7 @@ class _Run:
             stage: [prefix + part for part in FUSED.get(f"{stage}.weight", (f"{stage}.weight",))] for stage in probes
         }
         for stage, probe in probes.items():
-            probe.whole = [decode(tensors[name], self.dtype) for name in parts[stage]]
-            probe.cut = list(probe.whole)
+            probe.weights = [decode(tensors[name], self.dtype) for name in parts[stage]]
         attention = module.attention
         for stage, probe in probes.items():
             if stage == "mlp.gate_up_proj":  # attention is settled: compute it once for all passes that follow
@@ -240,14 +233,14 @@ class _Run:
             todo = [name for name in parts[stage] if not stays(_module_name(name))]
             if not todo:
                 continue
-            moments = self._moments(model, index, probe)
+            moments = self._moments(model, index, probe, normed=stage in _NORMED)
             for name in todo:
                 tensors[name] = self._cut(name, tensors[name], moments)
-            probe.cut = [decode(tensors[name], self.dtype) for name in parts[stage]]
+            probe.weights = [decode(tensors[name], self.dtype) for name in parts[stage]]
         self._advance(model, index)
         module.attention = attention
         for probe in probes.values():  # this layer's memory goes before the next one's comes
-            probe.whole, probe.cut = [], []
+            probe.weights = []
         self.state.layer = index + 1
         for name in names:
             yield name, tensors.pop(name)
@@ -266,47 +259,36 @@ class _Run:
         )
 
     @torch.inference_mode()
-    def _moments(self, model: Model, index: int, probe: _Probe) -> Moments:
+    def _moments(self, model: Model, index: int, probe: _Probe, *, normed: bool) -> Moments:
         """Second moments of what ``probe`` gets, over all documents."""
-        size = probe.whole[0].shape[1]
+        size = probe.weights[0].shape[1]
         moments = Moments(size, block_width(size, self.memory, self.spec.block_size))
-        seen: list[Tensor] = []
-        start = 0
-        for lengths in self.chunks:
-            stop = start + sum(lengths)
-            pair = []
-            for use_cut in (True, False):
-                seen.clear()
-                probe.observe = seen.append
-                try:
-                    with contextlib.suppress(_InputSeen):
-                        self._forward(model, index, start, stop, lengths, use_cut)
-                finally:
-                    probe.observe = None
-                pair.append(seen[0])
-            moments.add(pair[0], pair[1])
-            start = stop
+
+        def observe(x: Tensor) -> None:
+            share = None
+            if normed:  # what follows divides each token's outputs by their size, and their errors with them
+                share = F.linear(x, probe.weights[0]).float().square_().mean(dim=1).add_(1e-12).reciprocal_()
+            moments.add(x, share)
+
+        probe.observe = observe
+        try:
+            for _ in self._forward(model, index):
+                pass
+        finally:
+            probe.observe = None
         return moments
 
     @torch.inference_mode()
-    def _attention_outputs(self, model: Model, index: int) -> dict[tuple[bool, int], Tensor]:
-        """What the layer's attention gives, by (use_cut, first row of the chunk), in the compute dtype."""
-        outputs: dict[tuple[bool, int], Tensor] = {}
-        seen: list[Tensor] = []
-        probe = _probe(model, index, "mlp.gate_up_proj")
+    def _attention_outputs(self, model: Model, index: int) -> list[Tensor]:
+        """What the layer's attention gives for each chunk, in the compute dtype."""
+        outputs: list[Tensor] = []
         attention = model.layers[index].get_submodule("attention")
-        hook = attention.register_forward_hook(lambda module, args, out: seen.append(out))
-        probe.observe = seen.append  # only to end the pass there: attention's output comes first
+        hook = attention.register_forward_hook(lambda module, args, out: outputs.append(out))
+        probe = _probe(model, index, "mlp.gate_up_proj")
+        probe.observe = lambda x: None  # only to end the pass there
         try:
-            for use_cut in (True, False):
-                start = 0
-                for lengths in self.chunks:
-                    seen.clear()
-                    stop = start + sum(lengths)
-                    with contextlib.suppress(_InputSeen):
-                        self._forward(model, index, start, stop, lengths, use_cut)
-                    outputs[use_cut, start] = seen[0]
-                    start = stop
+            for _ in self._forward(model, index):
+                pass
         finally:
             hook.remove()
             probe.observe = None
@@ -316,25 +298,22 @@ class _Run:
     def _advance(self, model: Model, index: int) -> None:
         """Replace the hidden states by those after the layer."""
         assert self.state.hidden is not None
-        assert self.state.reference is not None
+        start = 0
+        for out in self._forward(model, index):
+            self.state.hidden[start : start + out.shape[0]] = out
+            start += out.shape[0]
+
+    def _forward(self, model: Model, index: int) -> Iterator[Tensor]:
+        """The layer's output for each chunk, in order; none for a pass that an observer ends."""
+        assert self.state.hidden is not None
+        table = model.rope_sliding if model.config.layer_types[index] == SLIDING else model.rope_full
         start = 0
         for lengths in self.chunks:
-            stop = start + sum(lengths)
-            new = self._forward(model, index, start, stop, lengths, True)
-            new_reference = self._forward(model, index, start, stop, lengths, False)
-            self.state.hidden[start:stop], self.state.reference[start:stop] = new, new_reference
-            start = stop
-
-    def _forward(self, model: Model, index: int, start: int, stop: int, lengths: list[int], use_cut: bool) -> Tensor:
-        hidden = self.state.hidden if use_cut else self.state.reference
-        assert hidden is not None
-        for module in model.layers[index].modules():
-            if isinstance(module, (_Probe, _Replay)):
-                module.use_cut, module.start = use_cut, start
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        table = model.rope_sliding if model.config.layer_types[index] == SLIDING else model.rope_full
-        out: Tensor = model.layers[index](hidden[start:stop], table.at(positions), _Documents(lengths))
-        return out
+            rows = self.state.hidden[start : start + sum(lengths)]
+            positions = torch.cat([torch.arange(length) for length in lengths])
+            with contextlib.suppress(_InputSeen):
+                yield model.layers[index](rows, table.at(positions), _Documents(lengths))
+            start += sum(lengths)
 
 
 def _probe(model: Model, index: int, stage: str) -> _Probe:

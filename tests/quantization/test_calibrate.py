@@ -43,7 +43,9 @@ def output_error(weight: Tensor, cut: FourBitWeight, inputs: Tensor) -> float:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("out", "size", "block"), [(96, 256, 64), (64, 384, 128), (30, 48, 64), (7, 129, 64), (1, 64, 64)])
+@pytest.mark.parametrize(
+    ("out", "size", "block"), [(96, 256, 64), (64, 384, 128), (30, 48, 64), (7, 129, 64), (1, 64, 64)]
+)
 def test_outputs_come_closer_than_by_plain_rounding(
     quant_type: Any, double_quant: bool, out: int, size: int, block: int
 ) -> None:
@@ -54,7 +56,9 @@ def test_outputs_come_closer_than_by_plain_rounding(
     assert output_error(weight, cut, inputs) < 0.65 * plain
     # Inputs of the same kind that calibration did not see.
     mixed = correlated(4000, size)[2000:] if size > 100 else inputs
-    assert output_error(weight, cut, mixed) < 0.75 * output_error(weight, quantize_4bit(weight, quant_type, **options), mixed)
+    assert output_error(weight, cut, mixed) < 0.75 * output_error(
+        weight, quantize_4bit(weight, quant_type, **options), mixed
+    )
 
 
 def test_each_step_lowers_the_error() -> None:

@@ -51,7 +51,6 @@ class Method:
     shrink: float = 0.0
     feedback: bool = True
     sweeps: int = 2
-    follow: float = 0.0
 
 
 def quantize_4bit_calibrated(
@@ -62,7 +61,6 @@ def quantize_4bit_calibrated(
     block_size: int = 64,
     double_quant: bool = True,
     method: Method | None = None,
-    target: Tensor | None = None,
 ) -> FourBitWeight:
     """Cut ``weight`` [out, in] (fp32, fp16 or bf16, finite), given the moments of its inputs.
 
@@ -73,18 +71,15 @@ def quantize_4bit_calibrated(
         block_size: values that share a statistic.
         double_quant: quantize the statistics too.
         method: how much work is done.
-        target: fp32 [out, in] to come close to instead of ``weight``.
 
     Returns:
         A weight that decodes like any other of its format.
     """
     how = method or Method()
-    wanted = (weight if target is None else target).float()
+    wanted = weight.float()
     rows, columns = wanted.shape
     codebook = Codebook(quant_type, wanted.device)
     damped = [_damped(block, how) for block in moments.blocks]
-    if how.follow and moments.drift:
-        wanted = wanted + how.follow * _correction(wanted, damped, moments.drift)
     energy = torch.cat([block.diagonal() for block in damped])
     scales = Scales.search(wanted, energy, codebook, block_size, double_quant)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=wanted.device)
@@ -330,20 +325,6 @@ def _damped(moment: Tensor, method: Method) -> Tensor:
     hessian = moment.float() * (1.0 - method.shrink)
     hessian.diagonal().add_(energy * method.shrink + (mean * method.damping if mean > 0 else 1.0))
     return hessian
-
-
-def _correction(weight: Tensor, damped: list[Tensor], drift: list[Tensor]) -> Tensor:
-    """What to add to ``weight`` so that on the cut network's inputs it gives what it gives on the whole one's.
-
-    The least-squares answer: ``(W + D) x`` comes closest to ``W r`` for ``D = W · Σ (r - x) xᵀ · inverse(Σ x xᵀ)``.
-    """
-    parts = []
-    for part, hessian, moment in zip(
-        torch.split(weight, [h.shape[0] for h in damped], dim=1), damped, drift, strict=True
-    ):
-        factor = _inverse_factor(hessian)
-        parts.append(part @ moment @ factor.t() @ factor)
-    return torch.cat(parts, dim=1)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

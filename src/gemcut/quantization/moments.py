@@ -7,11 +7,10 @@ from torch import Tensor
 
 
 class Moments:
-    """``Σ x xᵀ`` over rows x of a layer's inputs, and ``Σ r xᵀ`` with the inputs r it would have in the whole network.
+    """``Σ share · x xᵀ`` over rows x of what ``add`` was given.
 
     Attributes:
-        blocks: fp32 [b, b] each: the diagonal blocks of ``Σ x xᵀ``, in order; one block is the whole matrix.
-        drift: the same of ``Σ (r - x) xᵀ``; empty if no reference was given.
+        blocks: fp32 [b, b] each: the diagonal blocks of the matrix, in order; one block is the whole matrix.
     """
 
     def __init__(self, size: int, block: int | None = None, device: torch.device | str = "cpu") -> None:
@@ -19,7 +18,6 @@ class Moments:
         width = min(size, block or size)
         self.sizes = [min(width, size - start) for start in range(0, size, width)]
         self.blocks = [torch.zeros(n, n, dtype=torch.float32, device=device) for n in self.sizes]
-        self.drift: list[Tensor] = []
         self.count = 0
 
     @property
@@ -27,18 +25,11 @@ class Moments:
         """Whether all correlations are known."""
         return len(self.blocks) == 1
 
-    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
-        """Take in rows ``x`` [T, size] of any float dtype; ``reference`` of the same shape, always or never."""
-        if reference is not None and not self.drift:
-            self.drift = [torch.zeros_like(block) for block in self.blocks]
-        parts = torch.split(x, self.sizes, dim=1)
-        for block, part in zip(self.blocks, parts, strict=True):
+    def add(self, x: Tensor, share: Tensor | None = None) -> None:
+        """Take in rows ``x`` [T, size] of any float dtype, each with a weight in ``share`` fp32 [T]; None: all 1."""
+        for block, part in zip(self.blocks, torch.split(x, self.sizes, dim=1), strict=True):
             rows = part.float()
-            block.addmm_(rows.t(), rows)
-        if reference is not None:
-            others = torch.split(reference, self.sizes, dim=1)
-            for block, part, other in zip(self.drift, parts, others, strict=True):
-                block.addmm_((other.float() - part.float()).t(), part.float())
+            block.addmm_(rows.t(), rows if share is None else rows * share[:, None])
         self.count += x.shape[0]
 
 
@@ -49,6 +40,6 @@ def block_width(size: int, memory: int, multiple: int) -> int:
     four blocks, are bounded with it.
     """
     width = size
-    while width > multiple and (2 * size * width + 3 * width * width) * 4 > memory:
+    while width > multiple and (size * width + 3 * width * width) * 4 > memory:
         width = max(multiple, -(-width // 2) // multiple * multiple)
     return width
