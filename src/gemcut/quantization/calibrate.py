@@ -41,14 +41,13 @@ class Method:
     """How much work is done; the defaults are what was measured best.
 
     Attributes:
-        damping: share of the inputs' mean energy added to every input's own, so that few samples do not overfit.
-        shrink: share by which correlations between inputs are lowered, for the same reason.
-        feedback: whether codes are chosen by error feedback.
+        damping: share of the inputs' mean energy added to every input's own. It keeps few samples from being fitted
+            too closely: much more than numbers alone would need is best, above all for text of another kind.
+        feedback: whether codes are chosen by error feedback, or each for itself.
         sweeps: rounds of coordinate descent.
     """
 
-    damping: float = 0.01
-    shrink: float = 0.0
+    damping: float = 0.2
     feedback: bool = True
     sweeps: int = 2
 
@@ -322,8 +321,8 @@ def _damped(moment: Tensor, method: Method) -> Tensor:
     """A positive definite fp32 copy of ``moment``."""
     energy = moment.diagonal()
     mean = energy.mean().item()
-    hessian = moment.float() * (1.0 - method.shrink)
-    hessian.diagonal().add_(energy * method.shrink + (mean * method.damping if mean > 0 else 1.0))
+    hessian = moment.float().clone()
+    hessian.diagonal().add_(mean * method.damping if mean > 0 else 1.0)
     return hessian
 
 
