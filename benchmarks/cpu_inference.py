@@ -1,107 +1,96 @@
-"""Ours beside transformers on a CPU, in one process, on the same weights.
+"""Ours beside transformers, bitsandbytes and llama.cpp on a CPU, in one process, on the same shapes.
 
-    python benchmarks/cpu_inference.py                 # 2B shape (random bf16) and the real Gemma 3 270M
+    python benchmarks/cpu_inference.py                     # 2B shape (random weights) and the real Gemma 3 270M
     python benchmarks/cpu_inference.py --case 270m --repeat 5
+    python benchmarks/cpu_inference.py --engines nf4,transformers,llama.cpp-Q4_0
 
-Rows: prefill of 512 tokens, decode of one request after those, and decode of 8 requests together. Engines take turns
-within each repetition, so that a noisy neighbour hits both; medians and the spread of all repetitions are printed,
-with the weight bytes a decode step reads against the read bandwidth measured just before.
+Engines: bf16, nf4, int8 (ours; cut ones with an 8-bit head), transformers (bf16), bitsandbytes (transformers with its
+NF4, double quantization, bf16 head), llama.cpp-Q4_0 (Q6_K table, its default), llama.cpp-Q8_0; for the 270M
+llama.cpp runs the file that the weights come from (Q4_K_M). Rows: prefill of 512 tokens, decode of one request after
+those, and decode of 8 requests together. Engines take turns within each repetition, so that a noisy neighbour hits
+all of them; ratios are medians over repetitions of one engine's time by another's. The read bandwidth is measured
+before and after with as many threads; the higher counts as the limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
+from transformers_peer import as_transformers, cut_by_bitsandbytes, transformers_seconds
 
 import gemcut
 from gemcut.checkpoint.load import load_model_weights
+from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.checkpoint.source import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
+from gemcut.kernels.memory import weight_allocator
 from gemcut.model import Model
+from gemcut.model.bind import bind_kernels
+from gemcut.network import build_network
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.stream import quantize_tensors
+from gemcut.quantization.weights import Weight
 
 PROMPT, STEPS, BATCH = 512, 24, 8
+CPU = torch.device("cpu")
+OURS = {
+    "bf16": None,
+    "nf4": Quantization("nf4", head="int8"),
+    "int8": Quantization("int8", head="int8"),
+}
+PEERS = ("transformers", "bitsandbytes", "llama.cpp-Q4_0", "llama.cpp-Q8_0", "llama.cpp-Q4_K_M")
+MEASUREMENTS = (f"prefill {PROMPT}", "decode, 1 request", f"decode, {BATCH} together")
+
+#: (prompts, steps) -> (prefill, decode) seconds; None where the engine does not do batches.
+Seconds = Callable[[list[list[int]], int], tuple[float, float]]
 
 
 @dataclass
-class Row:
-    """Seconds of every repetition of one measurement, for both engines."""
+class Contestant:
+    """One engine with one model: how to run it, what a decode step reads, and seconds by measurement."""
 
     name: str
-    tokens: int
-    ours: list[float] = field(default_factory=list)
-    peer: list[float] = field(default_factory=list)
+    run: Seconds
+    step_bytes: int
+    batches: bool = True
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in MEASUREMENTS})
 
 
-def random_model(config: GemmaConfig, layers: int | None) -> Model:
-    """A model of this shape with random bf16 weights of trained-like size."""
-    if layers is not None:
-        config = config.replace(num_hidden_layers=layers, layer_types=config.layer_types[:layers])
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Model(config, dtype=torch.bfloat16)
-    model.to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
+def random_tensors(config: GemmaConfig) -> list[tuple[str, torch.Tensor]]:
+    """A random bf16 checkpoint of trained-like size, our unfused names."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for name, shape in expected_shapes(config).items():
         if name.endswith("scale"):
-            parameter.data.fill_(1.0)
+            tensors.append((name, torch.ones(shape)))
         else:
-            parameter.data.normal_(std=0.02)
+            tensors.append((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)))
+    return tensors
+
+
+def network(config: GemmaConfig, tensors: list[tuple[str, torch.Tensor]], spec: Quantization | None) -> Model:
+    """Our network of these tensors, cut to ``spec``, with kernels bound."""
+    model = build_network(config, dtype=torch.bfloat16, device=CPU, quantization=spec)
+    stream: list[tuple[str, Weight]] = list(tensors)
+    cut = stream if spec is None else quantize_tensors(stream, spec, module_name=hf_module)
+    load_model_weights(model, cut, dtype=torch.bfloat16, device=CPU, allocate=weight_allocator(CPU))
+    bind_kernels(model, CPU)
     return model
-
-
-def real_model() -> Model:
-    """Gemma 3 270M from the demo package, in bf16."""
-    source = resolve("gemma-3-270m")
-    with torch.device("meta"):
-        model = Model(source.config(), dtype=torch.bfloat16)
-    load_model_weights(model, source.tensors(), dtype=torch.bfloat16, device=torch.device("cpu"))
-    return model
-
-
-def as_transformers(model: Model) -> transformers.PreTrainedModel:
-    """transformers' model of the same weights; the tensors are shared, not copied."""
-    config, gemma3 = model.config, model.config.model_type == "gemma3_text"
-    kinds = (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM)
-    make_config, make_model = kinds if gemma3 else (transformers.Gemma2Config, transformers.Gemma2ForCausalLM)
-    with torch.device("meta"):
-        peer = make_model(make_config(**config.to_dict(), attn_implementation="eager", dtype=torch.bfloat16))
-    state = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.scale - 1}
-    state["lm_head.weight"] = model.embed.weight
-    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
-    for i, layer in enumerate(model.layers):
-        prefix = f"model.layers.{i}."
-        for name, part in zip("qkv", layer.attention.qkv_proj.weight.split(layer.attention.sizes), strict=True):
-            state[f"{prefix}self_attn.{name}_proj.weight"] = part
-        for name, part in zip(("gate", "up"), layer.mlp.gate_up_proj.weight.chunk(2), strict=True):
-            state[f"{prefix}mlp.{name}_proj.weight"] = part
-        state[prefix + "self_attn.o_proj.weight"] = layer.attention.o_proj.weight
-        state[prefix + "mlp.down_proj.weight"] = layer.mlp.down_proj.weight
-        for name in norms:
-            state[f"{prefix}{name}_layernorm.weight"] = getattr(layer, f"{name}_norm").scale - 1
-        if gemma3:
-            for name in ("q_norm", "k_norm"):
-                state[f"{prefix}self_attn.{name}.weight"] = getattr(layer.attention, name).scale - 1
-    state = {name: torch.nn.Parameter(tensor.to(torch.bfloat16), requires_grad=False) for name, tensor in state.items()}
-    peer.load_state_dict(state, strict=True, assign=True)
-    with torch.device("cpu"):  # tables that no checkpoint holds
-        rotary = type(peer.model.rotary_emb)(peer.config)
-    peer.model.rotary_emb = rotary
-    for module in peer.modules():
-        if hasattr(module, "embed_scale"):
-            module.embed_scale = torch.tensor(config.hidden_size**0.5)
-    return peer.eval()
 
 
 def engine_seconds(model: Model, prompts: list[list[int]], steps: int) -> tuple[float, float]:
     """(prefill, decode) seconds of our engine: until every prompt has its first token, then ``steps`` more each."""
-    engine = Engine(model, torch.device("cpu"), EngineConfig(max_context=1024, sequences=len(prompts)))
+    engine = Engine(model, CPU, EngineConfig(max_context=1024, sequences=len(prompts)))
     params = SamplingParams(max_new_tokens=steps + 1, temperature=0, ignore_eos=True)
     sequences = [engine.submit(Request(prompt_ids=tuple(prompt), params=params)) for prompt in prompts]
     start = time.perf_counter()
@@ -113,97 +102,117 @@ def engine_seconds(model: Model, prompts: list[list[int]], steps: int) -> tuple[
     return middle - start, time.perf_counter() - middle
 
 
-@torch.inference_mode()
-def transformers_seconds(
-    peer: transformers.PreTrainedModel, prompts: list[list[int]], steps: int
-) -> tuple[float, float]:
-    """The same of transformers: forward with its default cache, greedy."""
-    start = time.perf_counter()
-    out = peer(input_ids=torch.tensor(prompts), use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1].argmax(-1, keepdim=True)
-    middle = time.perf_counter()
-    for _ in range(steps):
-        out = peer(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-    return middle - start, time.perf_counter() - middle
-
-
 def read_bandwidth() -> float:
     """Bytes a second that a plain sum over 1 GB of fp32 reads, best of five."""
-    data = torch.ones(2**28)
+    data = weight_allocator(CPU)
+    block = torch.empty(2**28) if data is None else data((2**28,), torch.float32)
+    block.fill_(1.0)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        data.sum()
+        block.sum()
         seconds.append(time.perf_counter() - start)
-    return data.nbytes / min(seconds)
+    return block.nbytes / min(seconds)
 
 
-def weight_bytes(model: Model) -> int:
-    """Bytes a decode step reads: every weight once (the embedding serves as the head)."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+def step_bytes(model: Model) -> int:
+    """Bytes a decode step of one request reads: every weight once (the embedding serves as the head)."""
+    packed = sum(weight.nbytes for module in model.modules() for weight in getattr(module, "weights", ()))
+    return packed + sum(parameter.nbytes for parameter in model.parameters())
 
 
-def measure(model: Model, repeat: int, steps: int) -> list[Row]:
-    """Take turns: ours, transformers, ours, …"""
-    peer = as_transformers(model)
+def llama_contestant(name: str, path: Path, threads: int) -> Contestant:
+    """llama.cpp on one file."""
+    from llama_peer import LlamaPeer
+
+    peer = LlamaPeer(path, threads)
+    return Contestant(name, lambda prompts, n: peer.seconds(prompts[0], n), path.stat().st_size, batches=False)
+
+
+def contestants(
+    names: list[str], config: GemmaConfig, tensors: list[tuple[str, torch.Tensor]], gguf: Path | None
+) -> list[Contestant]:
+    """The engines asked for, as far as they run this model: ``gguf`` is the real file, None for a random model."""
+    found = []
+    threads = torch.get_num_threads()
+    whole: Model | None = None
+    if {"bf16", "transformers"} & set(names):
+        whole = network(config, tensors, None)
+    for name in names:
+        if name in OURS:
+            model = whole if name == "bf16" else network(config, tensors, OURS[name])
+            assert model is not None
+            found.append(Contestant(name, lambda p, n, model=model: engine_seconds(model, p, n), step_bytes(model)))
+        elif name == "transformers":
+            assert whole is not None
+            peer = as_transformers(whole)
+            run = lambda p, n, peer=peer: transformers_seconds(peer, p, n)  # noqa: E731
+            found.append(Contestant(name, run, step_bytes(whole)))
+        elif name == "bitsandbytes":
+            plain = network(config, tensors, None)
+            size = step_bytes(plain)
+            peer = cut_by_bitsandbytes(as_transformers(plain))
+            linear = sum(t.numel() for n, t in tensors if t.ndim == 2 and n != "embed.weight")
+            size -= int(linear * (2 - 4.127 / 8))
+            run = lambda p, n, peer=peer: transformers_seconds(peer, p, n)  # noqa: E731
+            found.append(Contestant(name, run, size))
+            del plain
+        elif name == "llama.cpp-Q4_K_M" and gguf is not None:
+            found.append(llama_contestant(name, gguf, threads))
+        elif name in ("llama.cpp-Q4_0", "llama.cpp-Q8_0") and gguf is None:
+            from llama_peer import random_gguf
+
+            kind = name.removeprefix("llama.cpp-")
+            table = {"Q4_0": "Q6_K", "Q8_0": "Q8_0"}[kind]
+            found.append(llama_contestant(name, random_gguf(config, kind, table), threads))
+        gc.collect()
+    return found
+
+
+def measure(entries: list[Contestant], vocabulary: int, repeat: int, steps: int) -> None:
+    """Take turns: every engine once in each repetition."""
     generator = torch.Generator().manual_seed(1)
-    vocabulary = model.config.vocab_size
     one = torch.randint(10, vocabulary, (1, PROMPT), generator=generator).tolist()
     many = torch.randint(10, vocabulary, (BATCH, 64), generator=generator).tolist()
-    rows = [
-        Row(f"prefill {PROMPT}", PROMPT),
-        Row("decode, 1 request", steps),
-        Row(f"decode, {BATCH} together", BATCH * steps),
-    ]
-    runs: list[tuple[str, Callable[[list[list[int]], int], tuple[float, float]]]] = [
-        ("ours", lambda prompts, n: engine_seconds(model, prompts, n)),
-        ("peer", lambda prompts, n: transformers_seconds(peer, prompts, n)),
-    ]
-    for _, run in runs:  # warm up
-        run(one, 2)
+    for entry in entries:  # warm up
+        entry.run(one, 2)
     for _ in range(repeat):
-        for name, run in runs:
-            prefill, decode = run(one, steps)
-            _, batched = run(many, steps)
-            for row, seconds in zip(rows, (prefill, decode, batched), strict=True):
-                getattr(row, name).append(seconds)
-    return rows
+        for entry in entries:
+            prefill, decode = entry.run(one, steps)
+            entry.seconds[MEASUREMENTS[0]].append(prefill)
+            entry.seconds[MEASUREMENTS[1]].append(decode)
+            if entry.batches:
+                entry.seconds[MEASUREMENTS[2]].append(entry.run(many, steps)[1])
 
 
-def show(title: str, model: Model, rows: list[Row], bandwidth: float) -> None:
+def show(title: str, entries: list[Contestant], bandwidth: float, steps: int) -> None:
     """Print one case."""
-    size = weight_bytes(model)
-    print(f"\n{title}: {size / 1e9:.2f} GB of weights, bf16")
-    print(f"{'':22}{'ours tok/s':>24}{'transformers tok/s':>26}{'ratio':>8}{'read GB/s':>12}{'% of limit':>12}")
-    for row in rows:
-        texts = []
-        for seconds in (row.ours, row.peer):
-            speeds = sorted(row.tokens / s for s in seconds)
-            texts.append(f"{statistics.median(speeds):.1f} ({speeds[0]:.1f}–{speeds[-1]:.1f})")
-        ratio = statistics.median(p / o for o, p in zip(row.ours, row.peer, strict=True))
-        read = share = ""
-        if row.name.startswith("decode"):
-            steps = row.tokens // (BATCH if "together" in row.name else 1)
-            speed = size * steps / statistics.median(row.ours)
-            read, share = f"{speed / 1e9:.1f}", f"{100 * speed / bandwidth:.0f} %"
-        print(f"{row.name:22}{texts[0]:>24}{texts[1]:>26}{ratio:>8.2f}{read:>12}{share:>12}")
-    single, batched = rows[1], rows[2]
-    gain = statistics.median(b.tokens / s for b, s in [(batched, s) for s in batched.ours])
-    gain /= statistics.median(single.tokens / s for s in single.ours)
-    print(f"{BATCH} requests together give {gain:.2f} times the tok/s of one")
+    tokens = dict(zip(MEASUREMENTS, (PROMPT, steps, BATCH * steps), strict=True))
+    peers = [entry for entry in entries if entry.name not in OURS]
+    print(f"\n{title}")
+    for measurement in MEASUREMENTS:
+        head = "".join(f"{'× ' + peer.name:>18}" for peer in peers)
+        print(f"{measurement:22}{'tok/s':>22}{'GB a step':>11}{'GB/s':>7}{'of limit':>10}{head}")
+        for entry in entries:
+            seconds = entry.seconds[measurement]
+            if not seconds:
+                continue
+            speeds = sorted(tokens[measurement] / s for s in seconds)
+            line = f"{statistics.median(speeds):.1f} ({speeds[0]:.1f}–{speeds[-1]:.1f})"
+            read = ["", "", ""]
+            if measurement.startswith("decode"):
+                speed = entry.step_bytes * steps / statistics.median(seconds)
+                read = [f"{entry.step_bytes / 1e9:.2f}", f"{speed / 1e9:.1f}", f"{100 * speed / bandwidth:.0f} %"]
+            ratios = ""
+            for peer in peers:
+                pairs = list(zip(peer.seconds[measurement], seconds, strict=False))
+                ratio = f"{statistics.median(theirs / own for theirs, own in pairs):.2f}" if pairs else ""
+                ratios += f"{ratio:>18}"
+            print(f"  {entry.name:20}{line:>22}{read[0]:>11}{read[1]:>7}{read[2]:>10}{ratios}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=["2b", "270m", "all"], default="all")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=STEPS, help="tokens to decode in each repetition")
-    parser.add_argument("--layers", type=int, help="fewer layers of the 2B shape, for a quick look")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def machine() -> str:
+    """The processor's name and what matters of it."""
     cpu = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
@@ -211,23 +220,54 @@ def main() -> None:
     except (OSError, StopIteration):
         pass
     amx = torch.cpu._is_amx_tile_supported() if hasattr(torch.cpu, "_is_amx_tile_supported") else "?"
-    print(
-        f"{cpu}, {torch.get_num_threads()} threads, AMX {amx}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, gemcut {gemcut.__version__}"
-    )
+    return f"{cpu}, {torch.get_num_threads()} threads, AMX {amx}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=["2b", "270m", "all"], default="all")
+    parser.add_argument("--engines", default=",".join((*OURS, *PEERS)), help="comma-separated; see above")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=STEPS, help="tokens to decode in each repetition")
+    parser.add_argument("--layers", type=int, help="fewer layers of the 2B shape, for a quick look")
+    parser.add_argument("--threads", type=int, help="threads of every engine (default: torch's own choice)")
+    args = parser.parse_args()
+    names = args.engines.split(",")
+    for name in names:
+        if name not in OURS and name not in PEERS:
+            parser.error(f"no engine {name!r}; choose from {', '.join((*OURS, *PEERS))}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, gemcut {gemcut.__version__}"
+    print(f"{machine()}; Python {platform.python_version()}, {versions}")
+    if any(name.startswith("llama.cpp") for name in names):
+        import llama_cpp
+        from llama_peer import system_info
+
+        print(f"llama-cpp-python {llama_cpp.__version__}: {system_info().strip()}")
     print(f"{args.repeat} repetitions in turns; median (min–max); {args.steps} decode steps")
-    for title, make in (
-        ("Gemma 2 2B shape, random weights", lambda: random_model(FAMILY["gemma-2-2b"], args.layers)),
-        ("Gemma 3 270M, real weights", real_model),
-    ):
-        if args.case == "all" or (args.case == "2b") == ("2B" in title):
-            bandwidth = read_bandwidth()
-            model = make()
-            rows = measure(model, args.repeat, args.steps)
-            after = read_bandwidth()
-            show(title, model, rows, max(bandwidth, after))
-            print(f"read bandwidth before and after: {bandwidth / 1e9:.1f} and {after / 1e9:.1f} GB/s")
+    for case in ("2b", "270m"):
+        if args.case not in (case, "all"):
+            continue
+        if case == "2b":
+            config, gguf = FAMILY["gemma-2-2b"], None
+            if args.layers:
+                config = config.replace(num_hidden_layers=args.layers, layer_types=config.layer_types[: args.layers])
+            tensors = random_tensors(config)
+            title = f"Gemma 2 2B shape, {config.num_hidden_layers} layers, random weights"
+        else:
+            source = resolve("gemma-3-270m")
+            config, gguf, title = source.config(), source.path, "Gemma 3 270M, real weights"
+            tensors = [(name, tensor.clone()) for name, tensor in source.tensors(dtype=torch.bfloat16)]
+        before = read_bandwidth()
+        entries = contestants(names, config, tensors, gguf)
+        del tensors
+        measure(entries, config.vocab_size, args.repeat, args.steps)
+        after = read_bandwidth()
+        show(title, entries, max(before, after), args.steps)
+        print(f"read bandwidth before and after: {before / 1e9:.1f} and {after / 1e9:.1f} GB/s")
+        del entries
+        gc.collect()
 
 
 if __name__ == "__main__":

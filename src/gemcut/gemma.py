@@ -17,15 +17,17 @@ from typing import Any, Literal, cast, overload
 
 import torch
 
-from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.source import Source, resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent
 from gemcut.engine.cache import bytes_per_block, shape_for_tokens
 from gemcut.errors import CapacityError, ParameterError
 from gemcut.hardware import free_memory, parse_device, parse_dtype
 from gemcut.model import Model
+from gemcut.network import effective_quantization, load_network
 from gemcut.plan import CHUNK, MemoryPlan
 from gemcut.progress import LoadProgress
+from gemcut.quantization.parse import parse_quantization
+from gemcut.quantization.spec import Quantization
 from gemcut.results import Collector, Completion, TextStream
 from gemcut.text import Detokenizer, Tokenizer, encode_chat, render_template, stop_ids, uses_gemma_format
 
@@ -76,7 +78,9 @@ class Gemma:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        quantization: str | Quantization | None = None,
         attn_implementation: str = "auto",
+        kernels: str = "auto",
         max_context: int | None = None,
         max_batch_size: int = 64,
         max_batch_tokens: int | None = None,
@@ -93,7 +97,10 @@ class Gemma:
             token: hub token; None uses the one you logged in with or HF_TOKEN.
             cache_dir: where hub files are kept.
             local_files_only: never ask the network.
+            quantization: cut the weights while loading: "nf4", "fp4", "int8", or a Quantization that says more (a
+                BitsAndBytesConfig works too). None keeps what the checkpoint holds, cut or whole.
             attn_implementation: "auto", or the name of an attention implementation.
+            kernels: "auto" takes the fastest there is for each layer; "plain" is plain PyTorch everywhere.
             max_context: most tokens of one request; the model's limit if None.
             max_batch_size: most requests in one step.
             max_batch_tokens: most tokens in one step.
@@ -111,14 +118,19 @@ class Gemma:
         config = config_source.config()
         compute = parse_dtype(dtype, parse_dtype(config.torch_dtype, torch.bfloat16))
         chunk = max_batch_tokens or CHUNK[where.type]
-        _check_memory(config_source, compute, where)
+        spec = effective_quantization(config_source, parse_quantization(quantization))
+        _check_memory(config_source, compute, where, spec)
         with LoadProgress(progress, f"downloading {config_source.name}") as report:
             source = find(revision=config_source.revision or revision, progress=report)
-        with torch.device("meta"):
-            model = Model(config, dtype=compute, attention=attn_implementation, device=where)
         with LoadProgress(progress, f"loading {source.name}") as report:
-            load_model_weights(
-                model, source.tensors(dtype=compute), dtype=compute, device=where, progress=report, total=source.nbytes
+            model = load_network(
+                source,
+                dtype=compute,
+                device=where,
+                quantization=spec,
+                attention=attn_implementation,
+                kernels=kernels,
+                progress=report,
             )
         engine = EngineConfig(
             max_context=max_context,
@@ -322,8 +334,10 @@ def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:
         raise ParameterError("logprobs cannot be part of a text; use stream(...).result or complete(...)")
 
 
-def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(source: Source, dtype: torch.dtype, device: torch.device, spec: Quantization | None) -> None:
     """Refuse before loading what cannot fit."""
+    if spec is not None:
+        return
     plan = MemoryPlan.make(source.config(), dtype=str(dtype).removeprefix("torch."), context=1)
     available = free_memory(device)
     if available is not None and plan.weights > available:

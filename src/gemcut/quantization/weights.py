@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor, dtype
+from torch import Tensor, device, dtype
 
 FourBitType = Literal["nf4", "fp4"]
 
@@ -95,3 +95,13 @@ class Int8Weight:
 
 #: A weight matrix as a linear layer may hold it.
 Weight = Tensor | FourBitWeight | Int8Weight
+
+
+def move_weight(weight: Weight, where: device) -> Weight:
+    """``weight`` with its tensors on another device."""
+    if isinstance(weight, FourBitWeight):
+        nested = weight.nested and replace(weight.nested, scale=weight.nested.scale.to(where))
+        return replace(weight, codes=weight.codes.to(where), absmax=weight.absmax.to(where), nested=nested)
+    if isinstance(weight, Int8Weight):
+        return replace(weight, codes=weight.codes.to(where), absmax=weight.absmax.to(where))
+    return weight.to(where)

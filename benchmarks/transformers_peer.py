@@ -1,0 +1,83 @@
+"""transformers as a peer, with whole weights or with bitsandbytes' NF4, on the weights of one of our networks."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import transformers
+from torch import nn
+
+from gemcut.model import Model
+
+
+def as_transformers(model: Model) -> transformers.PreTrainedModel:
+    """transformers' model of the same whole weights; the tensors are shared, not copied."""
+    config, gemma3 = model.config, model.config.model_type == "gemma3_text"
+    kinds = (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM)
+    make_config, make_model = kinds if gemma3 else (transformers.Gemma2Config, transformers.Gemma2ForCausalLM)
+    with torch.device("meta"):
+        peer = make_model(make_config(**config.to_dict(), attn_implementation="eager", dtype=torch.bfloat16))
+    state = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.scale - 1}
+    state["lm_head.weight"] = model.embed.weight
+    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}."
+        for name, part in zip("qkv", layer.attention.qkv_proj.weight.split(layer.attention.sizes), strict=True):
+            state[f"{prefix}self_attn.{name}_proj.weight"] = part
+        for name, part in zip(("gate", "up"), layer.mlp.gate_up_proj.weight.chunk(2), strict=True):
+            state[f"{prefix}mlp.{name}_proj.weight"] = part
+        state[prefix + "self_attn.o_proj.weight"] = layer.attention.o_proj.weight
+        state[prefix + "mlp.down_proj.weight"] = layer.mlp.down_proj.weight
+        for name in norms:
+            state[f"{prefix}{name}_layernorm.weight"] = getattr(layer, f"{name}_norm").scale - 1
+        if gemma3:
+            for name in ("q_norm", "k_norm"):
+                state[f"{prefix}self_attn.{name}.weight"] = getattr(layer.attention, name).scale - 1
+    state = {name: nn.Parameter(tensor.to(torch.bfloat16), requires_grad=False) for name, tensor in state.items()}
+    peer.load_state_dict(state, strict=True, assign=True)
+    with torch.device("cpu"):  # tables that no checkpoint holds
+        rotary = type(peer.model.rotary_emb)(peer.config)
+    peer.model.rotary_emb = rotary
+    for module in peer.modules():
+        if hasattr(module, "embed_scale"):
+            module.embed_scale = torch.tensor(config.hidden_size**0.5)
+    return peer.eval()
+
+
+def cut_by_bitsandbytes(peer: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """``peer`` with every linear layer but the head as bitsandbytes' NF4 with double quantization, bf16 compute."""
+    import bitsandbytes
+
+    for name, module in list(peer.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            cut = bitsandbytes.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            cut.weight = bitsandbytes.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
+            cut = cut.to("cpu")  # this is what quantizes
+            parent, _, leaf = name.rpartition(".")
+            setattr(peer.get_submodule(parent), leaf, cut)
+    return peer.eval()
+
+
+@torch.inference_mode()
+def transformers_seconds(
+    peer: transformers.PreTrainedModel, prompts: list[list[int]], steps: int
+) -> tuple[float, float]:
+    """(prefill, decode) seconds: forward with its default cache, greedy, ``steps`` tokens after the first."""
+    start = time.perf_counter()
+    out = peer(input_ids=torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1].argmax(-1, keepdim=True)
+    middle = time.perf_counter()
+    for _ in range(steps):
+        out = peer(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+    return middle - start, time.perf_counter() - middle

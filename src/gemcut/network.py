@@ -1,0 +1,126 @@
+"""From a checkpoint to a network ready to run: build it empty, stream the weights in and cut them, bind kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from gemcut.checkpoint.load import load_model_weights
+from gemcut.checkpoint.names import hf_module
+from gemcut.checkpoint.source import Source
+from gemcut.config import GemmaConfig
+from gemcut.errors import CheckpointError
+from gemcut.kernels.memory import weight_allocator
+from gemcut.model import Model
+from gemcut.model.bind import bind_kernels
+from gemcut.model.quantized import Int8Embedding, QuantizedLinear, quantized_embedding, quantized_linear
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.stream import quantize_tensors
+from gemcut.quantization.weights import Weight, move_weight
+
+
+def load_network(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    attention: str = "auto",
+    kernels: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """The network of a checkpoint on ``device``.
+
+    Args:
+        source: where the weights are.
+        dtype: compute dtype, and that of weights that stay whole.
+        device: where it will run.
+        quantization: cut the weights to this format while they stream in; None keeps what the checkpoint has.
+        attention: an attention implementation's name, or "auto".
+        kernels: "auto", or "plain" for plain PyTorch everywhere.
+        progress: hears (bytes done, bytes in all) of the checkpoint.
+
+    Raises CheckpointError, UnsupportedError.
+    """
+    spec = effective_quantization(source, quantization)
+    model = build_network(source.config(), dtype=dtype, device=device, quantization=spec, attention=attention)
+    tensors: Iterator[tuple[str, Weight]] = source.tensors(dtype=dtype)
+    if spec is not None:
+        tensors = quantize_tensors(tensors, spec, module_name=hf_module, dtype=dtype)
+    load_model_weights(
+        model,
+        tensors,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        total=source.nbytes,
+        allocate=weight_allocator(device),
+    )
+    bind_kernels(model, device, kernels)
+    return model
+
+
+def build_network(
+    config: GemmaConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    attention: str = "auto",
+) -> Model:
+    """A network without weights, on the meta device, whose layers hold what ``quantization`` makes of them."""
+    with torch.device("meta"):
+        if quantization is None:
+            return Model(config, dtype=dtype, attention=attention, device=device)
+        return Model(
+            config,
+            dtype=dtype,
+            attention=attention,
+            device=device,
+            linear=quantized_linear(quantization, dtype),
+            embedding=quantized_embedding(quantization, dtype),
+            quantization=quantization,
+        )
+
+
+def move_network(model: Model, device: torch.device, kernels: str = "auto") -> Model:
+    """The same network on another device, its weights copied one at a time."""
+    moved = build_network(
+        model.config,
+        dtype=model.dtype,
+        device=device,
+        quantization=model.quantization,
+        attention=model.attention_implementation.name,
+    )
+    for name, parameter in list(model.named_parameters()):
+        moved.load_state_dict({name: parameter.to(device)}, strict=False, assign=True)
+    for old, new in zip(model.modules(), moved.modules(), strict=True):
+        if isinstance(old, (QuantizedLinear, Int8Embedding)) and isinstance(new, (QuantizedLinear, Int8Embedding)):
+            new.fill([move_weight(weight, device) for weight in old.weights])
+    bind_kernels(moved, device, kernels)
+    return moved
+
+
+def effective_quantization(source: Source, asked: Quantization | None) -> Quantization | None:
+    """What the loaded network's weights are cut to: what the caller asked for, else what the checkpoint holds.
+
+    Raises CheckpointError where a checkpoint that is cut already was asked for in another format.
+    """
+    stored = source.quantization
+    if stored is None or asked is None:
+        return asked or stored
+    same = (asked.format, asked.format == "int8" or (asked.double_quant, asked.block_size)) == (
+        stored.format,
+        stored.format == "int8" or (stored.double_quant, stored.block_size),
+    )
+    if not same:
+        raise CheckpointError(
+            f"{source.name} is quantized already ({stored.format}); load it without quantization, or start from the "
+            "whole weights"
+        )
+    return stored.replace(
+        head=asked.head or stored.head,
+        compute_dtype=asked.compute_dtype or stored.compute_dtype,
+        activation_threshold=asked.activation_threshold,
+    )
