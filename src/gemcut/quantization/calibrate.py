@@ -14,6 +14,7 @@ steps make it small; each handles all rows of W at once, since rows do not depen
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ _GRID = tuple(0.72 + 0.04 * i for i in range(9))
 _REFITS = 2
 #: Values searched at a time.
 _SEARCH_VALUES = 1 << 17
+#: Values whose codes a thread chooses together: about ten temporaries of 4 or 8 bytes each.
+_SLICE_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def quantize_4bit_calibrated(
     for hessian in damped:
         feedback = Feedback(hessian) if how.feedback else None
         part = _Part(wanted, codes, scales, codebook, hessian, feedback, start, how.sweeps)
-        _in_slices(part.cut, rows, wanted.device)
+        _in_slices(part.cut, rows, wanted.device, at_most=max(1, _SLICE_VALUES // hessian.shape[0]))
         start += hessian.shape[0]
     return _pack(codes, scales, quant_type, block_size, (rows, columns), weight.dtype)
 
@@ -119,16 +122,18 @@ class _Part:
         self.codes[low:high, self.start : stop] = self.codebook.stored[chosen].t()
 
 
-def _in_slices(work: Callable[[int, int], None], rows: int, device: torch.device) -> None:
-    """Call ``work(low, high)`` for slices of all rows, on a CPU side by side.
+def _in_slices(work: Callable[[int, int], None], rows: int, device: torch.device, at_most: int | None = None) -> None:
+    """Call ``work(low, high)`` for slices of all rows, ``at_most`` so many each, on a CPU side by side.
 
     Column by column work is many small operations: threads within each would mostly wait for one another.
     """
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    slices = min(rows, max(workers, math.ceil(rows / (at_most or rows))))
+    edges = [rows * i // slices for i in range(slices + 1)]
     if device.type != "cpu":
-        work(0, rows)
+        for low, high in itertools.pairwise(edges):
+            work(low, high)
         return
-    workers = min(torch.get_num_threads(), rows)
-    edges = [rows * i // workers for i in range(workers + 1)]
     # A thread's count of its own helpers is its own: the caller's stays as it is.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(torch.inference_mode()(work), edges[:-1], edges[1:]))
