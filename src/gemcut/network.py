@@ -16,7 +16,7 @@ from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
 from gemcut.model.quantized import Int8Embedding, QuantizedLinear, quantized_embedding, quantized_linear
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.stream import quantize_tensors
+from gemcut.quantization.stream import quantize_table, quantize_tensors
 from gemcut.quantization.weights import Weight, move_weight
 
 
@@ -46,7 +46,9 @@ def load_network(
     spec = effective_quantization(source, quantization)
     model = build_network(source.config(), dtype=dtype, device=device, quantization=spec, attention=attention)
     tensors: Iterator[tuple[str, Weight]] = source.tensors(dtype=dtype)
-    if spec is not None:
+    if source.quantization is not None:
+        tensors = quantize_table(tensors, dtype=dtype) if spec is not None and spec.head else tensors
+    elif spec is not None:
         tensors = quantize_tensors(tensors, spec, module_name=hf_module, dtype=dtype)
     load_model_weights(
         model,
@@ -105,19 +107,16 @@ def move_network(model: Model, device: torch.device, kernels: str = "auto") -> M
 def effective_quantization(source: Source, asked: Quantization | None) -> Quantization | None:
     """What the loaded network's weights are cut to: what the caller asked for, else what the checkpoint holds.
 
-    Raises CheckpointError where a checkpoint that is cut already was asked for in another format.
+    A checkpoint that is cut already keeps its blocks and statistics; what it computes in, and an 8-bit head, can be
+    chosen still. Raises CheckpointError where it was asked for in another format.
     """
     stored = source.quantization
     if stored is None or asked is None:
         return asked or stored
-    same = (asked.format, asked.format == "int8" or (asked.double_quant, asked.block_size)) == (
-        stored.format,
-        stored.format == "int8" or (stored.double_quant, stored.block_size),
-    )
-    if not same:
+    if asked.format != stored.format:
         raise CheckpointError(
             f"{source.name} is quantized already ({stored.format}); load it without quantization, or start from the "
-            "whole weights"
+            f"whole weights to cut them to {asked.format}"
         )
     return stored.replace(
         head=asked.head or stored.head,

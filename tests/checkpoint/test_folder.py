@@ -166,7 +166,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t.update({"model.layers.1.mlp.up_proj.bias": torch.ones(3)}), r"unexpected tensor .*up_proj.bias"),
         (lambda t: t.update({"model.layers.4.mlp.up_proj.weight": t[UP].clone()}), r"unexpected tensor model.layers.4"),
         (lambda t: t.update({UP: t[UP].to(torch.float64)}), r"has dtype F64; gemcut reads F32, F16, BF16"),
-        (lambda t: t.update({UP: t[UP].to(torch.int8)}), r"has dtype I8"),
+        (lambda t: t.update({UP: t[UP].to(torch.int8)}), r"is packed"),
     ],
 )
 def test_wrong_tensors_are_named(folder: Path, change: Any, message: str) -> None:

@@ -346,7 +346,9 @@ class _Originals:
             return {}
         kind = weight.quant_type if isinstance(weight, FourBitWeight) else "int8"
         reading = self.source.tensors(dtype=self.dtype, only={name})
-        error = relative_error(next(reading)[1], weight)
+        original = next(reading)[1]
+        assert isinstance(original, Tensor)  # the source is whole
+        error = relative_error(original, weight)
         next(reading, None)  # the reader gives the memory back
         return {"format": kind, "relative_error": error}
 

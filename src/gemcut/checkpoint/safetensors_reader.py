@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from typing import Any
 import torch
 
 from gemcut.checkpoint import names
+from gemcut.checkpoint.bnb import companion, stored_quantization
 from gemcut.checkpoint.mapped import MappedFile
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
+from gemcut.quantization.state import check_statistics, from_stored
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8}
 _MAX_HEADER = 100_000_000
 _COMPARE_ROWS_BYTES = 64 << 20
 
@@ -47,18 +51,54 @@ class Entry:
         self.file.release(self.offset, self.nbytes)
 
 
+class PackedEntry:
+    """A packed weight and where its tensors lie. Raises CheckpointError when they do not fit together."""
+
+    def __init__(self, codes: Entry, beside: dict[str, Entry], dtype: torch.dtype) -> None:
+        self.name, self._entries = codes.name, {"weight": codes, **beside}
+        self._dtype = dtype
+        try:
+            self.shape = tuple(self._weight().shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{codes.file.path}: {error}") from None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def weight(self) -> FourBitWeight | Int8Weight:
+        """The weight, backed by the file."""
+        weight = self._weight()
+        check_statistics(self.name, weight)
+        return weight
+
+    def release(self) -> None:
+        for entry in self._entries.values():
+            entry.release()
+
+    def _weight(self) -> FourBitWeight | Int8Weight:
+        parts = {leaf: entry.tensor() for leaf, entry in self._entries.items()}
+        return from_stored(self.name, parts, self._dtype)
+
+
 class SafetensorsFolder:
     """The tensors of a checkpoint folder. Opening reads and checks every header; no data is read before ``tensors``.
 
+    Weights that bitsandbytes' format packs come as FourBitWeight or Int8Weight.
     Raises CheckpointError when a file is missing, damaged, or does not hold exactly what ``config`` needs.
     """
 
     def __init__(self, folder: Path, config: GemmaConfig) -> None:
         self.folder = folder
-        self._entries: dict[str, Entry] = {}
+        self.quantization = stored_quantization(folder / "config.json")
+        self._entries: dict[str, Entry | PackedEntry] = {}
+        self._companions: dict[str, dict[str, Entry]] = {}
         for path, wanted in _files(folder):
             self._add(read_header(path), wanted, path)
-        self._head = self._entries.pop(names.LM_HEAD, None)
+        self._pack()
+        head = self._entries.pop(names.LM_HEAD, None)
+        assert head is None or isinstance(head, Entry)
+        self._head = head
         theirs = {ours: entry.name for ours, entry in self._entries.items()}
         names.check_shapes(folder, self.shapes, config, theirs, "hf")
         if self._head and self._head.shape != self._entries["embed.weight"].shape:
@@ -77,11 +117,17 @@ class SafetensorsFolder:
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are stored in (the embedding's)."""
-        return self._entries["embed.weight"].dtype
+        return self._table.dtype
+
+    @property
+    def _table(self) -> Entry:
+        table = self._entries["embed.weight"]
+        assert isinstance(table, Entry)  # _pack refuses any other
+        return table
 
     def tensors(
         self, progress: Callable[[int, int], None] | None = None, only: Collection[str] | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    ) -> Iterator[tuple[str, Weight]]:
         """Stream (our name, tensor) in file order; norms come as ``1 + w`` in fp32, weights as stored.
 
         ``only`` names the tensors wanted; None: all.
@@ -93,19 +139,22 @@ class SafetensorsFolder:
         for name, entry in self._entries.items():
             if only is not None and name not in only:
                 continue
-            tensor = entry.tensor()
-            yield name, tensor.float() + 1.0 if name.endswith(".scale") else tensor
-            del tensor
+            if isinstance(entry, PackedEntry):
+                yield name, entry.weight()
+            else:
+                tensor = entry.tensor()
+                yield name, tensor.float() + 1.0 if name.endswith(".scale") else tensor
+                del tensor
             entry.release()
             done += entry.nbytes
             if progress:
                 progress(done, total)
         if self._head and only is None:
-            _require_tied(self._head, self._entries["embed.weight"])
+            _require_tied(self._head, self._table)
             if progress:
                 progress(total, total)
 
-    def _all(self) -> list[Entry]:
+    def _all(self) -> list[Entry | PackedEntry]:
         return [*self._entries.values(), *([self._head] if self._head else [])]
 
     def _add(self, entries: list[Entry], wanted: set[str] | None, path: Path) -> None:
@@ -116,14 +165,43 @@ class SafetensorsFolder:
             if wanted is not None and entry.name not in wanted:
                 raise CheckpointError(f"{path}: unexpected tensor {entry.name}: {INDEX} does not place it there")
             try:
-                ours = names.from_hf(entry.name)
+                base, leaf = companion(entry.name)
+                ours = names.from_hf(base)
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {error}") from None
             if ours is None:
                 continue
-            if ours in self._entries:
+            there: Mapping[str, object] = self._companions.setdefault(ours, {}) if leaf else self._entries
+            if (leaf or ours) in there:
                 raise CheckpointError(f"{path}: tensor {entry.name} is there twice")
-            self._entries[ours] = entry
+            if leaf:
+                self._companions[ours][leaf] = entry
+            else:
+                self._entries[ours] = entry
+
+    def _pack(self) -> None:
+        """Join what stands for one packed weight. Raises CheckpointError where a piece is missing or odd."""
+        whole = self._entries.get("embed.weight")
+        dtype = whole.dtype if isinstance(whole, Entry) and whole.dtype.is_floating_point else torch.bfloat16
+        for ours in list(self._entries):
+            entry, beside = self._entries[ours], self._companions.pop(ours, {})
+            assert isinstance(entry, Entry)
+            if not beside and entry.dtype.is_floating_point:
+                continue
+            if self.quantization is None:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {entry.name} is packed ({entry.dtype}), but config.json has no "
+                    "quantization_config that says how; gemcut reads bitsandbytes' 4-bit and int8 checkpoints"
+                )
+            if ours in ("embed.weight", names.LM_HEAD):
+                raise CheckpointError(
+                    f"{entry.file.path}: {entry.name} is packed; gemcut reads whole tables and cuts them itself: "
+                    "save the model again with lm_head among the skipped modules"
+                )
+            self._entries[ours] = PackedEntry(entry, beside, dtype)
+        for ours, beside in self._companions.items():
+            stray = next(iter(beside.values()))
+            raise CheckpointError(f"{stray.file.path}: tensor {stray.name} belongs to {ours}, which is missing")
 
 
 def weight_files(index: Path) -> dict[str, set[str]]:
@@ -174,13 +252,13 @@ def read_header(path: Path) -> list[Entry]:
 
 
 def _entry(name: str, value: dict[str, Any], file: MappedFile, start: int) -> Entry:
-    dtype = value["dtype"]
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"{file.path}: tensor {name} has dtype {dtype}; gemcut reads {', '.join(_DTYPES)}")
+    dtype, known = value["dtype"], _DTYPES | _PACKED_DTYPES
+    if dtype not in known:
+        raise CheckpointError(f"{file.path}: tensor {name} has dtype {dtype}; gemcut reads {', '.join(known)}")
     shape, (begin, end) = value["shape"], value["data_offsets"]
     if not all(type(n) is int and 0 < n < 1 << 48 for n in shape) or not all(type(n) is int for n in (begin, end)):
         raise ValueError("a size is not a positive whole number")
-    entry = Entry(name, file, start + begin, tuple(shape), _DTYPES[dtype])
+    entry = Entry(name, file, start + begin, tuple(shape), known[dtype])
     if begin < 0 or end - begin != entry.nbytes:
         raise ValueError("byte range and shape disagree")
     return entry

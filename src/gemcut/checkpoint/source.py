@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gemcut.checkpoint.gguf_reader import GgufFile
     from gemcut.checkpoint.safetensors_reader import SafetensorsFolder
     from gemcut.quantization.spec import Quantization
+    from gemcut.quantization.weights import Weight
     from gemcut.text.tokenizer import Tokenizer
 
 #: Called with (bytes done, bytes in all) while files are downloaded or read.
@@ -85,8 +86,16 @@ class Source:
 
     @property
     def quantization(self) -> Quantization | None:
-        """What the files' weights are cut to; None where they are whole."""
-        return None
+        """What a folder's weights are cut to, as its config.json says; None where they are whole.
+
+        A GGUF file's weights are dequantized while they are read, so they count as whole.
+        Raises CheckpointError for a format that gemcut does not read.
+        """
+        if self.kind == "gguf":
+            return None
+        from gemcut.checkpoint.bnb import stored_quantization
+
+        return stored_quantization(self.path / "config.json")
 
     def tensors(
         self,
@@ -94,7 +103,7 @@ class Source:
         *,
         dtype: torch.dtype | None = None,
         only: Collection[str] | None = None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    ) -> Iterator[tuple[str, Weight]]:
         """Stream every tensor once, on the CPU: (our name, tensor). See gemcut.checkpoint.names for the names.
 
         Norms come as ``scale = 1 + w`` in fp32. A folder's weights come as stored; a GGUF file's are dequantized to

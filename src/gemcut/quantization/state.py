@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from gemcut.errors import CheckpointError
+from gemcut.quantization.spec import BLOCK_SIZES
 from gemcut.quantization.tables import code_table, dynamic_map
-from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Int8Weight, Nested, Weight
 
 
 def to_stored(name: str, weight: Weight) -> dict[str, Tensor]:
@@ -47,3 +51,137 @@ def _four_bit(name: str, weight: FourBitWeight) -> dict[str, Tensor]:
         }
     packed = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {**stored, f"{name}.quant_state.bitsandbytes__{weight.quant_type}": packed}
+
+
+#: What stands in a file beside a cut weight's own tensor, after its name; the 4-bit state's name ends in its type.
+STATE_PREFIX = "quant_state.bitsandbytes__"
+_STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+_MAX_STATE_BYTES = 4096
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def from_stored(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> FourBitWeight | Int8Weight:
+    """The cut weight that a file's tensors stand for.
+
+    Args:
+        name: of the weight, for messages.
+        parts: its tensors: "weight", and beside it "SCB" and "weight_format", or "absmax", "quant_map",
+            "quant_state.bitsandbytes__nf4" and, with double quantization, "nested_absmax" and "nested_quant_map".
+        dtype: what an 8-bit weight decodes to; a 4-bit one says so itself.
+
+    Only shapes, dtypes and the small tables are looked at, not the statistics (``check_statistics`` does).
+    Raises CheckpointError that names the weight and what is wrong with it.
+    """
+    if "SCB" in parts:
+        return _int8_from(name, parts, dtype)
+    states = [key for key in parts if key.startswith(STATE_PREFIX)]
+    if len(states) != 1:
+        what = "has no quant_state" if not states else "has several quant_states"
+        raise CheckpointError(f"tensor {name} is quantized but {what} tensor; the checkpoint is incomplete or damaged")
+    quant_type = states[0].removeprefix(STATE_PREFIX)
+    state = _read_state(name, parts[states[0]], quant_type)
+    rows, columns = state["shape"]
+    blocks = -(-rows * columns // state["blocksize"])
+    codes = parts["weight"].reshape(-1).view(torch.uint8)
+    if abs(codes.numel() - -(-rows * columns // 2)) >= parts["weight"].element_size():
+        raise CheckpointError(
+            f"tensor {name} holds {codes.numel():,} bytes of codes; its shape {state['shape']} needs "
+            f"{-(-rows * columns // 2):,}: the file is damaged"
+        )
+    nested = state.keys() & _NESTED_KEYS
+    wanted = {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if nested else set())
+    have = parts.keys() - {"weight", states[0]}
+    if have != wanted:
+        odd = sorted(have ^ wanted)[0]
+        state_of = "unexpected" if odd in have else "missing"
+        raise CheckpointError(f"tensor {name}.{odd} is {state_of}: the file is damaged")
+    _expect(name, parts, "absmax", torch.uint8 if nested else torch.float32, blocks)
+    _expect_table(name, parts, "quant_map", code_table(cast(FourBitType, quant_type)))
+    inner = None
+    if nested:
+        _expect(name, parts, "nested_absmax", torch.float32, -(-blocks // NESTED_BLOCK_SIZE))
+        _expect_table(name, parts, "nested_quant_map", dynamic_map())
+        inner = Nested(parts["nested_absmax"].reshape(-1), float(state["nested_offset"]))
+    return FourBitWeight(
+        codes[: -(-rows * columns // 2)],
+        parts["absmax"].reshape(-1),
+        cast(FourBitType, quant_type),
+        state["blocksize"],
+        (rows, columns),
+        _DTYPES[state["dtype"]],
+        inner,
+    )
+
+
+def check_statistics(name: str, weight: FourBitWeight | Int8Weight) -> None:
+    """Raise CheckpointError if a statistic of ``weight`` is NaN or infinite."""
+    for tensor in weight.tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"tensor {name}: its block statistics hold NaN or infinity; the file is damaged")
+
+
+def _int8_from(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Int8Weight:
+    codes = parts["weight"]
+    if codes.dtype != torch.int8 or codes.ndim != 2:
+        raise CheckpointError(f"tensor {name} is {codes.dtype} {list(codes.shape)}; expected an int8 matrix beside SCB")
+    odd = sorted(parts.keys() - {"weight", "SCB", "weight_format"})
+    if odd:
+        raise CheckpointError(f"tensor {name}.{odd[0]} is unexpected beside an 8-bit weight: the file is damaged")
+    _expect(name, parts, "SCB", torch.float32, codes.shape[0])
+    if "weight_format" in parts and int(parts["weight_format"].reshape(-1)[0]) != 0:
+        raise CheckpointError(
+            f"tensor {name} is stored in an old layout for one kind of GPU (weight_format "
+            f"{int(parts['weight_format'].reshape(-1)[0])}); save it again with a current bitsandbytes"
+        )
+    return Int8Weight(codes, parts["SCB"].reshape(-1), dtype)
+
+
+def _read_state(name: str, packed: Tensor, quant_type: str) -> dict[str, Any]:
+    """The JSON of a quant_state tensor, every value checked."""
+
+    def damaged(why: str) -> CheckpointError:
+        return CheckpointError(f"tensor {name}: its quant_state {why}; the file is damaged or of a newer format")
+
+    if packed.dtype != torch.uint8 or packed.numel() > _MAX_STATE_BYTES:
+        raise damaged("is no short text")
+    try:
+        state = json.loads(bytes(packed.reshape(-1).tolist()))
+        keys = state.keys()
+    except (ValueError, AttributeError, RecursionError):
+        raise damaged("is no JSON object") from None
+    if keys not in (_STATE_KEYS, _STATE_KEYS | _NESTED_KEYS):
+        odd = sorted((keys ^ _STATE_KEYS) - _NESTED_KEYS) or sorted(_NESTED_KEYS - keys)
+        raise damaged(f"{'lacks' if odd[0] not in keys else 'has an unknown'} {odd[0]!r}")
+    shape = state["shape"]
+    whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
+    if quant_type not in ("nf4", "fp4") or state["quant_type"] != quant_type:
+        raise damaged(f"says {str(state['quant_type'])[:20]!r}; expected nf4 or fp4, as its name does")
+    if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_SIZES:
+        raise damaged(f"says blocksize {str(state['blocksize'])[:20]}; expected one of {BLOCK_SIZES}")
+    if not whole or state["dtype"] not in _DTYPES:
+        raise damaged("has a wrong shape or dtype")
+    if keys & _NESTED_KEYS:
+        offset = state["nested_offset"]
+        if type(offset) not in (int, float) or not math.isfinite(offset):
+            raise damaged("has a nested_offset that is no finite number")
+        if state["nested_blocksize"] != NESTED_BLOCK_SIZE or state["nested_dtype"] != "float32":
+            raise damaged(f"has other nested blocks than {NESTED_BLOCK_SIZE} in float32")
+    return cast("dict[str, Any]", state)
+
+
+def _expect(name: str, parts: dict[str, Tensor], leaf: str, dtype: torch.dtype, count: int) -> None:
+    tensor = parts[leaf]
+    if tensor.dtype != dtype or tensor.numel() != count:
+        have, wanted = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype))
+        raise CheckpointError(
+            f"tensor {name}: {leaf} is {tensor.numel():,} values of {have}; expected {count:,} of {wanted}: "
+            "the file is damaged"
+        )
+
+
+def _expect_table(name: str, parts: dict[str, Tensor], leaf: str, table: Tensor) -> None:
+    """A stored table is for information: bitsandbytes decodes with its own, so another one would mean other numbers."""
+    _expect(name, parts, leaf, torch.float32, table.numel())
+    if not torch.allclose(parts[leaf].reshape(-1), table, rtol=0, atol=1e-6):
+        raise CheckpointError(f"tensor {name}: {leaf} is not the table of its format, and no other can be decoded")

@@ -58,6 +58,19 @@ def quantize_tensors(
         del weight  # before the reader moves on, so that its memory can go
 
 
+def quantize_table(
+    stream: Iterable[tuple[str, Weight]], *, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Weight]]:
+    """Cut the embedding of ``stream`` to 8 bits and pass all else, for a checkpoint whose layers are cut already."""
+    for name, weight in stream:
+        if name == EMBEDDING and isinstance(weight, Tensor):
+            check_finite(name, weight)
+            yield name, _cut_rows(weight, dtype, quantize_int8_rows)
+        else:
+            yield name, weight
+        del weight
+
+
 def cut(name: str, weight: Tensor, spec: Quantization) -> FourBitWeight | Int8Weight:
     """``weight`` [out, in], finite, in ``spec``'s format. Raises CheckpointError where int8 cannot hold it."""
     if spec.format != "int8":

@@ -1,0 +1,82 @@
+"""What a folder says of weights that bitsandbytes' format packs: its config.json, and the names of the tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemcut.errors import CheckpointError, ParameterError
+from gemcut.quantization.spec import Quantization
+
+_BESIDE_4BIT = re.compile(
+    r"(?P<base>.+\.weight)\."
+    r"(?P<leaf>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__[a-z0-9]{1,16})"
+)
+_BESIDE_8BIT = re.compile(r"(?P<module>.+)\.(?P<leaf>SCB|weight_format)")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LOADS = "gemcut reads whole weights and bitsandbytes' 4-bit and int8 checkpoints"
+
+
+def companion(name: str) -> tuple[str, str]:
+    """("….up_proj.weight", "absmax") of a tensor that stands beside a packed weight; (name, "") of any other."""
+    match = _BESIDE_4BIT.fullmatch(name)
+    if match:
+        return match["base"], match["leaf"]
+    match = _BESIDE_8BIT.fullmatch(name)
+    return (f"{match['module']}.weight", match["leaf"]) if match else (name, "")
+
+
+def stored_quantization(config: Path) -> Quantization | None:
+    """How the weights beside this config.json are cut; None where they are whole.
+
+    Missing keys have transformers' defaults (fp4, no double quantization, fp32 compute).
+    Raises CheckpointError for another method than bitsandbytes, naming it, and for damaged values.
+    """
+    try:
+        data = json.loads(config.read_bytes())
+        raw, own = data.get("quantization_config"), data.get("gemcut")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {config}: {error}") from None
+    head = own.get("head") if isinstance(own, dict) else None
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{config}: quantization_config is no JSON object")
+    method = raw.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & raw.keys() else None)
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"{config.parent} is quantized by {str(method)[:40]!r}, which is not supported: {_LOADS}; take the "
+            "original model and choose quantization='nf4' or 'int8' while loading"
+        )
+    try:
+        return _spec(raw, head)
+    except (ParameterError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{config}: quantization_config is damaged: {error}") from None
+
+
+def _spec(raw: dict[str, Any], head: Any) -> Quantization:
+    four = raw.get("load_in_4bit", raw.get("_load_in_4bit", False)) is True
+    eight = raw.get("load_in_8bit", raw.get("_load_in_8bit", False)) is True
+    if four == eight:
+        raise ParameterError("it must set one of load_in_4bit and load_in_8bit")
+    skip = raw.get("llm_int8_skip_modules")
+    if skip is not None and not (isinstance(skip, list) and all(isinstance(module, str) for module in skip)):
+        raise ParameterError("llm_int8_skip_modules is no list of names")
+    modules = None if skip is None else tuple(skip)
+    if eight:
+        threshold = raw.get("llm_int8_threshold", 6.0)
+        if type(threshold) not in (int, float) or not math.isfinite(threshold):
+            raise ParameterError("llm_int8_threshold is no number")
+        return Quantization("int8", head=head, skip=modules)
+    return Quantization(
+        raw.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=raw.get("bnb_4bit_use_double_quant", False) is True,
+        head=head,
+        compute_dtype=_DTYPES[str(raw.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")],
+        skip=modules,
+    )
