@@ -108,7 +108,8 @@ def calibrate(
         source: a checkpoint with whole weights.
         spec: what to cut to.
         documents: token ids of each sample text, ``<bos>`` included.
-        dtype: compute dtype, also that of weights left whole; None: the checkpoint's own, bf16 for a GGUF file.
+        dtype: compute dtype; matrices are rounded to it before they are cut. None: the checkpoint's own, bf16 for a
+            GGUF file.
         progress: hears (weights done, weights in all).
         start_layer: first layer to yield; others are taken as done.
         state: kept up to date while layers come; needed, as it was saved, to start at another layer than the first.
@@ -123,7 +124,7 @@ def calibrate(
         ParameterError: a format without calibration, no tokens, or a state that does not fit.
         CheckpointError: NaN or infinity in a weight, or one that is cut already.
     """
-    _check(spec, documents)
+    _check(source, spec, documents)
     config = source.config()
     compute = dtype or source.stored_dtype or torch.bfloat16
     state = state or CalibrationState()
@@ -216,7 +217,7 @@ class _Run:
             if not isinstance(tensor, Tensor):
                 raise CheckpointError(f"tensor {name} is quantized already; calibrate from the whole weights")
             check_finite(name, tensor)
-            tensors[name] = tensor
+            tensors[name] = tensor.to(self.dtype) if tensor.ndim == 2 else tensor
             if name.endswith(".scale"):
                 owner, leaf = name.removeprefix(prefix).rsplit(".", 1)
                 setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
@@ -353,7 +354,9 @@ def _chunks(documents: Sequence[Sequence[int]]) -> list[list[int]]:
     return chunks
 
 
-def _check(spec: Quantization, documents: Sequence[Sequence[int]]) -> None:
+def _check(source: Source, spec: Quantization, documents: Sequence[Sequence[int]]) -> None:
+    if source.quantization is not None:
+        raise CheckpointError(f"{source.name} is quantized already; calibrate from the whole weights")
     if spec.format == "int8":
         raise ParameterError("calibration is for nf4 and fp4; int8 loses next to nothing: quantize without it")
     if not documents or not all(documents):
