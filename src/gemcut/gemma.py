@@ -336,14 +336,14 @@ def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:
 
 def _check_memory(source: Source, dtype: torch.dtype, device: torch.device, spec: Quantization | None) -> None:
     """Refuse before loading what cannot fit."""
-    if spec is not None:
-        return
-    plan = MemoryPlan.make(source.config(), dtype=str(dtype).removeprefix("torch."), context=1)
+    plan = MemoryPlan.make(source.config(), dtype=str(dtype).removeprefix("torch."), context=1, quantization=spec)
     available = free_memory(device)
     if available is not None and plan.weights > available:
+        kind = plan.dtype if spec is None else spec.format
+        way = "quantization='nf4', " if spec is None else ""
         raise CapacityError(
-            f"the weights of {source.name} need {plan.weights / 1e9:.1f} GB in {plan.dtype}; {available / 1e9:.1f} GB "
-            f"are free on {device}: choose a smaller model or another device (`gemcut plan` shows what fits)"
+            f"the weights of {source.name} need {plan.weights / 1e9:.1f} GB in {kind}; {available / 1e9:.1f} GB are "
+            f"free on {device}: choose {way}a smaller model or another device (`gemcut plan` shows what fits)"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gemcut.checkpoint.load import load_model_weights
-from gemcut.checkpoint.names import hf_module
+from gemcut.checkpoint.names import FUSED, export_tensors, hf_module, split_layer
 from gemcut.checkpoint.source import Source
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
@@ -15,6 +15,7 @@ from gemcut.kernels.memory import weight_allocator
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
 from gemcut.model.quantized import Int8Embedding, QuantizedLinear, quantized_embedding, quantized_linear
+from gemcut.quantization.decode import decode
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_table, quantize_tensors
 from gemcut.quantization.weights import Weight, move_weight
@@ -102,6 +103,22 @@ def move_network(model: Model, device: torch.device, kernels: str = "auto") -> M
             new.fill([move_weight(weight, device) for weight in old.weights])
     bind_kernels(moved, device, kernels)
     return moved
+
+
+def export_network(model: Model) -> Iterator[tuple[str, Weight]]:
+    """A network's weights under Hugging Face names, cut ones as they are; a table in 8 bits is decoded.
+
+    bitsandbytes has no stored form for a cut table; decoded to bf16 or fp32 it gives the same 8-bit codes again.
+    """
+    packed: dict[str, Weight] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Embedding):
+            packed[f"{name}.weight"] = decode(module.weights[0], model.dtype)
+        elif isinstance(module, QuantizedLinear):
+            prefix, inner = split_layer(f"{name}.weight")
+            parts = FUSED.get(inner, (inner,))
+            packed |= {prefix + part: weight for part, weight in zip(parts, module.weights, strict=True)}
+    return export_tensors(dict(model.named_parameters()), model.config, packed=packed)
 
 
 def effective_quantization(source: Source, asked: Quantization | None) -> Quantization | None:

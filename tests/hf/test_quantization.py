@@ -13,8 +13,9 @@ import torch
 import transformers
 
 import support
-from gemcut import hf
+from gemcut import Gemma, hf
 from gemcut.errors import CheckpointError, GemcutError, ParameterError, UnsupportedError
+from gemcut.hf.model import GemmaForCausalLM
 from gemcut.quantization.four_bit import block_absmax
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.weights import FourBitWeight, Int8Weight
@@ -241,9 +242,48 @@ def test_a_cut_model_keeps_its_dtype(checkpoint: Path) -> None:
             change()
 
 
-def test_saving_a_cut_model_is_refused_with_the_way_to_do_it(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="gemcut quantize MODEL OUT"):
-        ours(checkpoint, **NF4).save_pretrained(tmp_path / "out")
+@pytest.mark.parametrize("shard", ["5GB", "20MB"])
+@pytest.mark.parametrize("name", list(CARD))
+def test_a_saved_cut_model_loads_in_transformers_and_here(
+    name: str, shard: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = ours(checkpoint, **CARD[name])
+    ids = torch.arange(5, 40)[None]
+    before = model(ids).logits
+    model.save_pretrained(tmp_path / "out", max_shard_size=shard)
+    hf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "out")
+
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto")
+    assert torch.equal(again(ids).logits, before)
+
+    # Theirs: loaded without a word of configuration, compared before it runs (which would change its statistics).
+    foreign = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    for index, layer in enumerate(foreign.model.layers):
+        weight = model.gemma.model.layers[index].mlp.down_proj.weights[0]
+        parameter = layer.mlp.down_proj.weight
+        if name == "int8":
+            codes = parameter.CB if parameter.CB is not None else parameter.data
+            assert torch.equal(codes, weight.codes)
+            continue
+        assert torch.equal(parameter.data.flatten(), weight.codes)
+        state = parameter.quant_state
+        assert torch.equal(state.absmax, weight.absmax)
+        if weight.nested is not None:
+            assert torch.equal(state.state2.absmax, weight.nested.scale)
+            assert float(state.offset) == weight.nested.offset
+    with torch.no_grad():
+        theirs_logits = foreign(ids).logits.float()
+    error = (before.float() - theirs_logits).norm() / theirs_logits.norm()
+    assert error < 0.05, error
+
+
+def test_an_8_bit_head_survives_saving(checkpoint: Path, tmp_path: Path) -> None:
+    gemma = Gemma.load(checkpoint, quantization=Quantization("nf4", head="int8"), progress=False)
+    codes = gemma.model.embed.weights[0].codes
+    GemmaForCausalLM(gemma).save_pretrained(tmp_path / "out")
+    hf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "out")
+    again = Gemma.load(tmp_path / "out", progress=False)
+    assert torch.equal(again.model.embed.weights[0].codes, codes)
 
 
 def test_memory_footprint_counts_every_byte(checkpoint: Path) -> None:

@@ -80,3 +80,30 @@ def _spec(raw: dict[str, Any], head: Any) -> Quantization:
         compute_dtype=_DTYPES[str(raw.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")],
         skip=modules,
     )
+
+
+def config_entries(spec: Quantization, dtype: str) -> dict[str, Any]:
+    """What config.json says of cut weights: transformers' ``quantization_config``, and our own word for the head."""
+    own = {} if spec.head is None else {"gemcut": {"head": spec.head}}
+    return {"quantization_config": bnb_config(spec, dtype), **own}
+
+
+def bnb_config(spec: Quantization, dtype: str) -> dict[str, Any]:
+    """``quantization_config`` of config.json, as transformers writes it for bitsandbytes."""
+    eight = spec.format == "int8"
+    compute = dtype if spec.compute_dtype is None else str(spec.compute_dtype).removeprefix("torch.")
+    return {
+        "_load_in_4bit": not eight,
+        "_load_in_8bit": eight,
+        "bnb_4bit_compute_dtype": "float32" if eight else compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "fp4" if eight else spec.format,
+        "bnb_4bit_use_double_quant": spec.double_quant and not eight,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if spec.skip is None else list(spec.skip),
+        "llm_int8_threshold": 6.0 if spec.activation_threshold is None else spec.activation_threshold,
+        "load_in_4bit": not eight,
+        "load_in_8bit": eight,
+        "quant_method": "bitsandbytes",
+    }

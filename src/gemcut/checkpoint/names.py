@@ -15,6 +15,8 @@ from gemcut.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from gemcut.quantization.weights import Weight
+
 #: (ours, Hugging Face's, GGUF's) for tensors outside the layers.
 _OUTER = [
     ("embed.weight", "model.embed_tokens.weight", "token_embd.weight"),
@@ -138,17 +140,26 @@ def check_shapes(
 
 
 def export_tensors(
-    state: Mapping[str, torch.Tensor], config: GemmaConfig, *, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+    state: Mapping[str, torch.Tensor],
+    config: GemmaConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    packed: Mapping[str, Weight] | None = None,
+) -> Iterator[tuple[str, Weight]]:
     """The network's parameters under Hugging Face names: fused rows apart, norms as ``w = scale - 1``.
 
-    ``dtype`` of every tensor; None keeps the weights' own and gives norms the embedding's. Weights that need no
-    conversion are views. A norm read from a bf16 (fp16) file comes back exactly where ``|w| >= 2**-16`` (``2**-13``)
-    or ``w == 0``; a smaller one, and any fp32 ``w``, to within the rounding of ``1 + w`` in fp32, which is what every
-    implementation of the network computes with.
+    ``dtype`` of every whole tensor; None keeps the weights' own and gives norms the embedding's. Weights that need no
+    conversion are views. ``packed`` holds what is not in ``state``, by our unfused names. A norm read from a bf16
+    (fp16) file comes back exactly where ``|w| >= 2**-16`` (``2**-13``) or ``w == 0``; a smaller one, and any fp32
+    ``w``, to within the rounding of ``1 + w`` in fp32, which is what every implementation computes with.
     """
-    norm_dtype = dtype or state["embed.weight"].dtype
+    packed = packed or {}
+    table = state["embed.weight"] if "embed.weight" in state else packed["embed.weight"]
+    norm_dtype = dtype or table.dtype
     for name in expected_shapes(config):
+        if name in packed:
+            yield to_hf(name), packed[name]
+            continue
         tensor = _unfused(state, name, config)
         if name.endswith(".scale"):
             yield to_hf(name), (tensor.float() - 1.0).to(norm_dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemcut.checkpoint import names
+from gemcut.checkpoint.bnb import config_entries
 from gemcut.checkpoint.safetensors_reader import INDEX
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.checkpoint.source import Source
@@ -391,9 +392,7 @@ def _finish(
     from gemcut import __version__
 
     dtype = str(_dtype(source)).removeprefix("torch.")
-    config = {**source.config().to_dict(), "torch_dtype": dtype, "quantization_config": bnb_config(spec, dtype)}
-    if spec.head is not None:
-        config["gemcut"] = {"head": spec.head}
+    config = {**source.config().to_dict(), "torch_dtype": dtype, **config_entries(spec, dtype)}
     _write_json(work / "config.json", config)
     _carry(source, work)
     if len(state["shards"]) > 1:
@@ -433,27 +432,6 @@ def _carry(source: Source, work: Path) -> None:
             _write_json(work / "generation_config.json", generation)
     if source.licence_notice and not any(work.glob("NOTICE*")):
         (work / "NOTICE").write_text(source.licence_notice + "\n", encoding="utf-8")
-
-
-def bnb_config(spec: Quantization, dtype: str) -> dict[str, Any]:
-    """``quantization_config`` of config.json, as transformers writes it for bitsandbytes."""
-    eight = spec.format == "int8"
-    compute = dtype if spec.compute_dtype is None else str(spec.compute_dtype).removeprefix("torch.")
-    return {
-        "_load_in_4bit": not eight,
-        "_load_in_8bit": eight,
-        "bnb_4bit_compute_dtype": "float32" if eight else compute,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "fp4" if eight else spec.format,
-        "bnb_4bit_use_double_quant": spec.double_quant and not eight,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None if spec.skip is None else list(spec.skip),
-        "llm_int8_threshold": 6.0 if spec.activation_threshold is None else spec.activation_threshold,
-        "load_in_4bit": not eight,
-        "load_in_8bit": eight,
-        "quant_method": "bitsandbytes",
-    }
 
 
 def _publish(work: Path, out: Path) -> None:

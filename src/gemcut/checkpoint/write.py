@@ -12,30 +12,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemcut.checkpoint.bnb import config_entries
 from gemcut.checkpoint.safetensors_reader import INDEX
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.state import to_stored
+from gemcut.quantization.weights import Weight
 
 if TYPE_CHECKING:
     from gemcut.text.tokenizer import Tokenizer
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def save_folder(
     path: str | Path,
     config: GemmaConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, Weight]],
     tokenizer: Tokenizer | None,
     max_shard_bytes: int = 5_000_000_000,
     *,
     generation_config: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
 ) -> Path:
     """Write config.json, safetensors (Hugging Face names, in shards of at most ``max_shard_bytes``), and the tokenizer.
 
     Everything goes to a temporary folder beside ``path`` that is renamed at the end: a full disk, an error or Ctrl-C
-    leaves nothing behind. ``path`` must not exist or be empty. One shard's tensors are held at a time.
+    leaves nothing behind. ``path`` must not exist or be empty. One shard's tensors are held at a time. Cut weights are
+    written as bitsandbytes stores them; ``quantization`` says in config.json what they are.
     Raises CheckpointError.
     """
     path = Path(path)
@@ -46,6 +58,8 @@ def save_folder(
         part.mkdir(parents=True)
         dtype = _write_shards(part, tensors, max_shard_bytes)
         data = {**config.to_dict(), "torch_dtype": dtype}
+        if quantization is not None:
+            data |= config_entries(quantization, dtype)
         _write_json(part / "config.json", data)
         if generation_config:
             _write_json(part / "generation_config.json", generation_config)
@@ -73,7 +87,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     for name, tensor in ordered:
         if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"cannot save {name} as {tensor.dtype}; expected fp32, fp16 or bf16")
+            raise CheckpointError(
+                f"cannot save {name} as {tensor.dtype}; expected one of {', '.join(_DTYPES.values())}"
+            )
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -88,8 +104,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     return end
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> str:
-    """Write the tensors as they come, starting a new file before one would pass ``limit``; return the main dtype."""
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Weight]], limit: int) -> str:
+    """Write the weights as they come, starting a new file before one would pass ``limit``; return the main dtype.
+
+    The main dtype is that of most bytes of whole tensors. What stands for one cut weight lies in one file.
+    """
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total = held = 0
@@ -103,13 +122,15 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], lim
         pending.clear()
         held = 0
 
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
+    for name, weight in tensors:
+        stored = to_stored(name, weight)
+        nbytes = sum(tensor.nbytes for tensor in stored.values())
         if held and held + nbytes > limit:
             flush()
-        pending[name] = tensor
+        pending |= stored
         held += nbytes
-        bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + nbytes
+        if isinstance(weight, torch.Tensor):
+            bytes_of[weight.dtype] = bytes_of.get(weight.dtype, 0) + nbytes
     flush()
     if not shards:
         raise CheckpointError("there is no tensor to save")

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from gemcut.checkpoint.names import export_tensors
 from gemcut.checkpoint.write import save_folder
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma
 from gemcut.hardware import parse_dtype
 from gemcut.hf.common import Refusal, find_device
-from gemcut.network import move_network
+from gemcut.network import export_network, move_network
 
 _DEVICES = "a model is on one device in this version"
 _OFFLOAD = "nothing is offloaded in this version"
@@ -163,20 +162,20 @@ def shard_bytes(size: int | str) -> int:
 
 def save(gemma: Gemma, folder: Path, max_shard_bytes: int, generation_config: dict[str, Any]) -> None:
     """Write the model into ``folder``, which may hold a tokenizer but no other model."""
-    if gemma.model.quantization is not None:
-        raise UnsupportedError(
-            "save_pretrained of a quantized model is not in this version: `gemcut quantize MODEL OUT` writes the folder"
-        )
     taken = [*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")]
     if taken:
         raise CheckpointError(f"{folder} already holds a model ({taken[0].name}); choose another name or remove it")
-    tensors = export_tensors(dict(gemma.model.named_parameters()), gemma.config)
+    tensors, cut = export_network(gemma.model), gemma.model.quantization
     if not folder.is_dir() or not any(folder.iterdir()):
-        save_folder(folder, gemma.config, tensors, None, max_shard_bytes, generation_config=generation_config)
+        save_folder(
+            folder, gemma.config, tensors, None, max_shard_bytes, generation_config=generation_config, quantization=cut
+        )
         return
     part = folder / f".model.{os.getpid()}"
     try:
-        save_folder(part, gemma.config, tensors, None, max_shard_bytes, generation_config=generation_config)
+        save_folder(
+            part, gemma.config, tensors, None, max_shard_bytes, generation_config=generation_config, quantization=cut
+        )
         # config.json last: where it is, everything is.
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
