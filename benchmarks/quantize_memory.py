@@ -1,4 +1,4 @@
-"""How much memory and time ``gemcut quantize`` takes on layers of full width.
+"""How much memory and time ``gemcut quantize`` and cutting while loading take on layers of full width.
 
 Writes a random bf16 checkpoint in shards (the family member's true width and vocabulary, a few layers), cuts it in a
 process of its own, and prints that process's peak memory: all of it, and the part that is not file pages, which the
@@ -94,6 +94,42 @@ def arithmetic(config: GemmaConfig, spec: Quantization) -> float:
     return done / seconds
 
 
+_LOAD = """
+import sys, torch
+from pathlib import Path
+from gemcut.checkpoint.source import resolve
+from gemcut.network import load_network
+from gemcut.quantization.spec import Quantization
+status = lambda: {k: v for k, v in (l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines())}
+before = int(status()["VmRSS"].split()[0])
+model = load_network(resolve(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"),
+                     quantization=Quantization(sys.argv[2]))
+size = sum(w.nbytes for m in model.modules() for w in getattr(m, "weights", ()))
+size += sum(p.nbytes for p in model.parameters())
+print(before * 1024, size)
+"""
+
+
+def load(source: Path, kind: str, largest: int) -> None:
+    """Peak memory of a process that loads ``source`` and cuts it on the way."""
+    command = [sys.executable, "-c", _LOAD, str(source), kind]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watch = Watch(process.pid)
+    watch.start()
+    printed, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit("loading failed")
+    watch.join()
+    before, size = map(int, printed.split())
+    print(f"cut while loading: {time.perf_counter() - started:.1f} s with start")
+    print(
+        f"  peak memory {watch.peak / GB:.2f} GB, of it not pages of files {watch.private / GB:.2f} GB; interpreter "
+        f"and torch {before / GB:.2f} GB, the cut network {size / GB:.2f} GB, largest tensor {largest / GB:.2f} GB"
+    )
+    print(f"  above network and interpreter: {(watch.peak - size - before) / GB:.2f} GB")
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,6 +163,7 @@ def main() -> None:
         rate = arithmetic(config, Quantization(args.to))
         print(f"time: {seconds:.1f} s with start; {size / seconds / GB:.2f} GB/s of bf16")
         print(f"cutting alone, in memory: {rate / GB:.2f} GB/s, so {linears / rate:.1f} s for these linear layers")
+        load(source, args.to, embedding)
         started = time.perf_counter()
         target = Path(temporary, "copy")
         for file in sorted(out.glob("*.safetensors")):

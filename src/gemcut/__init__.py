@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemcut.hf import GenerationConfig as GenerationConfig
     from gemcut.hf import TextIteratorStreamer as TextIteratorStreamer
     from gemcut.hf import TextStreamer as TextStreamer
+    from gemcut.quantization.spec import Quantization as Quantization
     from gemcut.results import Completion as Completion
     from gemcut.results import TextStream as TextStream
 
@@ -35,6 +36,7 @@ _HOME = {
     "Gemma": "gemcut.gemma",
     "GemmaConfig": "gemcut.config",
     "GenerationConfig": "gemcut.hf",
+    "Quantization": "gemcut.quantization.spec",
     "SamplingParams": "gemcut.engine.sampling",
     "TextIteratorStreamer": "gemcut.hf",
     "TextStream": "gemcut.results",
