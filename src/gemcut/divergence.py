@@ -7,7 +7,7 @@ both predict alike. It sees every change of a prediction, of which perplexity sh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,31 +59,45 @@ class Reference:
     @torch.inference_mode()
     def compare(self, cut: Model) -> Divergence:
         """Measure ``cut`` on the same documents; it may be on another device and of another dtype."""
-        kl: list[Tensor] = []
-        loss = reference_loss = 0.0
-        same = 0
-        for document, states in zip(self.documents, self.hidden, strict=True):
-            ours = _hidden(cut, document)
-            targets = torch.tensor(document[1:])
-            for start in range(0, len(targets), _ROWS):
-                rows = slice(start, start + _ROWS)
-                p = _log_probabilities(self.whole.head(states[rows]).cpu())
-                q = _log_probabilities(cut.head(ours[rows]).cpu())
-                wanted = targets[rows, None]
-                loss -= q.gather(1, wanted).sum().item()
-                reference_loss -= p.gather(1, wanted).sum().item()
-                same += int((p.argmax(dim=1) == q.argmax(dim=1)).sum())
-                kl.append(torch.linalg.vecdot(p.exp(), p - q))
-        every = torch.cat(kl)
-        count = every.numel()
-        return Divergence(
-            tokens=count,
-            perplexity=math.exp(loss / count),
-            reference_perplexity=math.exp(reference_loss / count),
-            kl=every.mean(dtype=torch.float64).item(),
-            kl_p99=every.quantile(0.99).item(),
-            same_top=same / count,
-        )
+        ours = torch.cat([_hidden(cut, document) for document in self.documents])
+        targets = torch.cat([torch.tensor(document[1:]) for document in self.documents])
+        return measure(torch.cat(self.hidden), ours, targets, self.whole.head, cut.head)
+
+
+@torch.inference_mode()
+def measure(
+    expected: Tensor,
+    found: Tensor,
+    targets: Tensor,
+    whole_head: Callable[[Tensor], Tensor],
+    cut_head: Callable[[Tensor], Tensor],
+) -> Divergence:
+    """Compare two networks' predictions from their final states [T, d], a few rows of logits at a time.
+
+    ``targets`` int64 [T] are the tokens that came; a head gives fp32 logits [n, V], which are overwritten.
+    """
+    kl: list[Tensor] = []
+    loss = reference_loss = 0.0
+    same = 0
+    for start in range(0, len(targets), _ROWS):
+        rows = slice(start, start + _ROWS)
+        p = _log_probabilities(whole_head(expected[rows]).cpu())
+        q = _log_probabilities(cut_head(found[rows]).cpu())
+        wanted = targets[rows, None]
+        loss -= q.gather(1, wanted).sum().item()
+        reference_loss -= p.gather(1, wanted).sum().item()
+        same += int((p.argmax(dim=1) == q.argmax(dim=1)).sum())
+        kl.append(torch.linalg.vecdot(p.exp(), p - q))
+    every = torch.cat(kl)
+    count = every.numel()
+    return Divergence(
+        tokens=count,
+        perplexity=math.exp(loss / count),
+        reference_perplexity=math.exp(reference_loss / count),
+        kl=every.mean(dtype=torch.float64).item(),
+        kl_p99=every.quantile(0.99).item(),
+        same_top=same / count,
+    )
 
 
 @torch.inference_mode()

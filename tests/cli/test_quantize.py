@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import support
+from gemcut.text import Tokenizer
+from gemcut.text.samples import read_calibration_text
 
 from .conftest import Cli
 
@@ -47,6 +51,28 @@ def test_calibration_by_a_text(cli: Cli, whole: Path, tmp_path: Path) -> None:
     run = cli("quantize", whole, tmp_path / "out", "--calibrate", tmp_path / "text.txt", "--json")
     assert run.code == 0
     assert json.loads(run.out)["options"]["calibration_tokens"] > 256
+
+
+def test_calibration_reports_what_the_held_out_text_lost(cli: Cli, whole: Path, tmp_path: Path) -> None:
+    lines = [f"Chapter {i}: the {i * 7919 % 1000} quick foxes jump over {i} lazy dogs.\n" for i in range(200)]
+    (tmp_path / "text.txt").write_text("".join(lines))
+    run = cli("quantize", whole, tmp_path / "out", "--calibrate", tmp_path / "text.txt")
+    assert run.code == 0
+    found = json.loads((tmp_path / "out" / "gemcut_quantization.json").read_text())["held_out"]
+    assert f"perplexity {found['perplexity']:.2f}, was {found['reference_perplexity']:.2f}" in run.out
+    # An independent reference: transformers, on the same held-out documents.
+    tokenizer = Tokenizer.from_folder(whole)
+    every = read_calibration_text(tmp_path / "text.txt", tokenizer, tokens=18432, context=128)
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32, attn_implementation="eager")
+    loss, count = 0.0, 0
+    with torch.no_grad():
+        for document in every[8::9]:
+            ids = torch.tensor([document])
+            loss += model(ids, labels=ids).loss.item() * (len(document) - 1)
+            count += len(document) - 1
+    assert found["tokens"] == count
+    assert found["reference_perplexity"] == pytest.approx(math.exp(loss / count), rel=0.02)  # bf16 beside fp32
+    assert 0 < found["kl"] < found["kl_p99"]
 
 
 @pytest.mark.parametrize(

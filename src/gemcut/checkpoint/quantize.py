@@ -420,6 +420,21 @@ def _finish(
     return report
 
 
+def add_to_report(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    """Add entries to the report of a finished folder; returns the whole. Raises CheckpointError."""
+    path = folder / REPORT
+    part = folder / f".{REPORT}.{os.getpid()}.part"
+    try:
+        report = {**json.loads(path.read_bytes()), **entries}
+        _write_json(part, report)
+        part.replace(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; the folder itself is complete") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return report
+
+
 def _carry(source: Source, work: Path) -> None:
     if source.path.is_dir():
         for pattern in _CARRIED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -52,7 +53,7 @@ def quantize(
         shard = parse_memory(max_shard_size)
     except ParameterError:
         raise ParameterError(f"max-shard-size is {max_shard_size!r}; expected a size such as 5GB or 500MB") from None
-    from gemcut.checkpoint.quantize import check_out, quantize_checkpoint, working_folder
+    from gemcut.checkpoint.quantize import add_to_report, check_out, quantize_checkpoint, working_folder
     from gemcut.progress import LoadProgress
 
     if calibrate is not None and spec.format == "int8":
@@ -60,7 +61,7 @@ def quantize(
     check_out(out)  # before anything is downloaded for nothing
     with LoadProgress(True, f"downloading {model}") as report:
         source = hub.fetch(model, report)
-    cutter, options = (None, {}) if calibrate is None else _calibration(source, spec, calibrate)
+    cutter, options, held_out = (None, {}, []) if calibrate is None else _calibration(source, spec, calibrate)
     with LoadProgress(True, f"quantizing {source.name}") as report:
         try:
             result = quantize_checkpoint(
@@ -76,6 +77,13 @@ def quantize(
         except KeyboardInterrupt:
             output.note(f"stopped; the same command goes on from here, finished files wait in {working_folder(out)}")
             raise
+    if held_out:
+        from gemcut.checkpoint.source import resolve
+        from gemcut.streamed import compare_checkpoints
+
+        with LoadProgress(True, "comparing with the whole model") as report:
+            divergence = compare_checkpoints(source, resolve(out), held_out, progress=report)
+        result = add_to_report(out, {"held_out": dataclasses.asdict(divergence)})
     if as_json:
         output.print_json(result)
     else:
@@ -90,19 +98,20 @@ def _spec(to: str, double_quant: bool, block_size: int, head: str | None) -> Qua
     return Quantization(cast(Format, to), double_quant=double_quant, block_size=block_size, head=cast("Any", head))
 
 
-def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter, dict[str, Any]]:
-    """The cutter that goes by the sample ``text``, and what of it decides the result."""
+def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter, dict[str, Any], list[list[int]]]:
+    """The cutter that goes by the sample ``text``, what of it decides the result, and documents it does not see."""
     import hashlib
 
     from gemcut.calibrated import CalibratedCutter
     from gemcut.text.samples import read_calibration_text
 
-    documents = read_calibration_text(
-        text, source.tokenizer(), context=min(512, source.config().max_position_embeddings)
-    )
+    context = min(512, source.config().max_position_embeddings)
+    every = read_calibration_text(text, source.tokenizer(), tokens=18432, context=context)
+    held_out = [document for document in every[8::9] if len(document) > 1]
+    documents = [document for i, document in enumerate(every) if i % 9 != 8]
     digest = hashlib.sha256(repr(documents).encode()).hexdigest()
     options = {"calibration_sha256": digest, "calibration_tokens": sum(map(len, documents))}
-    return CalibratedCutter(source, spec, documents), options
+    return CalibratedCutter(source, spec, documents), options, held_out
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
@@ -127,7 +136,12 @@ def _show(report: dict[str, Any], out: Path) -> None:
     console.print(table)
     before, after = report["bytes_before"], report["bytes_after"]
     size = f"{output.gigabytes(after)}, was {output.gigabytes(before)} ({after / before:.0%})"
-    console.print(
-        f"[bold]{escape(str(out))}[/]: {size}",
-        soft_wrap=True,
-    )
+    console.print(f"[bold]{escape(str(out))}[/]: {size}", soft_wrap=True)
+    if "held_out" in report:
+        found = report["held_out"]
+        console.print(
+            f"{found['tokens']:,} tokens of the text that were held out: perplexity {found['perplexity']:.2f}, "
+            f"was {found['reference_perplexity']:.2f}; KL divergence {found['kl']:.4f} nats a token; "
+            f"the same likeliest token in {found['same_top']:.1%}",
+            soft_wrap=True,
+        )

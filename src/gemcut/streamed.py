@@ -1,0 +1,104 @@
+"""A checkpoint's network computed layer by layer: one layer's weights in memory at a time, whatever the model's size.
+
+This is how a 27B and its cut copy are compared on a machine that can hold neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemcut.checkpoint.load import load_model_weights
+from gemcut.checkpoint.names import expected_shapes
+from gemcut.checkpoint.source import Source
+from gemcut.config import SLIDING
+from gemcut.divergence import Divergence, measure
+from gemcut.errors import ParameterError
+from gemcut.model import Model
+from gemcut.model.dense import DenseKeyValues
+from gemcut.model.norm import RMSNorm
+from gemcut.quantization.decode import decode
+
+_TABLE = "embed.weight"
+
+
+def compare_checkpoints(
+    whole: Source,
+    cut: Source,
+    documents: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Divergence:
+    """How far ``cut`` is from ``whole`` on held-out documents (token ids, ``<bos>`` included).
+
+    Both are checkpoints of one model that share the embedding; ``dtype`` is the compute dtype, None the checkpoint's
+    own. ``progress`` hears (bytes done, bytes in all). Raises ParameterError, CheckpointError.
+    """
+    if not documents or any(len(document) < 2 for document in documents):
+        raise ParameterError("comparison needs documents of at least two tokens each")
+    compute = dtype or whole.stored_dtype or torch.bfloat16
+    total = whole.nbytes + cut.nbytes
+
+    def report(before: int, size: int) -> Callable[[float], None]:
+        return lambda share: progress(before + int(share * size), total) if progress else None
+
+    expected = final_states(whole, documents, compute, report(0, whole.nbytes))
+    found = final_states(cut, documents, compute, report(whole.nbytes, cut.nbytes))
+    (_, table), *_ = whole.tensors(dtype=compute, only={_TABLE})
+    matrix = decode(table, compute)
+    cap = whole.config().final_logit_softcapping
+
+    def head(states: Tensor) -> Tensor:
+        logits = F.linear(states, matrix).float()
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    targets = torch.cat([torch.tensor(document[1:]) for document in documents])
+    return measure(expected, found, targets, head, head)
+
+
+@torch.inference_mode()
+def final_states(
+    source: Source, documents: Sequence[Sequence[int]], dtype: torch.dtype, progress: Callable[[float], None]
+) -> Tensor:
+    """What the head gets, in ``dtype`` [T, d], at every position that predicts a token of its document."""
+    config = source.config()
+    with torch.device("meta"):
+        model = Model(config, dtype=dtype)
+    lengths = [len(document) - 1 for document in documents]
+    ids = torch.tensor([token for document in documents for token in document[:-1]])
+    table = next(iter(source.tensors(dtype=dtype, only={_TABLE})))[1]
+    hidden = F.embedding(ids, decode(table, dtype)).float() * model.embed_scale
+    del table
+    names = list(expected_shapes(config))
+    for index, layer in enumerate(model.layers):
+        prefix = f"layers.{index}."
+        _fill(layer, source, {name for name in names if name.startswith(prefix)}, prefix, dtype)
+        rope = model.rope_sliding if config.layer_types[index] == SLIDING else model.rope_full
+        start = 0
+        for length in lengths:
+            rows = slice(start, start + length)
+            hidden[rows] = layer(hidden[rows], rope.at(torch.arange(length)), DenseKeyValues(length))
+            start += length
+        layer.to_empty(device="meta")  # before the next one comes
+        progress((index + 1) / len(model.layers))
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    scale = next(iter(source.tensors(only={"norm.scale"})))[1]
+    assert isinstance(scale, Tensor)
+    norm.scale = nn.Parameter(scale.float(), requires_grad=False)
+    out: Tensor = norm(hidden).to(dtype)
+    return out
+
+
+def _fill(layer: nn.Module, source: Source, names: set[str], prefix: str, dtype: torch.dtype) -> None:
+    """Give one layer its weights, decoded to ``dtype``."""
+    holder = nn.Module()
+    holder.add_module("layers", nn.ModuleDict({prefix.split(".")[1]: layer}))
+    stream = (
+        (name, weight if name.endswith(".scale") else decode(weight, dtype))
+        for name, weight in source.tensors(dtype=dtype, only=names)
+    )
+    load_model_weights(holder, stream, dtype=dtype, device="cpu")
