@@ -94,7 +94,7 @@ def move_network(model: Model, device: torch.device, kernels: str = "auto") -> M
         dtype=model.dtype,
         device=device,
         quantization=model.quantization,
-        attention=model.attention_implementation.name,
+        attention=model.asked_attention,
     )
     for name, parameter in list(model.named_parameters()):
         moved.load_state_dict({name: parameter.to(device)}, strict=False, assign=True)

@@ -60,7 +60,8 @@ def test_a_gpu_that_is_not_there_warns_once(folder: Path) -> None:
     [
         ({"use_safetensors": False}, UnsupportedError, "use_safetensors=False"),
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True"),
-        ({"attn_implementation": "flash_attention_2"}, UnsupportedError, "attn_implementation='flash_attention_2'"),
+        ({"attn_implementation": "flash_attention_2"}, UnsupportedError, "'flash_attention_2' computes in bfloat16 or"),
+        ({"attn_implementation": "flash_attention_3"}, UnsupportedError, "attn_implementation='flash_attention_3'"),
         ({"attn_implementation": {"": "eager"}}, ParameterError, "attn_implementation"),
         ({"max_memory": {0: "10GB"}}, UnsupportedError, "max_memory"),
         ({"use_auth_token": "x"}, UnsupportedError, "use token="),

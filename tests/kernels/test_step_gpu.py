@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from four_bit_reference import FP4, NF4, dequantize, quantize
-from gemcut.config import GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.decode_graph import DecodeGraph
 from gemcut.kernels import argmax, cuda_linear, decode_attention, geglu, norm
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.dispatch import LinearCase, choose_linear
 from gemcut.kernels.plain import plain_linear
-from gemcut.model import Model
-from gemcut.model.bind import bind_kernels
-from gemcut.model.quantized import quantized_embedding, quantized_linear
 from gemcut.model.rope import RotaryTable
-from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import dequantize_int8, quantize_int8, quantize_int8_rows
-from gemcut.quantization.spec import Quantization
 from gemcut.quantization.weights import Int8Weight
+from gpu_support import network, relative_error, rms, rotated
 
 pytestmark = pytest.mark.gpu
-
-
-def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((out.double() - reference).norm() / reference.norm()).item()
-
-
-def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 @pytest.mark.parametrize("d", [8, 48, 640, 2304, 4608, 8192])
@@ -100,13 +85,6 @@ def reference_attention(
     if spec.window is not None:
         scores[:, : max(0, keys.shape[0] - spec.window)] = -torch.inf
     return torch.einsum("hl,lhd->hd", scores.softmax(dim=-1), values)
-
-
-def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat(
-        (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1
-    )
 
 
 @pytest.mark.parametrize(
@@ -197,66 +175,6 @@ def test_decoding_many_rows_is_exact() -> None:
     out.fill_(torch.nan)
     cuda_linear.decode_int8(int8.codes, int8.absmax / 127, out)
     assert torch.equal(out, dequantize_int8(int8, torch.bfloat16))
-
-
-CONFIG: dict[str, Any] = {
-    "model_type": "gemma2",
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "query_pre_attn_scalar": 48,
-    "sliding_window": 24,
-    "max_position_embeddings": 512,
-    "attn_logit_softcapping": 5.0,
-    "final_logit_softcapping": 30.0,
-    "rope_theta": 10000.0,
-}
-
-
-def network(weights: str, *, bound: bool) -> Model:
-    """A small random network, the same whether its kernels are bound or not."""
-    spec = {"bf16": None, "int8": Quantization("int8"), "nf4": Quantization("nf4", head="int8")}[weights]
-    factories: dict[str, Any] = {}
-    if spec is not None:
-        factories = {
-            "linear": quantized_linear(spec, torch.bfloat16),
-            "embedding": quantized_embedding(spec, torch.bfloat16),
-        }
-    with torch.device("meta"):
-        model = Model(GemmaConfig.from_dict(CONFIG), dtype=torch.bfloat16, **factories)
-    generator = torch.Generator(device="cpu").manual_seed(1)
-
-    def random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to("cuda", dtype)
-
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "part_shapes"):
-            cut = []
-            for part in module.part_shapes:
-                whole = random(part, torch.bfloat16)
-                if name == "embed":
-                    cut.append(quantize_int8_rows(whole * 8))
-                else:
-                    cut.append(quantize_int8(whole) if weights == "int8" else on_gpu(whole))
-            module.fill(cut)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            value = random(tuple(parameter.shape), parameter.dtype) * (8 if name == "embed" else 1)
-            setattr(module, leaf, torch.nn.Parameter(value + (leaf == "scale"), requires_grad=False))
-    if bound:
-        assert {choice.name for choice in bind_kernels(model, torch.device("cuda", 0)).values()} == {"cuda"}
-    return model
-
-
-def on_gpu(whole: torch.Tensor) -> Any:
-    from dataclasses import replace
-
-    cut = quantize_4bit(whole.cpu())
-    nested = replace(cut.nested, scale=cut.nested.scale.cuda())
-    return replace(cut, codes=cut.codes.cuda(), absmax=cut.absmax.cuda(), nested=nested)
 
 
 def test_int8_weights_are_what_the_embedding_reads() -> None:

@@ -32,6 +32,10 @@ def supports(model: Model, cache: PagedCache, device: torch.device) -> str | Non
     if device.type != "cuda":
         return "needs an NVIDIA GPU"
     config = model.config
+    if model.kernels not in ("auto", "cuda"):
+        return f"kernels={model.kernels!r} was asked for"
+    if model.asked_attention == "eager":
+        return "attn_implementation='eager' was asked for"
     if model.dtype != torch.bfloat16:
         return f"computes in bfloat16 only, not in {model.dtype}"
     if any(getattr(module, "activation_threshold", None) is not None for module in model.modules()):

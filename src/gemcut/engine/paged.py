@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, ceil_div
+from gemcut.kernels.prefill_attention import Run
 from gemcut.model.attention import Span
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Where one layer's keys and values of sequences of one query each stand: what a kernel needs to find them.
+    """Where one layer's keys and values stand: what a kernel needs to find them.
 
     Attributes:
         keys, values: the layer's storage [blocks, block_size, kv_heads, head_dim].
-        slots: where each sequence's new token goes, int64 [B], counted in tokens of the storage.
+        slots: where each new token goes, int64 [T], counted in tokens of the storage.
         blocks: each sequence's live blocks, int64 [B, longest], padded with block 0.
         lengths: tokens in them, the new one included, int64 [B].
     """
@@ -44,14 +46,17 @@ class _Group:
             table[start : ceil_div(span.context_length, size)]
             for table, start, span in zip(tables, first, spans, strict=True)
         ]
-        slots: list[int] = []
+        slots = []
         for table, span in zip(tables, spans, strict=True):
-            for position in range(span.context_length - span.length, span.context_length):
-                slots.append(table[position // size] * size + position % size)
-        self.slots = torch.tensor(slots, dtype=torch.long, device=device)
+            positions = np.arange(span.context_length - span.length, span.context_length)
+            slots.append(np.asarray(table, dtype=np.int64)[positions // size] * size + positions % size)
+        self.slots = torch.from_numpy(np.concatenate(slots)).to(device)
         self.blocks = [torch.tensor(blocks, dtype=torch.long, device=device) for blocks in live]
         self.lengths = [span.context_length - start for span, start in zip(spans, self.first_positions, strict=True)]
         self._decode: tuple[Tensor, Tensor, int] | None = None
+        self._tables, self._spans = tables, spans
+        self._table: Tensor | None = None
+        self._all: tuple[Tensor, tuple[Run, ...]] | None = None
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         keys, values = self.storage[layer].flatten(1, 2)
@@ -78,6 +83,25 @@ class _Group:
         keys, values = self.storage[layer]
         return Pages(keys, values, self.slots, padded, lengths)
 
+    def block_table(self) -> Tensor:
+        """int32 [B, longest]: each sequence's block of each run of block-size tokens; 0 where it has none any more."""
+        if self._table is None:
+            longest = max(map(len, self._tables))
+            rows = [[max(b, 0) for b in table] + [0] * (longest - len(table)) for table in self._tables]
+            self._table = torch.tensor(rows, dtype=torch.int32, device=self.storage.device)
+        return self._table
+
+    def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[Run, ...]]:
+        if self._all is None:
+            runs, start = [], 0
+            for span, blocks, first in zip(self._spans, self.blocks, self.first_positions, strict=True):
+                runs.append((span.start, span.length, start, span.context_length - span.length - first))
+                start += len(blocks) * self.size
+            self._all = (torch.cat(self.blocks), tuple(runs))
+        blocks, runs_ = self._all
+        keys, values = (part.index_select(0, blocks).flatten(0, 1) for part in self.storage[layer])
+        return keys, values, runs_
+
     def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         padded, lengths, longest = self._padded()
         keys, values = (
@@ -92,7 +116,7 @@ class PagedKeyValues:
 
     def __init__(self, config: GemmaConfig, cache: PagedCache, tables: list[Tables], spans: Sequence[Span]) -> None:
         self.spans: Sequence[Span] = spans
-        size = cache.block_size
+        size = self.block_size = cache.block_size
         full = _Group(cache.full_storage, [t.full for t in tables], [0] * len(tables), spans, size)
         first = [t.first_sliding for t in tables]
         sliding = _Group(cache.sliding_storage, [t.sliding for t in tables], first, spans, size)
@@ -116,6 +140,23 @@ class PagedKeyValues:
         return group.read_decode(index)
 
     def pages(self, layer: int) -> Pages:
-        """The layer's place in the cache, for sequences of one query each."""
+        """The layer's place in the cache."""
         group, index = self._layers[layer]
         return group.pages(index)
+
+    def storage(self, layer: int) -> Tensor:
+        """The layer's keys and values: [2, blocks, block_size, kv_heads, head_dim]."""
+        group, index = self._layers[layer]
+        return group.storage[index]
+
+    def block_table(self, layer: int) -> Tensor:
+        """int32 [B, longest]: each sequence's block of each run of block-size tokens, for the layer's group.
+
+        Blocks that left the window, and those behind a shorter sequence's end, read 0.
+        """
+        return self._layers[layer][0].block_table()
+
+    def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[Run, ...]]:
+        """(keys, values [L, kv_heads, head_dim], runs): all sequences' live blocks one after another, copied."""
+        group, index = self._layers[layer]
+        return group.gathered(index)

@@ -16,8 +16,6 @@ from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 4
 MOST_RUNS = 64
-# Blocks wanted in all: about four of 128 threads for each of a large GPU's processors.
-_BLOCKS = 512
 
 
 class _Attention(ctypes.Structure):
@@ -56,10 +54,20 @@ def supports(heads: int, kv_heads: int, head_dim: int, block_size: int) -> str |
     return None
 
 
+def _resident(group: int) -> int:
+    """Blocks that a processor's registers hold."""
+    return 3 if group <= 2 else 2
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 @functools.cache
 def _kernel(head_dim: int, group: int, device: int) -> CudaKernel:
     sources = read_sources("launch.cuh", "rope.cuh", "decode_attention.cu")
-    defines = (("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", WARPS))
+    defines = (("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", WARPS), ("RESIDENT", _resident(group)))
     return compile_kernel(sources, "decode_attention", defines, device)
 
 
@@ -92,7 +100,9 @@ def decode_attention(
         q_norm: fp32 [head_dim], Gemma 3's norm of each query head; ``k_norm`` of each key head.
     """
     m, device = qkv.shape[0], qkv.device
-    runs = max(1, min(MOST_RUNS, _BLOCKS // (m * spec.kv_heads)))
+    group, index = spec.heads // spec.kv_heads, device.index or 0
+    # All blocks run at once: a second round of a few would take as long as the first.
+    runs = max(1, min(MOST_RUNS, _resident(group) * _processors(index) // (m * spec.kv_heads)))
     out = torch.empty((m, spec.heads * spec.head_dim), dtype=qkv.dtype, device=device)
     partial = torch.empty(m * spec.heads * runs * (spec.head_dim + 2), dtype=torch.float32, device=device)
     task = _Attention(
@@ -102,6 +112,6 @@ def decode_attention(
         spec.scale, spec.softcap or 0.0, spec.eps, spec.kv_heads, table.stride(0), storage.shape[2].bit_length() - 1,
         spec.window or 0,
     )  # fmt: skip
-    kernel = _kernel(spec.head_dim, spec.heads // spec.kv_heads, device.index or 0)
+    kernel = _kernel(spec.head_dim, group, index)
     kernel.launch((runs, spec.kv_heads, m), WARPS * 32, 0, (task,))
     return out

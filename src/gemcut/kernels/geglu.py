@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
 
+_MOST_ROWS = 65535  # a grid's second dimension
+
 
 class _Geglu(ctypes.Structure):
     _fields_ = (("gate_up", ctypes.c_void_p), ("out", ctypes.c_void_p), ("width", ctypes.c_int))
@@ -27,11 +29,13 @@ def supports(width: int) -> str | None:
 
 
 def geglu(gate_up: Tensor) -> Tensor:
-    """bf16 [m, 2 · width], gate before up, contiguous, m at most 65535 -> bf16 [m, width]; fp32 inside."""
+    """bf16 [m, 2 · width], gate before up, contiguous -> bf16 [m, width]; fp32 inside."""
     m, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((m, width), dtype=gate_up.dtype, device=gate_up.device)
-    task = _Geglu(gate_up.data_ptr(), out.data_ptr(), width)
-    _kernel(gate_up.device.index or 0).launch((-(-width // 2048), m), 256, 0, (task,))
+    kernel = _kernel(gate_up.device.index or 0)
+    for start in range(0, m, _MOST_ROWS):
+        task = _Geglu(gate_up[start:].data_ptr(), out[start:].data_ptr(), width)
+        kernel.launch((-(-width // 2048), min(_MOST_ROWS, m - start)), 256, 0, (task,))
     return out
 
 

@@ -56,6 +56,21 @@ def norm_add(y: Tensor, residual: Tensor, post: Tensor, pre: Tensor, eps: float)
     return x
 
 
+def norm(residual: Tensor, pre: Tensor, eps: float) -> Tensor:
+    """``rms(residual) · pre`` in bf16 of fp32 [m, d], contiguous."""
+    x = torch.empty(residual.shape, dtype=torch.bfloat16, device=residual.device)
+    task = _Norm(None, residual.data_ptr(), None, pre.data_ptr(), x.data_ptr(), None, None, None, 0.0, eps, x.shape[1])
+    _kernel("norm_add", x.device.index or 0).launch((len(x), 1), _threads(x.shape[1]), 0, (task,))
+    return x
+
+
+def add_norm(y: Tensor, residual: Tensor, post: Tensor, eps: float) -> None:
+    """``residual += rms(y) · post``, as in ``norm_add``, where no sublayer follows."""
+    m, d = y.shape
+    task = _Norm(y.data_ptr(), residual.data_ptr(), post.data_ptr(), None, None, None, None, None, 0.0, eps, d)
+    _kernel("norm_add", y.device.index or 0).launch((m, 1), _threads(d), 0, (task,))
+
+
 def norm_embed(
     ids: Tensor, table: Tensor, absmax: Tensor | None, embed_scale: float, pre: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,7 @@ def shared_memory_limit(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+@functools.cache
 def read_sources(*files: str) -> str:
     """The files of kernels/cuda as one source, in order."""
     return "\n".join((SOURCES / file).read_text(encoding="utf-8") for file in files)

@@ -6,8 +6,10 @@ implementations register in ``IMPLEMENTATIONS``; they are tested against these t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
+from gemcut.kernels import prefill_attention
+from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec, fresh_runs
 
 # Queries are taken in tiles so that fp32 scores of an 8k context stay small and keys no query sees are skipped.
 QUERY_TILE = 256
@@ -138,30 +142,106 @@ def _cap(scores: Tensor, spec: AttentionSpec) -> Tensor:
     return scores if spec.softcap is None else scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
 
 
+def varlen_attention(
+    varlen: VarlenAttention, query: Tensor, key: Tensor, value: Tensor, layer: int, kv: KeyValues, spec: AttentionSpec
+) -> Tensor:
+    """Attention over any batch in one call of ``varlen``; arguments as in ``eager_attention``."""
+    kv.write(layer, key, value)
+    runs = fresh_runs(kv.spans)
+    if runs is None:
+        parts = [kv.read(layer, index) for index in range(len(kv.spans))]
+        key, value = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        before, found = 0, []
+        for span, (keys, _, first) in zip(kv.spans, parts, strict=True):
+            found.append((span.start, span.length, before, span.context_length - span.length - first))
+            before += len(keys)
+        runs = tuple(found)
+    return varlen(query, key, value, runs, VarlenSpec(spec.softcap, spec.window))
+
+
 @dataclass(frozen=True)
 class Implementation:
-    """A registered way to compute attention. ``supports`` gives None, or the reason why it cannot serve."""
+    """A registered way to compute attention.
+
+    Attributes:
+        name: what it is asked for by.
+        function: computes it.
+        supports: None, or the reason why it cannot serve.
+        varlen: the same without the cache, where there is such a function; fused kernels take it (gemcut.model.bind).
+        detail: which code runs, where the name leaves that open.
+    """
 
     name: str
     function: AttentionFunction
     supports: Callable[[GemmaConfig, torch.dtype, torch.device], str | None]
+    varlen: VarlenAttention | None = None
+    detail: str = ""
 
 
+def _triton_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU"
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 (Ampere) or newer"
+    return prefill_attention.shape_reason(heads, kv_heads, config.head_dim, dtype) or prefill_attention.triton_reason()
+
+
+def _varlen_implementation(
+    name: str, varlen: VarlenAttention, supports: Callable[[GemmaConfig, torch.dtype, torch.device], str | None]
+) -> Implementation:
+    return Implementation(name, partial(varlen_attention, varlen), supports, varlen)
+
+
+#: In order of preference; plain PyTorch serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": _varlen_implementation("triton", prefill_attention.triton_varlen, _triton_reason),
     "eager": Implementation("eager", eager_attention, lambda config, dtype, device: None),
 }
+
+#: transformers' name for the flash-attn package.
+FLASH = "flash_attention_2"
 
 
 def choose_attention(name: str, config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> Implementation:
     """The implementation called ``name``; "auto" takes the first that supports the case. Refuses by name otherwise."""
+    if name == FLASH:
+        return _flash_attention(config, dtype, device)
     if name == "auto":
         for implementation in IMPLEMENTATIONS.values():
             if implementation.supports(config, dtype, device) is None:
                 return implementation
     if name not in IMPLEMENTATIONS:
-        known = ", ".join(["auto", *IMPLEMENTATIONS])
+        known = ", ".join(["auto", *IMPLEMENTATIONS, FLASH])
         raise UnsupportedError(f"attn_implementation={name!r} is not available in this version; choose one of: {known}")
     reason = IMPLEMENTATIONS[name].supports(config, dtype, device)
     if reason is not None:
         raise UnsupportedError(f"attn_implementation={name!r} cannot serve this model: {reason}")
     return IMPLEMENTATIONS[name]
+
+
+def _flash_attention(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> Implementation:
+    """The flash-attn package where it serves, else the Triton kernel; ``detail`` says which and why.
+
+    On a CPU plain attention stands in until the model is moved to a GPU, with a warning, as in transformers.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise UnsupportedError(
+            f"attn_implementation={FLASH!r} computes in bfloat16 or float16, not in {dtype}; load with one of these"
+        )
+    if device.type != "cuda":
+        message = (
+            f"attn_implementation={FLASH!r} needs an NVIDIA GPU; plain attention runs until the model is moved to one"
+        )
+        warnings.warn(message, stacklevel=2)
+        return replace(IMPLEMENTATIONS["eager"], name=FLASH, detail="plain PyTorch, on a CPU")
+    reason = prefill_attention.flash_attn_reason()
+    if reason is None:
+        found = _varlen_implementation(FLASH, prefill_attention.flash_attn_varlen, lambda *case: None)
+        return replace(found, detail="the flash-attn package")
+    refused = _triton_reason(config, dtype, device)
+    if refused is not None:
+        raise UnsupportedError(
+            f"attn_implementation={FLASH!r} cannot serve this model: {reason}, and gemcut's own kernel {refused}"
+        )
+    return replace(IMPLEMENTATIONS["triton"], name=FLASH, detail=f"gemcut's own Triton kernel: {reason}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from gemcut.kernels import cuda_step
 from gemcut.kernels.cpu import step
 from gemcut.kernels.dispatch import Choice, choose_linear
 from gemcut.model.linear import Embedding, Linear
@@ -31,9 +32,10 @@ def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> d
             repacked = getattr(choice.kernel, "weights", None)  # a kernel that repacked gives the matrices back
             if repacked is not None and isinstance(module, (QuantizedLinear, Int8Embedding)):
                 module.fill(list(repacked))
-    config, plain_attention = model.config, model.attention_implementation.name == "eager"
-    if kernels == "auto" and plain_attention and step.supports(model.dtype, config.head_dim, device) is None:
+    config, attention = model.config, model.attention_implementation
+    model.kernels, model.step = kernels, None
+    if kernels in ("auto", "cuda") and cuda_step.supports(config, model.dtype, device) is None:
+        model.step = cuda_step.CudaStep(model, attention.varlen)
+    elif kernels == "auto" and attention.varlen is None and step.supports(model.dtype, config.head_dim, device) is None:
         model.step = step.CpuStep()
-    else:
-        model.step = None
     return chosen

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemcut.config import SLIDING, GemmaConfig
 from gemcut.kernels.cpu.step import CpuStep
+from gemcut.kernels.cuda_step import CudaStep
 from gemcut.model.attention import AttentionFunction, AttentionSpec, KeyValues, choose_attention
 from gemcut.model.geglu import choose_geglu
 from gemcut.model.linear import EmbeddingFactory, LinearFactory, dense_embedding, dense_linear
@@ -129,6 +130,8 @@ class Model(nn.Module):
         make_embedding = embedding if embedding is not None else dense_embedding(dtype)
         self.attention_implementation = choose_attention(attention, config, dtype, device or torch.device("cpu"))
         self.config, self.dtype, self.quantization = config, dtype, quantization
+        #: What the caller asked for: the attention implementation here, kernels in gemcut.model.bind.
+        self.asked_attention, self.kernels = attention, "auto"
         self.embed = make_embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Layer(config, i, dtype, make_linear, self.attention_implementation.function)
@@ -136,7 +139,7 @@ class Model(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         #: Computes what stands between the matrix products, in place of the plain code here; see gemcut.model.bind.
-        self.step: CpuStep | None = None
+        self.step: CpuStep | CudaStep | None = None
         # √d is rounded to the compute dtype, as in training: 67.88 becomes 68 at 27B in bf16.
         self.embed_scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         positions = config.max_position_embeddings

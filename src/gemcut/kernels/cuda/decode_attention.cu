@@ -32,7 +32,7 @@ __device__ __forceinline__ float capped(float score, float softcap) {
 
 __device__ __forceinline__ float weight_of(float score, float top) { return score == MINUS_INFINITY ? 0.f : __expf(score - top); }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 decode_attention(Attention p) {
   __shared__ float states[WARPS][GROUP][STATE];   // sums, largest score, sum of weights
   __shared__ float run_weight[GROUP][MOST_RUNS];
@@ -55,22 +55,24 @@ decode_attention(Attention p) {
   const size_t token_stride = (size_t)p.kv_heads * HEAD_DIM, lane_at = (size_t)kv * HEAD_DIM + part * 8;
   const int block_mask = (1 << p.block_shift) - 1;
 
+  // A unit's keys are fetched as soon as the scores of the unit before are known, its values as soon as that unit's are added
+  // up, so that loads are always on their way; places in the cache are looked up a unit earlier still.
   uint4 k[LOADS], v[LOADS];
-  auto fetch = [&](int unit) {
-    const u16 *key_rows[LOADS], *value_rows[LOADS];
+  u32 places[LOADS];
+  auto find = [&](int unit) {
 #pragma unroll
     for (int j = 0; j < LOADS; ++j) {
       const int token = min(max(origin + unit * UNIT + j * ROWS + sub, first), position - 1);   // a real one; masked below
-      const size_t at = (((size_t)table[token >> p.block_shift] << p.block_shift) + (token & block_mask)) * token_stride + lane_at;
-      key_rows[j] = p.keys + at, value_rows[j] = p.values + at;
+      places[j] = ((u32)table[token >> p.block_shift] << p.block_shift) + (token & block_mask);
     }
+  };
+  auto fetch = [&](const u16* from, uint4 (&to)[LOADS]) {
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) k[j] = __ldcg(reinterpret_cast<const uint4*>(key_rows[j]));
-#pragma unroll
-    for (int j = 0; j < LOADS; ++j) v[j] = __ldcg(reinterpret_cast<const uint4*>(value_rows[j]));
+    for (int j = 0; j < LOADS; ++j) to[j] = __ldcg(reinterpret_cast<const uint4*>(from + places[j] * token_stride + lane_at));
   };
   int unit = run * per_run + warp;
-  if (unit < unit_end) fetch(unit);
+  if (unit < unit_end) find(unit), fetch(p.keys, k), fetch(p.values, v);
+  if (unit + WARPS < unit_end) find(unit + WARPS);
 
   const u16* const qkv = p.qkv + (size_t)row * (GROUP + 2) * p.kv_heads * HEAD_DIM;
   const float* const rope = p.rope + (size_t)position * HEAD_DIM;
@@ -124,6 +126,8 @@ decode_attention(Attention p) {
         for (int i = 0; i < 8; ++i) score[g][j] += query[g][i] * key[i];
       }
     }
+    const bool more = unit + WARPS < unit_end;
+    if (more) fetch(p.keys, k);
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {
       float best = top[g];
@@ -154,8 +158,9 @@ decode_attention(Attention p) {
         for (int i = 0; i < 8; ++i) sum[g][i] += score[g][j] * value[i];
       }
     }
+    if (more) fetch(p.values, v);
     unit += WARPS;
-    if (unit < unit_end) fetch(unit);
+    if (unit + WARPS < unit_end) find(unit + WARPS);
   }
 
 #pragma unroll

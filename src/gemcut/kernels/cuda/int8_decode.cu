@@ -8,21 +8,25 @@ struct Decode {
 };
 
 extern "C" __global__ void __launch_bounds__(256) int8_decode(Decode p) {
-  const int column = (blockIdx.x * 256 + threadIdx.x) * 16;
+  const int column = (blockIdx.x * 512 + threadIdx.x) * 8;   // and 2048 columns further on
   const size_t row = blockIdx.y;
   previous_kernels_done();
   next_kernel_may_start();
-  if (column >= p.k) return;
   const float scale = p.scales[row];
-  const uint4 packed = __ldcs(reinterpret_cast<const uint4*>(p.codes + row * p.k + column));
-  const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
-  u32 pairs[8];
+  uint2 packed[2];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const u32 word = words[j / 2] >> (j % 2 * 16);
-    pairs[j] = pack_bf16((float)(signed char)word * scale, (float)(signed char)(word >> 8) * scale);
+  for (int i = 0; i < 2; ++i) {
+    if (column + i * 2048 < p.k) packed[i] = __ldcs(reinterpret_cast<const uint2*>(p.codes + row * p.k + column + i * 2048));
   }
-  uint4* const to = reinterpret_cast<uint4*>(p.out + row * p.k + column);
-  to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (column + i * 2048 >= p.k) return;
+    u32 pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const u32 word = (j < 2 ? packed[i].x : packed[i].y) >> (j % 2 * 16);
+      pairs[j] = pack_bf16((float)(signed char)word * scale, (float)(signed char)(word >> 8) * scale);
+    }
+    *reinterpret_cast<uint4*>(p.out + row * p.k + column + i * 2048) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
 }

@@ -1,15 +1,15 @@
 // The residual stream's kernels: one block a row, eight values a thread, fp32 throughout.
 //
 //   residual = embedding row * scale          (norm_embed)
-//   residual = residual + rms(y) * post       (norm_add: a sublayer's output comes back)
-//   x        = rms(residual) * pre            (both: the next sublayer's input, bf16)
+//   residual = residual + rms(y) * post       (norm_add: a sublayer's output comes back; y null: it does not)
+//   x        = rms(residual) * pre            (both: the next sublayer's input, bf16; x null: not wanted)
 
 struct Norm {
-  const u16* y;          // norm_add: bf16 [m, d]
+  const u16* y;          // norm_add: bf16 [m, d] or null
   float* residual;       // [m, d]
   const float* post;     // [d]
   const float* pre;      // [d]
-  u16* x;                // bf16 [m, d]
+  u16* x;                // bf16 [m, d] or null
   const int* ids;        // norm_embed: [m]
   const u8* table;       // norm_embed: bf16 or int8 [vocabulary, d]
   const float* absmax;   // int8 tables: [vocabulary]
@@ -35,22 +35,22 @@ extern "C" __global__ void __launch_bounds__(1024) norm_add(Norm p) {
   const size_t at = (size_t)blockIdx.x * p.d + column;
   const bool mine = column < p.d;
   float post[8] = {}, pre[8] = {}, residual[8] = {}, y[8] = {};
-  if (mine) load8(p.post + column, post);
-  if (mine) load8(p.pre + column, pre);
+  if (mine && p.y != nullptr) load8(p.post + column, post);
+  if (mine && p.x != nullptr) load8(p.pre + column, pre);
   next_kernel_may_start();
   previous_kernels_done();
-  if (mine) {
-    unpack8(*reinterpret_cast<const uint4*>(p.y + at), y);
-    load8(p.residual + at, residual);
+  if (mine) load8(p.residual + at, residual);
+  if (p.y != nullptr) {
+    if (mine) unpack8(*reinterpret_cast<const uint4*>(p.y + at), y);
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares += y[i] * y[i];
+    const float scale = rsqrtf(block_sum(squares, scratch[0]) / p.d + p.eps);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) residual[i] += y[i] * scale * post[i];
+    if (mine) store8(p.residual + at, residual);
   }
-  float squares = 0.f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) squares += y[i] * y[i];
-  const float scale = rsqrtf(block_sum(squares, scratch[0]) / p.d + p.eps);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) residual[i] += y[i] * scale * post[i];
-  if (mine) store8(p.residual + at, residual);
-  write_normed(p, residual, pre, mine, at, scratch[1]);
+  if (p.x != nullptr) write_normed(p, residual, pre, mine, at, scratch[1]);
 }
 
 extern "C" __global__ void __launch_bounds__(1024) norm_embed(Norm p) {
