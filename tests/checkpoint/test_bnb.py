@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from gemcut.checkpoint.quantize import quantize_checkpoint
 from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.write import save_folder
 from gemcut.errors import CheckpointError
 from gemcut.model.dense import dense_logits
-from gemcut.network import load_network
+from gemcut.network import export_network, load_network
 from gemcut.quantization.decode import decode
 from gemcut.quantization.four_bit import block_absmax
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.weights import FourBitWeight, Int8Weight
-from support import hf_model, save_checkpoint, tiny_config
+from support import gguf_path, hf_model, save_checkpoint, tiny_config
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -273,3 +275,26 @@ def test_a_config_of_the_old_kind_is_read(cut: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes())
     spec = resolve(tmp_path).quantization
     assert spec == Quantization("nf4", double_quant=False, compute_dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_the_real_270m_in_both_directions(tmp_path: Path) -> None:
+    source = resolve(gguf_path())
+    cpu = torch.device("cpu")
+    model = load_network(source, dtype=torch.bfloat16, device=cpu)
+    whole = save_folder(tmp_path / "whole", source.config(), export_network(model), source.tokenizer())
+    ids = torch.tensor(
+        source.tokenizer().encode("In a small village by the sea there lived an old man of many talents.")
+    )
+
+    quantize_checkpoint(source, tmp_path / "ours", Quantization("nf4"))
+    cut_by_transformers(whole, tmp_path / "theirs", "nf4-nested")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        here = dense_logits(load_network(resolve(folder), dtype=torch.bfloat16, device=cpu), ids)
+        there = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+        assert isinstance(there.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+        with torch.no_grad():
+            expected = there(input_ids=ids[None]).logits[0].float()
+        # two bf16 computations of one network; a wrong weight or statistic gives errors near 1
+        assert (here - expected).norm() / expected.norm() < 0.03
+        assert (here.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
