@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers
 
-Decode is timed through the engine, greedy; every repetition is a request of its own, and its
-figure counts the steps after the first. The limit is the bytes a step must read over the read bandwidth measured in the
-same run. "transformers" measures eager transformers with the same shape, in bf16 (its own random weights).
+Decode is timed through the engine; every repetition is a request of its own, and its figure counts the steps after the
+first. The limit is the bytes a step must read over the read bandwidth measured in the same run, for a prefill its
+products over the rate of a bf16 product of 8192 x 8192 x 8192 measured then. "transformers" measures eager transformers
+with the same shape, in bf16 (its own random weights).
 """
 
 from __future__ import annotations
@@ -100,10 +101,35 @@ def build(size: str, weights: str, layers: int | None = None) -> tuple[Model, in
     return model, nbytes
 
 
-def decode(engine: Engine, prompt: int, new: int) -> tuple[float, float]:
-    """(tok/s of the steps after the first, seconds to the first token) of one greedy request."""
+def parameters(module: torch.nn.Module) -> int:
+    """How many values its matrices have."""
+    shapes = [part for child in module.modules() for part in getattr(child, "part_shapes", ())]
+    whole = [p.shape for p in module.parameters() if p.dim() == 2]
+    return sum(n * k for n, k in [*shapes, *whole])
+
+
+GREEDY: dict[str, float] = {"temperature": 0}
+SAMPLED: dict[str, float] = {"temperature": 0.8, "top_k": 64, "top_p": 0.95, "seed": 1}
+
+
+def product_rate() -> float:
+    """FLOP/s of a large bf16 matrix product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    seconds = []
+    for _ in range(13):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.mm(a, b)
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return 2 * 8192**3 / statistics.median(seconds[3:])
+
+
+def decode(engine: Engine, prompt: int, new: int, sampling: dict[str, float] = GREEDY) -> tuple[float, float]:
+    """(tok/s of the steps after the first, seconds to the first token) of one request."""
     ids = torch.randint(3, 255000, (prompt,)).tolist()
-    params = SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)  # type: ignore[arg-type]
     torch.cuda.synchronize()
     started = time.perf_counter()
     sequence = engine.submit(Request(prompt_ids=tuple(ids), params=params))
@@ -153,9 +179,10 @@ def main() -> None:
     options = parser.parse_args()
     repetitions = 2 if options.quick else options.repetitions
     lengths = [int(n) for n in options.prefill.split(",") if n]
-    bandwidth = read_bandwidth()
+    bandwidth, rate = read_bandwidth(), product_rate()
     print(f"device {torch.cuda.get_device_name()}, torch {torch.__version__}, python {platform.python_version()}")
-    print(f"{options.size}, read bandwidth {bandwidth / 1e9:.0f} GB/s, {repetitions} repetitions, {options.new} tokens")
+    print(f"{options.size}, read bandwidth {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+    print(f"{repetitions} repetitions, {options.new} tokens")
     for weights in options.weights.split(","):
         model, nbytes = build(options.size, weights, options.layers)
         engine = Engine(
@@ -164,18 +191,25 @@ def main() -> None:
         print(f"\n{weights}: {nbytes / 1e9:.2f} GB a step; graphs: {engine.runner.graph_refusal or 'yes'}")
         for context in (int(n) for n in options.contexts.split(",")):
             decode(engine, context, 8)  # compiles and captures
+            sampled = sorted(decode(engine, context, options.new, SAMPLED)[0] for _ in range(repetitions))
             speeds = [decode(engine, context, options.new) for _ in range(repetitions)]
             rates, firsts = sorted(s[0] for s in speeds), sorted(s[1] for s in speeds)
             median, limit = statistics.median(rates), bandwidth / nbytes
             print(
                 f"decode after {context}: {median:.1f} tok/s ({rates[0]:.1f}-{rates[-1]:.1f}), {median / limit:.1%} of "
-                f"{limit:.1f}; first token {statistics.median(firsts) * 1e3:.1f} ms",
+                f"{limit:.1f}; sampled {statistics.median(sampled):.1f}; first token "
+                f"{statistics.median(firsts) * 1e3:.1f} ms",
                 flush=True,
             )
         for length in lengths[:1] if options.quick else lengths:
             decode(engine, length, 1)
             seconds = sorted(decode(engine, length, 1)[1] for _ in range(repetitions))
-            print(f"prefill {length}: {length / statistics.median(seconds):.0f} tok/s (best {length / seconds[0]:.0f})")
+            slowest, median, best = (length / s for s in (seconds[-1], statistics.median(seconds), seconds[0]))
+            limit = rate / sum(2 * parameters(module) for module in model.layers)
+            print(
+                f"prefill {length}: {median:.0f} tok/s ({slowest:.0f}-{best:.0f}), {median / limit:.1%} of {limit:.0f}",
+                flush=True,
+            )
         del engine, model
         gc.collect()
         torch.cuda.empty_cache()

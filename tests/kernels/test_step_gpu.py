@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -212,6 +214,38 @@ def test_a_graph_step_gives_the_plain_networks_logits(weights: str) -> None:
                 logits = dense_logits(plain, tokens)[-1]
                 assert (logits.max() - logits[one]).item() < 0.15, (place, one, other)
                 break
+
+
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+def test_sampled_requests_in_graphs_give_the_same_tokens(weights: str) -> None:
+    """Every kind of request that needs logits, beside the same engine without graphs: same kernels, same draws."""
+    model = network(weights, bound=True)
+    device = torch.device("cuda", 0)
+    engine, twin = (
+        Engine(model, device, EngineConfig(max_batch_tokens=64, block_size=4, max_context=256)) for _ in range(2)
+    )
+    twin.runner.graph_refusal = "compared with"
+    several: list[list[dict[str, Any]]] = [
+        [{"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}],
+        [{"temperature": 1.3, "seed": 5}, {"temperature": 0.7, "top_p": 0.8, "min_p": 0.02, "seed": 9}],
+        [{"temperature": 0, "repetition_penalty": 1.3, "logprobs": 3}, {"temperature": 0, "logit_bias": {7: 3.0}}],
+    ]
+    generator = torch.Generator().manual_seed(6)
+    for kinds in several:
+        prompts = [tuple(torch.randint(0, 1000, (n,), generator=generator).tolist()) for n in (20, 45)]
+        outputs = []
+        for it in (engine, twin):
+            requests = [
+                Request(prompt_ids=prompt, params=SamplingParams(max_new_tokens=40, ignore_eos=True, **kind))
+                for prompt, kind in zip(prompts, kinds, strict=False)
+            ]
+            sequences = [it.submit(request) for request in requests]
+            while it.has_work:
+                it.step()
+            outputs.append([s.tokens for s in sequences])
+        assert outputs[0] == outputs[1], kinds
+    assert engine.runner._graphs is not None
+    assert twin.runner._graphs is None
 
 
 def test_graph_logits_are_near_the_plain_ones() -> None:

@@ -189,6 +189,17 @@ class DecodeGraphs:
         self._last = (graph, tokens)
         return tokens
 
+    def logits(self, sequences: Sequence[tuple[int, int]], tables: Sequence[Tables]) -> Tensor:
+        """The logits after the last token of each sequence, given (that token, its position).
+
+        fp32 [sequences, V], before the final soft-cap; the next step overwrites them.
+        """
+        graph = self._graph(len(sequences))
+        self.forget()
+        graph.load([token for token, _ in sequences], [position for _, position in sequences], tables)
+        graph.graph.replay()
+        return graph.logits[: len(sequences)]
+
     def forget(self) -> None:
         """Another kind of step comes between: nothing computed ahead may be taken after it."""
         self._expected, self._last = (), None

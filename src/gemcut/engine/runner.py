@@ -32,19 +32,24 @@ class Runner:
 
         None where this step or this device needs the general way.
         """
-        if (
-            self.graph_refusal is not None
-            or len(batch) > decode_graph.SIZES[-1]
-            or not all(map(_plainly_greedy, batch))
-        ):
+        graphs = self._graphs_for(batch)
+        if graphs is None or not all(map(_plainly_greedy, batch)):
             if self._graphs is not None:
                 self._graphs.forget()
+            return None
+        sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
+        return graphs.greedy(sequences, tables)
+
+    def _graphs_for(self, batch: list[Scheduled]) -> decode_graph.DecodeGraphs | None:
+        """The decode graphs where they serve this device and step: one token of each sequence, its logits wanted."""
+        if self.graph_refusal is not None or len(batch) > decode_graph.SIZES[-1]:
+            return None
+        if not all(s.length == 1 and s.completes and not s.sequence.request.prompt_logprobs for s in batch):
             return None
         if self._graphs is None:
             limit = self.model.config.max_position_embeddings
             self._graphs = decode_graph.DecodeGraphs(self.model, self.cache, self.device, limit)
-        sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
-        return self._graphs.greedy(sequences, tables)
+        return self._graphs
 
     @torch.inference_mode()
     def run(self, batch: list[Scheduled], tables: list[Tables]) -> Tensor:
@@ -57,6 +62,11 @@ class Runner:
         Returns:
             fp32 [m, V]: the logits after the last token of each sequence that ``completes``, in order.
         """
+        graphs = self._graphs_for(batch)
+        if graphs is not None:
+            logits = graphs.logits([(s.sequence.tokens[-1], s.sequence.computed) for s in batch], tables)
+            cap = self.model.config.final_logit_softcapping
+            return logits if cap is None else logits.div(cap).tanh_().mul_(cap)
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -87,15 +97,7 @@ class Runner:
 
 
 def _plainly_greedy(scheduled: Scheduled) -> bool:
-    """Whether one new token is computed and the likeliest next one is all that is wanted."""
+    """Whether the likeliest next token is all that is wanted."""
     sequence = scheduled.sequence
     params = sequence.request.params
-    return (
-        scheduled.length == 1
-        and scheduled.completes
-        and params.greedy
-        and params.max_new_tokens > 0
-        and params.logprobs is None
-        and not sequence.request.prompt_logprobs
-        and not changes_logits(sequence)
-    )
+    return params.greedy and params.max_new_tokens > 0 and params.logprobs is None and not changes_logits(sequence)

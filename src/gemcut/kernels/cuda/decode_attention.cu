@@ -41,13 +41,17 @@ decode_attention(Attention p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, sub = lane / LANES;
 
   next_kernel_may_start();
-  previous_kernels_done();
+  // Positions, the table and what is in the cache were written by earlier steps, between which launches do not overlap.
   const int position = p.positions[row];
-  if (position < 0) return;
+  if (position < 0) {
+    previous_kernels_done();
+    return;
+  }
   const int first = p.window > 0 ? max(0, position - p.window + 1) : 0;
   const int origin = first / UNIT * UNIT;
   const int units = (position - origin + UNIT - 1) / UNIT;
-  const int per_run = max((units + (int)gridDim.x - 1) / (int)gridDim.x, WARPS);
+  // Joining runs costs about as much as two units a warp.
+  const int per_run = max((units + (int)gridDim.x - 1) / (int)gridDim.x, WARPS * 2);
   const int runs = max(1, (units + per_run - 1) / per_run);
   if (run >= runs) return;
   const int unit_end = min(units, (run + 1) * per_run);
@@ -74,6 +78,7 @@ decode_attention(Attention p) {
   if (unit < unit_end) find(unit), fetch(p.keys, k), fetch(p.values, v);
   if (unit + WARPS < unit_end) find(unit + WARPS);
 
+  previous_kernels_done();
   const u16* const qkv = p.qkv + (size_t)row * (GROUP + 2) * p.kv_heads * HEAD_DIM;
   const float* const rope = p.rope + (size_t)position * HEAD_DIM;
   float query[GROUP][8];
@@ -205,35 +210,53 @@ decode_attention(Attention p) {
   if (runs == 1) return;
   __syncthreads();
   u32* const arrivals = p.arrivals + row * p.kv_heads + kv;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicAdd(arrivals, 1u) == runs - 1;
-    __threadfence();
+  if (threadIdx.x == 0) {   // after the barrier above this releases the whole block's results, and gets the other blocks'
+    u32 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+    is_last = before == runs - 1;
   }
   __syncthreads();
   if (!is_last) return;
+  constexpr int EACH = (GROUP * HEAD_DIM + WARPS * 32 - 1) / (WARPS * 32), AHEAD = EACH > 4 ? 4 : 8;
+  float early[EACH][AHEAD];   // the first runs' sums, on their way while their weights are found
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    const int i = threadIdx.x + e * WARPS * 32, g = i / HEAD_DIM, d = i % HEAD_DIM;
+#pragma unroll
+    for (int r = 0; r < AHEAD; ++r) {
+      early[e][r] = r < runs && g < GROUP ? __ldcg(partial + (r * GROUP + g) * STATE + d) : 0.f;
+    }
+  }
   if (warp < GROUP) {   // each run's share, one query head a warp
     for (int g = warp; g < GROUP; g += WARPS) {
-      float best = MINUS_INFINITY, weights = 0.f;
-      for (int r = lane; r < runs; r += 32) best = fmaxf(best, __ldcg(partial + (r * GROUP + g) * STATE + HEAD_DIM));
+      float run_top[MOST_RUNS / 32], run_total[MOST_RUNS / 32], best = MINUS_INFINITY, weights = 0.f;
+#pragma unroll
+      for (int j = 0; j < MOST_RUNS / 32; ++j) {
+        const int r = lane + j * 32;
+        const float* const state = partial + (r * GROUP + g) * STATE + HEAD_DIM;
+        run_top[j] = r < runs ? __ldcg(state) : MINUS_INFINITY;
+        run_total[j] = r < runs ? __ldcg(state + 1) : 0.f;
+        best = fmaxf(best, run_top[j]);
+      }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, lanes));
-      for (int r = lane; r < runs; r += 32) {
-        const float weight = weight_of(__ldcg(partial + (r * GROUP + g) * STATE + HEAD_DIM), best);
-        run_weight[g][r] = weight;
-        weights += weight * __ldcg(partial + (r * GROUP + g) * STATE + HEAD_DIM + 1);
-      }
+#pragma unroll
+      for (int j = 0; j < MOST_RUNS / 32; ++j) weights += weight_of(run_top[j], best) * run_total[j];
       weights = sum_lanes<32>(weights);
-      __syncwarp();
-      for (int r = lane; r < runs; r += 32) run_weight[g][r] /= weights;
+#pragma unroll
+      for (int j = 0; j < MOST_RUNS / 32; ++j) run_weight[g][lane + j * 32] = weight_of(run_top[j], best) / weights;
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += WARPS * 32) {
-    const int g = i / HEAD_DIM, d = i % HEAD_DIM;
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    const int i = threadIdx.x + e * WARPS * 32, g = i / HEAD_DIM, d = i % HEAD_DIM;
+    if (g >= GROUP) break;
     float value = 0.f;
+#pragma unroll
+    for (int r = 0; r < AHEAD; ++r) value += run_weight[g][r] * early[e][r];   // beyond the last run both are 0
 #pragma unroll 8
-    for (int r = 0; r < runs; ++r) value += run_weight[g][r] * __ldcg(partial + (r * GROUP + g) * STATE + d);
+    for (int r = AHEAD; r < runs; ++r) value += run_weight[g][r] * __ldcg(partial + (r * GROUP + g) * STATE + d);
     out[i] = (u16)pack_bf16(value, 0.f);
   }
   if (threadIdx.x == 0) *arrivals = 0;

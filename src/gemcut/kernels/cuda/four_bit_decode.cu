@@ -7,9 +7,8 @@ struct Decode {
   int first_tile, tiles, k;
 };
 
-#ifndef THREADS
-#define THREADS 256
-#endif
+constexpr int THREADS = 256;
+
 extern "C" __global__ void __launch_bounds__(THREADS) four_bit_decode(Decode p, Format format) {
   __shared__ float values[16][32];   // one column a lane: no two lanes meet in a bank
   for (int i = threadIdx.x; i < 512; i += THREADS) values[i / 32][i % 32] = p.codebook[i / 32];
@@ -24,10 +23,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) four_bit_decode(Decode p, 
   lane.id = threadIdx.x % 32, lane.group = lane.id / 4, lane.quad = lane.id % 4;
   const long long stages = (long long)p.tiles * format.steps;
   constexpr long long WARPS = THREADS / 32;
-  for (long long i = blockIdx.x * WARPS + threadIdx.x / 32; i < stages; i += gridDim.x * WARPS) {
+  Format::Fragment next;
+  Format::Scale next_group;
+  auto read = [&](long long i) {   // a stage ahead of its use
     const int tile = p.first_tile + (int)(i / format.steps), step = (int)(i % format.steps);
-    const Format::Fragment f = format.read(lane, tile, step);
-    const Format::Scale group = format.scale(lane, tile, step);
+    next = format.read(lane, tile, step), next_group = format.scale(lane, tile, step);
+  };
+  long long i = blockIdx.x * WARPS + threadIdx.x / 32;
+  if (i < stages) read(i);
+  for (; i < stages; i += gridDim.x * WARPS) {
+    const int tile = p.first_tile + (int)(i / format.steps), step = (int)(i % format.steps);
+    const Format::Fragment f = next;
+    const Format::Scale group = next_group;
+    if (i + gridDim.x * WARPS < stages) read(i + gridDim.x * WARPS);
 #if NESTED
     const u32 bytes = __float_as_uint(f.scales.x);
     const float2 scales = make_float2(map[bytes & 255] * group.low + group.offset, map[bytes >> 8] * group.high + group.offset);
