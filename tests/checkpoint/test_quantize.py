@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import support
 from gemcut.checkpoint import quantize as module
-from gemcut.checkpoint.quantize import quantize_checkpoint, relative_error, working_folder
+from gemcut.checkpoint.quantize import quantize_checkpoint, working_folder
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.checkpoint.source import resolve
 from gemcut.errors import CheckpointError, ParameterError
@@ -225,15 +225,6 @@ def test_two_runs_of_one_folder_are_refused(folder: Path, tmp_path: Path) -> Non
     work.mkdir()
     with module._Lock(work), pytest.raises(CheckpointError, match="another run is writing"):
         quantize_checkpoint(resolve(folder), tmp_path / "out", NF4)
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_relative_error_piece_by_piece(spec: Quantization, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(300, 1024, generator=torch.Generator().manual_seed(0))
-    packed = cut("w", weight, spec)
-    expected = (decode(packed, torch.float64).double() - weight.double()).norm() / weight.double().norm()
-    monkeypatch.setattr(module, "PIECE", 256 * spec.block_size * 2)
-    assert relative_error(weight, packed) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_calibrated_run_goes_on_layer_by_layer(folder: Path, tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from gemcut.checkpoint.safetensors_reader import INDEX
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.checkpoint.source import Source
 from gemcut.errors import CheckpointError, ParameterError
-from gemcut.quantization.decode import decode
+from gemcut.quantization.error import relative_error
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.state import to_stored
-from gemcut.quantization.stream import PIECE, quantize_tensors
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
+from gemcut.quantization.stream import quantize_tensors
+from gemcut.quantization.weights import FourBitWeight, Weight
 
 REPORT = "gemcut_quantization.json"
 _STATE = "state.json"
@@ -352,34 +352,6 @@ class _Originals:
         error = relative_error(original, weight)
         next(reading, None)  # the reader gives the memory back
         return {"format": kind, "relative_error": error}
-
-
-def relative_error(whole: Tensor, cut: FourBitWeight | Int8Weight) -> float:
-    """``‖W − Q‖ / ‖W‖`` (Frobenius), computed piece by piece."""
-    difference = norm = 0.0
-    for start, piece in _pieces(cut):
-        decoded = decode(piece, torch.float32).reshape(-1)
-        original = whole.reshape(-1)[start : start + decoded.numel()].float()
-        difference += (original - decoded).square_().sum().item()
-        norm += original.square_().sum().item()
-    return float((difference / norm) ** 0.5) if norm else 0.0
-
-
-def _pieces(cut: FourBitWeight | Int8Weight) -> Iterator[tuple[int, FourBitWeight | Int8Weight]]:
-    """(first value, a part of ``cut``): of whole rows in int8, of whole groups of blocks in 4 bits."""
-    n, k = cut.shape
-    if isinstance(cut, Int8Weight):
-        step = max(1, PIECE // k)
-        for row in range(0, n, step):
-            yield row * k, Int8Weight(cut.codes[row : row + step], cut.absmax[row : row + step], cut.dtype)
-        return
-    blocks = PIECE // cut.block_size
-    for start in range(0, n * k, PIECE):
-        block, count = start // cut.block_size, min(PIECE, n * k - start)
-        nested = cut.nested and Nested(cut.nested.scale[block // 256 : (block + blocks) // 256], cut.nested.offset)
-        absmax = cut.absmax[block : block + blocks]
-        codes = cut.codes[start // 2 : (start + count + 1) // 2]
-        yield start, FourBitWeight(codes, absmax, cut.quant_type, cut.block_size, (1, count), cut.dtype, nested)
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""NF4 and FP4 in blocks with one statistic each: stored bytes and decoded values are those of bitsandbytes' CPU code."""
+"""NF4 and FP4 in blocks with one statistic each: stored bytes and decoded values are those of bitsandbytes on a CPU."""
 
 from __future__ import annotations
 
