@@ -25,7 +25,12 @@ namespace {
 
 constexpr int64_t MAX_HEAD_DIM = 512;
 
-inline void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
+// Rows of keys or values that are on their way while one is being used: about 4 KB.
+constexpr int64_t AHEAD = 8;
+
+inline void fetch(const uint16_t* row, int64_t n) {
+    for (int64_t j = 0; j < n; j += 32) __builtin_prefetch(row + j);
+}
 
 struct Scratch {
     float* memory;
@@ -91,17 +96,20 @@ void attend_heads(void* context, int64_t begin, int64_t end, int) {
         float* scores = scratch(size_t(length));
         alignas(64) float query[MAX_HEAD_DIM];
         rotate_head(call, call.qkv + sequence * row + head * n, call.q_norm, sequence, call.scale, query);
-        auto place = [&](int64_t i) {
-            const int64_t slot = blocks[i / call.block_size] * call.block_size + i % call.block_size;
-            return (slot * call.kv_heads + kv_head) * n;
+        const int64_t stride = call.kv_heads * n, size = call.block_size;
+        // Rows lie 16 to a block and blocks anywhere: the processor does not foresee them, so they are asked for.
+        auto row_of = [&](const uint16_t* storage, int64_t i) {
+            return storage + (blocks[i / size] * size + i % size) * stride + kv_head * n;
         };
+        for (int64_t i = first; i < first + AHEAD && i < length; ++i) fetch(row_of(call.keys, i), n);
         for (int64_t i = first; i < length; ++i) {
-            const uint16_t* key = call.keys + place(i);
+            if (i + AHEAD < length) fetch(row_of(call.keys, i + AHEAD), n);
+            const uint16_t* key = row_of(call.keys, i);
             Vector total[4] = {zero(), zero(), zero(), zero()};
             int64_t j = 0;
             for (; j + 4 * W <= n; j += 4 * W)
                 for (int v = 0; v < 4; ++v) total[v] = fma(load(key + j + v * W), load(query + j + v * W), total[v]);
-            float score = (sum(total[0]) + sum(total[1])) + (sum(total[2]) + sum(total[3]));
+            float score = sum((total[0] + total[1]) + (total[2] + total[3]));
             for (; j < n; ++j) score += from_bf16(key[j]) * query[j];
             scores[i] = score;
         }
@@ -114,8 +122,10 @@ void attend_heads(void* context, int64_t begin, int64_t end, int) {
         for (int64_t i = first; i < length; ++i) weights += scores[i];
         alignas(64) float result[MAX_HEAD_DIM];
         for (int64_t j = 0; j < n; ++j) result[j] = 0;
+        for (int64_t i = first; i < first + AHEAD && i < length; ++i) fetch(row_of(call.values, i), n);
         for (int64_t i = first; i < length; ++i) {
-            const uint16_t* value = call.values + place(i);
+            if (i + AHEAD < length) fetch(row_of(call.values, i + AHEAD), n);
+            const uint16_t* value = row_of(call.values, i);
             const float weight = scores[i];
             for (int64_t j = 0; j < n; ++j) result[j] += weight * from_bf16(value[j]);
         }
