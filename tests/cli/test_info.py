@@ -27,6 +27,19 @@ def test_this_machine(cli: Cli) -> None:
         assert part in text
 
 
+def test_kernels(cli: Cli, tiny: Path) -> None:
+    """Every part names what computes it and why each other code does not."""
+    report = json.loads(cli("info", "--kernels", "--json").out)
+    assert report.pop("shape") == "gemma-2-27b, bfloat16"
+    for format in ("whole", "int8", "nf4"):
+        assert "not cuda: needs an NVIDIA GPU" in report[f"{format} layers on cpu"]
+    assert report["attention on cpu"] == ["eager", "not triton: needs an NVIDIA GPU"]
+    assert report["between products on cpu"][0] in ("cpu", "plain")
+    assert report["decode on cpu"] == ["step by step (CUDA graphs: needs an NVIDIA GPU)"]
+    assert "not triton: needs an NVIDIA GPU" in cli("info", tiny, "--kernels").out
+    assert json.loads(cli("info", "9b", "--kernels", "--json").out)["shape"] == "9b, bfloat16"
+
+
 def test_a_folder(cli: Cli, tiny: Path) -> None:
     report = json.loads(cli("info", tiny, "--json").out)
     assert report["files"] == str(tiny)

@@ -25,7 +25,7 @@ def our_model(theirs: Any, dtype: torch.dtype | None = None, **config_changes: A
     config = GemmaConfig.from_dict(theirs.config.to_dict()).replace(**config_changes)
     dtype = dtype or theirs.dtype
     with torch.device("meta"):
-        model = Model(config, dtype=dtype)
+        model = Model(config, dtype=dtype, device=theirs.device)
     ours = {"embed.weight": weights["model.embed_tokens.weight"].to(dtype)}
     ours["norm.scale"] = 1 + weights["model.norm.weight"].float()
     for i in range(config.num_hidden_layers):

@@ -28,6 +28,9 @@ _OPTIONAL = {
 def info(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
     *,
+    kernels: Annotated[
+        bool, flag("Which code computes what on each device here, and why other code would not.", "--kernels")
+    ] = False,
     as_json: Annotated[bool, flag("One JSON object.", "--json")] = False,
     debug: Debug = False,
     hub: HubOptions,
@@ -36,17 +39,19 @@ def info(
 
     Example: [cyan]gemcut info gemma-3-270m[/]
 
-    Of a hub model only configuration and tokenizer are fetched.
+    Of a hub model only configuration and tokenizer are fetched. --kernels without MODEL describes Gemma 2 27B's shape.
     """
-    if model is None:
+    if kernels:
+        report, notice = _kernels(model, hub), None
+    elif model is None:
         report, notice = machine(), None
     else:
         report, notice = _model(model, hub)
     if as_json:
-        output.print_json(report | ({"licence_notice": notice} if model is not None else {}))
+        output.print_json(report | ({"licence_notice": notice} if model is not None and not kernels else {}))
         return
     _show(report)
-    if model is not None:
+    if model is not None and not kernels:
         print(f"\nlicence\n{_indent(notice or 'none came with these files; ask where they are from')}")
 
 
@@ -79,6 +84,23 @@ def machine() -> dict[str, Any]:
         "hub cache": _hub_cache(),
         "optional": [f"{name} {version or 'not installed'}: {_OPTIONAL[name]}" for name, version in installed.items()],
     }
+
+
+def _kernels(name: str | None, hub: HubOptions) -> dict[str, Any]:
+    """What computes each part of a network on each device here."""
+    from gemcut.cli.kernels import kernel_report
+    from gemcut.config import FAMILY
+
+    if name is None:
+        return {"shape": "gemma-2-27b, bfloat16", **kernel_report(FAMILY["gemma-2-27b"])}
+    try:
+        config = hub.find(name).config()
+    except CheckpointError:
+        member = family_member(name)
+        if member is None or hub.revision is not None:
+            raise
+        config = member[1]
+    return {"shape": f"{name}, bfloat16", **kernel_report(config)}
 
 
 def _model(name: str, hub: HubOptions) -> tuple[dict[str, Any], str | None]:

@@ -1,19 +1,21 @@
 """One new token for each of a few sequences as one CUDA graph: from token ids to the likeliest next tokens.
 
 The graph leaves the next step's inputs where it reads its own, so it can be replayed ahead of the host: while the host
-looks at one token, the next is being computed. A step computed ahead of a change of plan is thrown away; all it wrote
-is one place in its own sequences' blocks, beyond what they have computed.
+looks at one token, the next is being computed. Requests that draw their tokens have a second, small graph behind it
+that puts the drawn tokens in place of the likeliest. A step computed ahead of a change of plan is thrown away; all it
+wrote is one place in its own sequences' blocks, beyond what they have computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.draw import NUMBERS, Kind, draw
 from gemcut.kernels import argmax, decode_attention, geglu, norm, nvrtc
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.model import Model
@@ -25,9 +27,11 @@ from gemcut.quantization.weights import Int8Weight
 #: Rows a graph has: a batch takes the smallest that holds it.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _AHEAD = 2  # steps in flight at most
+#: Rows up to which tokens are drawn in a graph, one row after another.
+MOST_DRAWS = 8
 
 
-def supports(model: Model, cache: PagedCache, device: torch.device) -> str | None:
+def supports(model: Model, block_size: int, device: torch.device) -> str | None:
     """None where decode graphs serve, else one line that says why not."""
     if device.type != "cuda":
         return "needs an NVIDIA GPU"
@@ -45,7 +49,7 @@ def supports(model: Model, cache: PagedCache, device: torch.device) -> str | Non
         or norm.supports(config.hidden_size)
         or geglu.supports(config.intermediate_size)
         or decode_attention.supports(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, cache.block_size
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, block_size
         )
     )
 
@@ -68,7 +72,11 @@ class DecodeGraph:
         self.full = self._inputs[2 * rows : 2 * rows + blocks].view(rows, most_blocks)
         self.sliding = self._inputs[2 * rows + blocks :].view(rows, most_blocks)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._results = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
+        self._results = [torch.zeros(2, rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
+        self._numbers = torch.zeros((rows, NUMBERS), dtype=torch.float64, device=device)
+        self._host_numbers = [torch.zeros((rows, NUMBERS), dtype=torch.float64, pin_memory=True) for _ in range(_AHEAD)]
+        self._sure = torch.ones(rows, dtype=torch.int32, device=device)
+        self._draws: dict[tuple[Kind, int], torch.cuda.CUDAGraph] = {}
         self._events = [torch.cuda.Event() for _ in range(_AHEAD)]  # type: ignore[no-untyped-call]
         self._launched = self._taken = 0
         self.logits = self._capture(device)
@@ -124,40 +132,71 @@ class DecodeGraph:
         self._taken = self._launched
         self._copied.synchronize()  # the last upload has left the page-locked memory
         rows, blocks = self.rows, self.rows * self.most_blocks
-        host = self._host.view(-1)
+        host = self._host.view(-1).numpy()
         host[:rows] = 0
         host[rows : 2 * rows] = -1
         count = len(ids)
-        host[:count] = torch.tensor(ids, dtype=torch.int32)
-        host[rows : rows + count] = torch.tensor(positions, dtype=torch.int32)
-        full = host[2 * rows : 2 * rows + blocks].view(rows, -1)
-        sliding = host[2 * rows + blocks :].view(rows, -1)
+        host[:count] = ids
+        host[rows : rows + count] = positions
+        full = host[2 * rows : 2 * rows + blocks].reshape(rows, -1)
+        sliding = host[2 * rows + blocks :].reshape(rows, -1)
         for row, table in enumerate(tables):
-            full[row, : len(table.full)] = torch.tensor(table.full, dtype=torch.int32)
-            sliding[row, : len(table.sliding)] = torch.tensor(table.sliding, dtype=torch.int32)
-        self._inputs.copy_(host, non_blocking=True)
+            full[row, : len(table.full)] = table.full
+            sliding[row, : len(table.sliding)] = table.sliding
+        self._inputs.copy_(self._host.view(-1), non_blocking=True)
         self._copied.record()
 
-    def launch(self) -> None:
-        """Queue a step."""
+    def launch(self, kind: Kind | None = None, numbers: Sequence[Sequence[float]] = ()) -> None:
+        """Queue a step; with a ``kind``, tokens are drawn with each sequence's ``numbers`` (gemcut.engine.draw)."""
         slot = self._launched % _AHEAD
+        drawing = None if kind is None else self._draw_graph(kind, len(numbers))
         self.graph.replay()
-        self._results[slot].copy_(self.ids, non_blocking=True)
+        if drawing is not None:
+            self._host_numbers[slot].numpy()[: len(numbers)] = numbers
+            self._numbers.copy_(self._host_numbers[slot], non_blocking=True)
+            drawing.replay()
+            self._results[slot][1].copy_(self._sure, non_blocking=True)
+        self._results[slot][0].copy_(self.ids, non_blocking=True)
         self._events[slot].record()
         self._launched += 1
+
+    def _draw_graph(self, kind: Kind, count: int) -> torch.cuda.CUDAGraph:
+        """From ``logits`` to ``ids`` for the first ``count`` rows, captured at its first use."""
+        if (kind, count) not in self._draws:
+            stream = torch.cuda.Stream(self.ids.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self.ids.device))
+            kept = self.ids.clone()
+            with torch.cuda.stream(stream):
+                self._draw_rows(kind, count)
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self._draw_rows(kind, count)
+            torch.cuda.current_stream(self.ids.device).wait_stream(stream)
+            self.ids.copy_(kept)
+            self._draws[kind, count] = graph
+        return self._draws[kind, count]
+
+    def _draw_rows(self, kind: Kind, count: int) -> None:
+        cap = self.model.config.final_logit_softcapping
+        for row in range(count):
+            logits = self.logits[row]
+            token, sure = draw(logits if cap is None else logits.div(cap).tanh_().mul_(cap), kind, self._numbers[row])
+            self.ids[row].copy_(token)
+            self._sure[row].copy_(sure)
 
     @property
     def ahead(self) -> int:
         """Steps launched and not taken."""
         return self._launched - self._taken
 
-    def take(self) -> list[int]:
-        """Wait for the oldest step in flight; its tokens."""
+    def take(self) -> tuple[list[int], list[int]]:
+        """Wait for the oldest step in flight; its tokens, and whether each is right where they were drawn."""
         slot = self._taken % _AHEAD
         self._events[slot].synchronize()
         self._taken += 1
-        tokens: list[int] = self._results[slot].tolist()
-        return tokens
+        tokens, sure = self._results[slot].tolist()
+        return tokens, sure
 
 
 class DecodeGraphs:
@@ -168,25 +207,45 @@ class DecodeGraphs:
         self.most_tokens, self.most_blocks = most_tokens, -(-most_tokens // cache.block_size)
         self._graphs: dict[int, DecodeGraph] = {}
         self._expected: tuple[tuple[int, int], ...] = ()  # (sequence, position) of the step computed ahead
-        self._last: tuple[DecodeGraph, list[int]] | None = None
+        self._last: tuple[DecodeGraph, list[int], Kind | None] | None = None
 
-    def greedy(self, sequences: Sequence[tuple[int, int, int]], tables: Sequence[Tables]) -> list[int]:
-        """The likeliest next token of each sequence, given (its id, its last token, that token's position)."""
+    def tokens(
+        self,
+        sequences: Sequence[tuple[int, int, int]],
+        tables: Sequence[Tables],
+        kind: Kind | None = None,
+        numbers: Callable[[int], list[tuple[float, ...]]] = lambda ahead: [],
+    ) -> list[int] | None:
+        """The next token of each sequence.
+
+        Args:
+            sequences: (its id, its last token, that token's position) of each.
+            tables: their blocks.
+            kind: None takes the likeliest tokens; else they are drawn so.
+            numbers: each sequence's numbers for the draw of this step, given 0, and of the next, given 1.
+
+        Returns:
+            The tokens; None where a draw needs more than a graph can do.
+        """
         graph = self._graph(len(sequences))
         now = tuple((identity, position) for identity, _, position in sequences)
         ids = [token for _, token, _ in sequences]
-        foreseen = self._last is not None and self._last == (graph, ids) and self._expected == now and graph.ahead > 0
+        foreseen = self._last == (graph, ids, kind) and self._expected == now and graph.ahead > 0
         if not foreseen:
             graph.load(ids, [position for _, position in now], tables)
-            graph.launch()
+            graph.launch(kind, numbers(0))
         size = self.cache.block_size
         self._expected = ()
         room = ((len(table.full) * size, position + 1) for (_, position), table in zip(now, tables, strict=True))
         if all(place < min(end, self.most_tokens) for end, place in room):
-            graph.launch()  # the next step's places lie in blocks these sequences have already
+            graph.launch(kind, numbers(1))  # the next step's places lie in blocks these sequences have already
             self._expected = tuple((identity, position + 1) for identity, position in now)
-        tokens = graph.take()[: len(sequences)]
-        self._last = (graph, tokens)
+        tokens, sure = graph.take()
+        if kind is not None and not all(sure[: len(sequences)]):
+            self.forget()
+            return None
+        tokens = tokens[: len(sequences)]
+        self._last = (graph, tokens, kind)
         return tokens
 
     def logits(self, sequences: Sequence[tuple[int, int]], tables: Sequence[Tables]) -> Tensor:

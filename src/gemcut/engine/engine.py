@@ -141,7 +141,7 @@ class Engine:
         ready = [s.sequence for s in batch if s.completes]
         wants = [i for i, sequence in enumerate(ready) if sequence.request.params.max_new_tokens > 0]
         logprobs: list[TokenLogprob | None] = [None] * len(wants)
-        tokens = self.runner.greedy(batch, tables)
+        tokens = self.runner.tokens(batch, tables)
         if tokens is None:
             logits = self.runner.run(batch, tables)
             tokens, logprobs = sample(logits if len(wants) == len(ready) else logits[wants], [ready[i] for i in wants])

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gemcut.engine import decode_graph
 from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.draw import numbers, same_kind
 from gemcut.engine.paged import PagedKeyValues
-from gemcut.engine.sampler import changes_logits
+from gemcut.engine.sampler import changes_logits, uniform
 from gemcut.engine.scheduler import Scheduled
 from gemcut.model import Model
 from gemcut.model.attention import Span
@@ -23,22 +24,31 @@ class Runner:
     def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
         self.model, self.cache, self.device = model, cache, device
         #: Why steps of single tokens do not run as CUDA graphs; None: they do.
-        self.graph_refusal = decode_graph.supports(model, cache, device)
+        self.graph_refusal = decode_graph.supports(model, cache.block_size, device)
         self._graphs: decode_graph.DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def greedy(self, batch: list[Scheduled], tables: list[Tables]) -> list[int] | None:
-        """The next token of each sequence where all have one token to compute and take the likeliest, as a CUDA graph.
+    def tokens(self, batch: list[Scheduled], tables: list[Tables]) -> list[int] | None:
+        """The next token of each sequence as CUDA graphs, where all have one token to compute and want nothing else.
 
         None where this step or this device needs the general way.
         """
         graphs = self._graphs_for(batch)
-        if graphs is None or not all(map(_plainly_greedy, batch)):
+        params = [scheduled.sequence.request.params for scheduled in batch]
+        kind = same_kind(params) if len(batch) <= decode_graph.MOST_DRAWS else None
+        if graphs is None or not all(map(_wants_tokens, batch)) or (kind is None and not all(p.greedy for p in params)):
             if self._graphs is not None:
                 self._graphs.forget()
             return None
+
+        def row(ahead: int) -> list[tuple[float, ...]]:
+            return [
+                numbers(p, uniform(s.sequence.seed, s.sequence.output_length + ahead))
+                for p, s in zip(params, batch, strict=True)
+            ]
+
         sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
-        return graphs.greedy(sequences, tables)
+        return graphs.tokens(sequences, tables) if kind is None else graphs.tokens(sequences, tables, kind, row)
 
     def _graphs_for(self, batch: list[Scheduled]) -> decode_graph.DecodeGraphs | None:
         """The decode graphs where they serve this device and step: one token of each sequence, its logits wanted."""
@@ -96,8 +106,8 @@ class Runner:
             sequence.prompt_logprobs += chosen.tolist()
 
 
-def _plainly_greedy(scheduled: Scheduled) -> bool:
-    """Whether the likeliest next token is all that is wanted."""
+def _wants_tokens(scheduled: Scheduled) -> bool:
+    """Whether the next token is all that is wanted, and nothing comes between the logits and the choice."""
     sequence = scheduled.sequence
     params = sequence.request.params
-    return params.greedy and params.max_new_tokens > 0 and params.logprobs is None and not changes_logits(sequence)
+    return params.max_new_tokens > 0 and params.logprobs is None and not changes_logits(sequence)

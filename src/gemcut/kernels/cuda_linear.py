@@ -19,7 +19,7 @@ from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, nvrtc
 from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.int8_matvec import Int8Rows
 from gemcut.kernels.matvec import MAX_ROWS, TILE, matvec
-from gemcut.kernels.nvrtc import compile_kernel, read_sources
+from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
 from gemcut.kernels.plain import dense_product
 from gemcut.quantization.tables import code_table
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
@@ -87,7 +87,7 @@ class _Packed(_FewRows):
 
 def _four_bit(case: LinearCase) -> LinearKernel:
     packed = nf4_matvec.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
-    storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument()
+    storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument
 
     def few(x: Tensor) -> Tensor:
         return matvec(storage, argument, x, packed.n)
@@ -143,6 +143,12 @@ def _buffer(device: torch.device) -> Tensor:
     return torch.empty(BUFFER_BYTES // 2, dtype=torch.bfloat16, device=device)
 
 
+@functools.cache
+def _four_bit_kernel(nested: bool, device: int) -> CudaKernel:
+    sources = read_sources("launch.cuh", "matvec.cuh", "nf4_matvec.cu", "four_bit_decode.cu")
+    return compile_kernel(sources, "four_bit_decode", (("NESTED", int(nested)),), device)
+
+
 class _FourBitDecode(ctypes.Structure):
     _fields_ = (
         ("codebook", ctypes.c_void_p),
@@ -155,13 +161,10 @@ class _FourBitDecode(ctypes.Structure):
 
 def decode_four_bit(packed: nf4_matvec.PackedFourBit, first_tile: int, tiles: int, out: Tensor) -> None:
     """Rows of ``tiles`` tiles of 16 from ``first_tile`` on, decoded into ``out`` bf16 [rows, k]."""
-    device = out.device.index or 0
-    sources = read_sources("launch.cuh", "matvec.cuh", "nf4_matvec.cu", "four_bit_decode.cu")
-    kernel = compile_kernel(sources, "four_bit_decode", (("NESTED", int(packed.nested)),), device)
     codebook = code_table(packed.quant_type, out.device)
     task = _FourBitDecode(codebook.data_ptr(), out.data_ptr(), first_tile, tiles, packed.k)
     blocks = min(-(-tiles * packed.codes.shape[1] // 8), 132 * 16)
-    kernel.launch((blocks, 1), 256, 0, (task, packed.argument()))
+    _four_bit_kernel(packed.nested, out.device.index or 0).launch((blocks, 1), 256, 0, (task, packed.argument))
 
 
 class _Int8Decode(ctypes.Structure):

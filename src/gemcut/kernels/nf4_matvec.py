@@ -7,6 +7,7 @@ codes and scales keep their size: 4.127 bits a weight with double quantization.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class PackedFourBit:
         """Bytes one product reads."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.groups))
 
+    @functools.cached_property
     def argument(self) -> ctypes.Structure:
         """The kernel's ``struct Format``."""
         pointers = (t.data_ptr() for t in (self.codes, self.scales, self.pairs, self.byte_map, self.groups))
@@ -184,7 +186,7 @@ def nf4_matvec(x: torch.Tensor, weight: PackedFourBit, *, out: torch.Tensor | No
     """x [m, k] bf16, m from 1 to 8 -> bf16 [m, n], summed in fp32. The sum's order does not depend on timing."""
     if x.shape[-1] != weight.k:
         raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.k}")
-    return matvec(NESTED if weight.nested else FLAT, weight.argument(), x, weight.n, out=out)
+    return matvec(NESTED if weight.nested else FLAT, weight.argument, x, weight.n, out=out)
 
 
 def nf4_matvec_plain(x: torch.Tensor, weights: Sequence[FourBitWeight]) -> torch.Tensor:

@@ -50,8 +50,7 @@ decode_attention(Attention p) {
   const int first = p.window > 0 ? max(0, position - p.window + 1) : 0;
   const int origin = first / UNIT * UNIT;
   const int units = (position - origin + UNIT - 1) / UNIT;
-  // Joining runs costs about as much as two units a warp.
-  const int per_run = max((units + (int)gridDim.x - 1) / (int)gridDim.x, WARPS * 2);
+  const int per_run = max((units + (int)gridDim.x - 1) / (int)gridDim.x, WARPS);
   const int runs = max(1, (units + per_run - 1) / per_run);
   if (run >= runs) return;
   const int unit_end = min(units, (run + 1) * per_run);

@@ -1,0 +1,75 @@
+"""Draws with fixed shapes give the sampler's tokens; where they cannot they say so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemcut.engine.draw import Kind, draw, numbers, same_kind
+from gemcut.engine.request import Request, Sequence
+from gemcut.engine.sampler import SORT_FIRST, sample, uniform
+from gemcut.engine.sampling import SamplingParams
+
+KINDS: list[dict[str, float]] = [
+    {},
+    {"top_k": 40},
+    {"top_k": 40, "top_p": 0.9},
+    {"top_k": 9000, "min_p": 0.01},
+    {"top_p": 0.8},
+    {"min_p": 0.05},
+    {"top_p": 0.95, "min_p": 0.001},
+    {"top_p": 1e-9},
+    {"min_p": 1.0},
+]
+
+
+def drawn(row: torch.Tensor, params: SamplingParams, seed: int) -> tuple[int, bool]:
+    values = torch.tensor(numbers(params, uniform(seed, 0)), dtype=torch.float64, device=row.device)
+    token, sure = draw(row, Kind.of(params), values)
+    return int(token), bool(sure)
+
+
+def expected(row: torch.Tensor, params: SamplingParams, seed: int) -> int:
+    sequence = Sequence(Request(prompt_ids=(1,), params=params))
+    sequence.seed = seed
+    return sample(row[None], [sequence])[0][0]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("vocabulary", [50, 5000])
+def test_the_same_tokens(kind: dict[str, float], vocabulary: int) -> None:
+    for seed in range(60):
+        row = torch.randn(vocabulary) * (2 + seed % 7)
+        # Powers of two, for which dividing and multiplying by the inverse (as GPUs do) are the same.
+        params = SamplingParams(temperature=2.0 ** (seed % 3 - 1), **kind)  # type: ignore[arg-type]
+        token, sure = drawn(row, params, seed)
+        if sure or vocabulary <= SORT_FIRST or "top_k" in kind:
+            assert sure
+            assert token == expected(row, params, seed), seed
+
+
+def test_a_flat_distribution_is_left_to_the_sampler() -> None:
+    params = SamplingParams(top_p=0.9)
+    assert not drawn(torch.randn(5000) * 0.01, params, 1)[1]
+    assert drawn(torch.randn(5000) * 9, params, 1)[1]
+    assert drawn(torch.randn(900) * 0.01, params, 1)[1]
+
+
+def test_same_kind() -> None:
+    one, other = SamplingParams(top_p=0.5), SamplingParams(min_p=0.1, temperature=3.0)
+    assert same_kind([one, other]) == Kind(0, True)
+    assert same_kind([one, SamplingParams(top_k=5)]) is None
+    assert same_kind([one, SamplingParams(temperature=0)]) is None
+    assert same_kind([SamplingParams()]) == Kind(0, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_same_tokens_on_a_gpu(kind: dict[str, float]) -> None:
+    for seed in range(25):
+        row = torch.randn(256000, device="cuda") * (2 + seed % 7)
+        params = SamplingParams(temperature=0.3 + 0.13 * seed, **kind)  # type: ignore[arg-type]
+        token, sure = drawn(row, params, seed)
+        assert sure or "top_k" not in kind
+        if sure:
+            assert token == expected(row, params, seed), seed
