@@ -60,3 +60,10 @@ def test_an_error_as_large_as_the_matrix() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     nothing = Int8Weight(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16), torch.float32)
     assert relative_error(weight, nothing) == 1.0
+
+
+def test_a_sample_is_near_the_whole() -> None:
+    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(3)).mul_(0.02).bfloat16()
+    cut = quantize_4bit(weight)
+    assert relative_error(weight, cut, sample=1 << 18) == pytest.approx(relative_error(weight, cut), rel=0.01)
+    assert relative_error(weight, cut, sample=1 << 30) == relative_error(weight, cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,14 +13,16 @@ from gemcut.quantization.pieces import PIECE
 from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitWeight, Int8Weight, Nested
 
 
-def relative_error(whole: Tensor, cut: FourBitWeight | Int8Weight) -> float:
+def relative_error(whole: Tensor, cut: FourBitWeight | Int8Weight, *, sample: int | None = None) -> float:
     """``‖W - Q‖ / ‖W‖`` (Frobenius) of ``whole`` [out, in], fp32, fp16 or bf16; 0 if it is all zeros.
 
+    ``sample``: look at about so many values, in stretches spread evenly over the matrix; None: at all.
     Needs a few MB, however large the matrix.
     """
     flat = whole.detach().reshape(-1)
+    every = 1 if sample is None else max(1, flat.numel() // sample)
     difference = norm = 0.0
-    for start, piece in _pieces(cut):
+    for start, piece in itertools.islice(_pieces(cut), 0, None, every):
         decoded = decode(piece, torch.float32).view(-1)
         original = flat[start : start + decoded.numel()].to(torch.float32, copy=True)
         norm += _energy(original)
