@@ -70,7 +70,7 @@ def exact(x: Tensor, weights: tuple[Weight, ...]) -> Tensor:
 def few_rows(case: LinearCase, variant: str) -> CpuLinear:
     """The kernel for up to MAX_M rows even where another one (test_cpu_gemm.py) is faster from fewer on."""
     kernel = CpuLinear(case, cpu.library(variant))
-    kernel._few = MAX_M
+    kernel.few = MAX_M
     return kernel
 
 

@@ -13,10 +13,12 @@ from gemcut.config import GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, shape_for_tokens
 from gemcut.engine.paged import PagedKeyValues, Pages
 from gemcut.kernels.cpu import library as cpu
+from gemcut.kernels.cpu.linear import MAX_M, CpuLinear
 from gemcut.kernels.cpu.step import CpuStep
 from gemcut.model import Model
 from gemcut.model.attention import AttentionSpec, Span
 from gemcut.model.bind import bind_kernels
+from gemcut.model.linear import Linear
 from support import tiny_config
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -222,6 +224,41 @@ def test_whole_network(kind: str, variant: str) -> None:
     model.step = CpuStep(variant)
     got = logits_of_steps(model, ids, 21)
     assert (got - want).square().mean() <= 1.1 * (plain - want).square().mean()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 3, MAX_M, MAX_M + 2])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_layers_in_one_call(kind: str, variant: str, batch: int) -> None:
+    """The same kernels in the same order as one by one: the same bits, for sequences of any lengths."""
+    model, library = tiny_model(kind, BF16), cpu.library(variant)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.kernel = CpuLinear(module.case, library)
+    lengths = [1 + 7 * b for b in range(batch)]
+    shape = shape_for_tokens(model.config, sequences=batch, context=128, chunk=128, block_size=16)
+    results = []
+    for in_one in (True, False):
+        cache = PagedCache(model.config, shape, BF16, torch.device("cpu"))
+        tables = [Tables() for _ in lengths]
+        model.step = CpuStep(variant)
+        if not in_one:
+            model.step._stack = SimpleNamespace(refusal="as a reference")
+        for turn in range(3):
+            spans, ids, positions = [], [], []
+            for b, length in enumerate(lengths):
+                done, new = (0, length) if turn == 0 else (length + turn - 1, 1)
+                cache.extend(tables[b], done, new)
+                spans.append(Span(len(ids), new, done + new))
+                ids += [(7 * b + 3 * i) % 300 for i in range(done, done + new)]
+                positions += range(done, done + new)
+            kv = PagedKeyValues(model.config, cache, tables, spans)
+            hidden = model(torch.tensor(ids), torch.tensor(positions), kv)
+        assert (model.step._stack.refusal is None) == in_one
+        results.append((hidden, cache.full_storage.clone(), cache.sliding_storage.clone()))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_bind_kernels_sets_it() -> None:

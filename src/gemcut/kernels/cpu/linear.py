@@ -168,7 +168,7 @@ class CpuLinear:
     def __init__(self, case: LinearCase, library: cpu.Library) -> None:
         # The case keeps the tensors alive whose addresses the segments hold.
         self.case = case
-        self._columns = sum(weight.shape[0] for weight in case.weights)
+        self.columns = sum(weight.shape[0] for weight in case.weights)
         segments, column = (_Segment * len(case.weights))(), 0
         for i, weight in enumerate(case.weights):
             segments[i] = _segment(weight, column)
@@ -178,27 +178,28 @@ class CpuLinear:
         self._plan = _Plan(ctypes.cast(segments, ctypes.POINTER(_Segment)), len(case.weights), k, out_is_fp32)
         self._segments = segments
         self._plan_reference = ctypes.byref(self._plan)
+        self.plan_address = ctypes.addressof(self._plan)
         self._x_is_bf16 = int(case.compute_dtype == torch.bfloat16)
-        self._run = library.function("linear", _LINEAR_ARGUMENTS)
-        self._run_many = many_rows(library) if case.compute_dtype == torch.bfloat16 else None
+        self.run = library.function("linear", _LINEAR_ARGUMENTS)
+        self.many = many_rows(library) if case.compute_dtype == torch.bfloat16 else None
         # Tiles of 16 rows cost the same however many are used: measured, they win from six on.
-        self._few = 5 if library.variant == "amx" else MAX_M
+        self.few = 5 if library.variant == "amx" else MAX_M
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [T, in] in the compute dtype -> [T, out] in the out dtype."""
         rows = x.shape[0]
-        if rows == 0 or (rows > MAX_M and self._run_many is None):
+        if rows == 0 or (rows > MAX_M and self.many is None):
             return plain_linear(self.case, x)
         if x.stride(1) != 1:
             x = x.contiguous()
-        out = torch.empty((rows, self._columns), dtype=self.case.out_dtype)
-        if rows > self._few and self._run_many is not None:
-            self._run_many(
-                self._plan_reference, x.data_ptr(), rows, x.stride(0), out.data_ptr(), self._columns, cpu.threads()
+        out = torch.empty((rows, self.columns), dtype=self.case.out_dtype)
+        if rows > self.few and self.many is not None:
+            self.many(
+                self._plan_reference, x.data_ptr(), rows, x.stride(0), out.data_ptr(), self.columns, cpu.threads()
             )
             return out
-        self._run(
-            self._plan_reference, x.data_ptr(), rows, x.stride(0), self._x_is_bf16, out.data_ptr(), self._columns,
+        self.run(
+            self._plan_reference, x.data_ptr(), rows, x.stride(0), self._x_is_bf16, out.data_ptr(), self.columns,
             cpu.threads(),
         )  # fmt: skip
         return out

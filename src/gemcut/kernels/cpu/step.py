@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemcut.kernels.cpu import library as cpu
+from gemcut.kernels.cpu.stack import LayerStack
 
 #: step_attention.cpp's limit.
 MAX_HEAD_DIM = 512
@@ -52,9 +53,10 @@ class CpuStep:
     """The layers of a network, and its head, with everything but the matrix products in C++."""
 
     def __init__(self, variant: str | None = None) -> None:
-        library = cpu.library(variant)
+        library = self._library = cpu.library(variant)
         self._add_norm = library.function("add_norm", _ADD_NORM)
         self._geglu = library.function("geglu", _GEGLU)
+        self._stack: LayerStack | None = None
         self._softcap = library.function("softcap", _SOFTCAP)
         self._attend_one = library.function("attend_one", [ctypes.POINTER(AttentionCall), ctypes.c_int])
 
@@ -120,6 +122,12 @@ class CpuStep:
     def layers(self, layers: Any, residual: Tensor, rotations: list[tuple[Tensor, Tensor]], kv: Any) -> Tensor:
         """All ``layers`` (gemcut.model.gemma.Layer), each with its rotation, on ``residual`` fp32 [T, d], in place."""
         one_each = hasattr(kv, "pages") and all(span.length == 1 for span in kv.spans)
+        if one_each:
+            if self._stack is None:
+                self._stack = LayerStack(layers, self._library)
+            if self._stack.refusal is None and len(residual) <= self._stack.most_rows:
+                self._stack(residual, rotations, kv)
+                return residual
         x = self.add_norm(residual, None, None, layers[0].input_norm.scale, layers[0].input_norm.eps)
         for i, (layer, rotation) in enumerate(zip(layers, rotations, strict=True)):
             attention, norm = layer.attention, layer.pre_feedforward_norm
