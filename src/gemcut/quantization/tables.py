@@ -18,7 +18,8 @@ NF4_VALUES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
-FP4_VALUES = (*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES))
+# The sign bit adds no second sign of zero: bitsandbytes stores and decodes code 8 as 0.
+FP4_VALUES = (*_FP4_MAGNITUDES, 0.0, *(-value for value in _FP4_MAGNITUDES[1:]))
 
 
 @functools.cache
@@ -43,7 +44,7 @@ class RisingCodes:
 @functools.cache
 def rising_codes(quant_type: FourBitType) -> RisingCodes:
     """How a ratio between -1 and 1 finds its nearest code."""
-    # FP4 has two zeros, 0 before -0: a stable order puts small positive values at -0, as bitsandbytes does.
+    # FP4 has two zeros, codes 0 and 8: in a stable order small positive values take code 8, as in bitsandbytes.
     values, codes = code_table(quant_type).sort(stable=True)
     middles = ((values[:-1] + values[1:]) / 2).numpy()
     if torch.equal(codes, torch.arange(16)):
