@@ -1,6 +1,7 @@
 // y = x [W0; W1; ...]^T for a few rows of x, as fast as memory gives the weights.
 //
-// Rows of weights are taken four at a time, each read once from end to end while the next four are prefetched. Rows of
+// Rows of weights are taken four at a time, each read once from end to end while the next ones are prefetched; rows of
+// bf16, which need the most bytes and the least arithmetic, one after another, as memory likes it best. Rows of
 // x are prepared once in the order in which the packed values come out of their bytes. Four-bit values are multiplied
 // before they are scaled: the statistic of a block meets the sum over its values, which costs one multiplication a
 // block and rounds less than scaling every weight.
@@ -17,7 +18,7 @@
 namespace {
 
 constexpr int GROUP = 4;
-constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 4096;
+constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 12288;
 
 // How many statistics a unit may hold, and so how many the scratch of a row must.
 constexpr int64_t MAX_SCALES = MAX_K / 32 + 32;
@@ -186,25 +187,28 @@ int64_t row_bytes(const Segment& segment, int64_t k) {
     return segment.kind == FOUR_BIT ? k / 2 : segment.kind == INT8 ? k : segment.kind == BF16 ? 2 * k : 4 * k;
 }
 
+// Statistics of blocks [first, first + count). May write up to 15 floats more.
+void decode_blocks(const Segment& segment, int64_t first, int64_t count, float* out) {
+    if (segment.nested_scale == nullptr) {
+        memcpy(out, static_cast<const float*>(segment.absmax) + first, size_t(count) * 4);
+        return;
+    }
+    const uint8_t* nested = static_cast<const uint8_t*>(segment.absmax);
+    for (int64_t b = first; b < first + count;) {
+        // As far as one nested scale reaches.
+        const int64_t end = (b | 255) + 1 < first + count ? (b | 255) + 1 : first + count;
+        decode_nested(nested + b, end - b, segment.nested_map, segment.nested_planes, segment.nested_scale[b >> 8],
+                      segment.nested_offset, out + (b - first));
+        b = end;
+    }
+}
+
 // Statistics of one row, `n` for each unit: blocks longer than a unit are repeated. Padded with zeros.
 void decode_scales(const Segment& segment, int64_t row, int64_t k, int n, float* out) {
-    const int64_t blocks = k / segment.block_size, first = row * blocks;
+    const int64_t blocks = k / segment.block_size;
     float spare[MAX_K / 32 + 16];
     const int64_t repeat = segment.block_size * n > UNIT ? segment.block_size * n / UNIT : 1;
-    const float* plain = static_cast<const float*>(segment.absmax);
-    const uint8_t* nested = static_cast<const uint8_t*>(segment.absmax);
-    float* const decoded = repeat == 1 ? out : spare;
-    if (segment.nested_scale == nullptr) {
-        memcpy(decoded, plain + first, size_t(blocks) * 4);
-    } else {
-        for (int64_t b = first; b < first + blocks;) {
-            // As far as one nested scale reaches.
-            const int64_t end = (b | 255) + 1 < first + blocks ? (b | 255) + 1 : first + blocks;
-            decode_nested(nested + b, end - b, segment.nested_map, segment.nested_planes, segment.nested_scale[b >> 8],
-                          segment.nested_offset, decoded + (b - first));
-            b = end;
-        }
-    }
+    decode_blocks(segment, row * blocks, blocks, repeat == 1 ? out : spare);
     float* end = out + blocks;
     if (repeat != 1) {
         end = out;
@@ -307,7 +311,8 @@ void groups(void* context, int64_t begin, int64_t end, int) {
         const int valid = int(segment.rows - row < GROUP ? segment.rows - row : GROUP);
         Rows rows;
         rows.call = &call, rows.segment = &segment, rows.per_unit = 1;
-        rows.ahead = (AHEAD_BYTES / (GROUP * bytes) + 1) * GROUP * bytes;
+        const bool in_sequence = segment.kind == BF16 && call.m == 1;
+        rows.ahead = in_sequence ? 2048 : (AHEAD_BYTES / (GROUP * bytes) + 1) * GROUP * bytes;
         for (int r = 0; r < GROUP; ++r) {
             // A last group of fewer rows computes its last one again.
             rows.index[r] = row + (r < valid ? r : valid - 1);
@@ -320,10 +325,15 @@ void groups(void* context, int64_t begin, int64_t end, int) {
                                   (row * blocks + rows.ahead / bytes * blocks) * statistic;
             for (int64_t at = 0; at < GROUP * blocks * statistic; at += 64) prefetch(next + at);
             rows.per_unit = segment.block_size >= UNIT ? 1 : int(UNIT / segment.block_size);
-            const bool as_they_are = statistic == 4 && segment.block_size <= UNIT && plan.k % UNIT == 0;
+            const bool as_they_are = segment.block_size <= UNIT && plan.k % UNIT == 0;
+            const bool together = as_they_are && statistic == 1 && valid == GROUP;
+            // Rows stand one after another: decoding those of all at once leaves the least of a vector unused.
+            if (together) decode_blocks(segment, row * blocks, GROUP * blocks, scales[0]);
             for (int r = 0; r < GROUP; ++r) {
                 rows.scales[r] = scales[r];
-                if (as_they_are) rows.scales[r] = static_cast<const float*>(segment.absmax) + rows.index[r] * blocks;
+                if (together) rows.scales[r] = scales[0] + r * blocks;
+                else if (as_they_are && statistic == 4)
+                    rows.scales[r] = static_cast<const float*>(segment.absmax) + rows.index[r] * blocks;
                 else decode_scales(segment, rows.index[r], plan.k, rows.per_unit, scales[r]);
             }
         }
@@ -334,6 +344,7 @@ void groups(void* context, int64_t begin, int64_t end, int) {
             else if (left == 3) in_turn<FEW, 3>(rows, int(m), values), m += 3;
             else if (left == 2) in_turn<SOME, 2>(rows, int(m), values), m += 2;
             else if (segment.kind == INT8) in_turn<FEW, 1>(rows, int(m), values), m += 1;
+            else if (segment.kind == BF16) in_turn<1, 1>(rows, int(m), values), m += 1;
             else in_turn<MANY, 1>(rows, int(m), values), m += 1;
         }
         store(call, rows, valid, values);
