@@ -115,7 +115,7 @@ bool to_digits(const float* x, int64_t step, int8_t* digits, int32_t* sums, floa
         int32_t q;
         memcpy(&q, &shifted, 4);
         q -= 0x4b400000;
-        const int32_t low = int8_t(q), middle = int8_t((q - low) >> 8), high = ((q - low) >> 8) - middle >> 8;
+        const int32_t low = int8_t(q), middle = int8_t((q - low) >> 8), high = (((q - low) >> 8) - middle) >> 8;
         digits[i] = int8_t(low), digits[step + i] = int8_t(middle), digits[2 * step + i] = int8_t(high);
         total[0] += low, total[1] += middle, total[2] += high;
     }
