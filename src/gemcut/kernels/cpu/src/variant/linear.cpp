@@ -52,6 +52,7 @@ void* scratch(size_t size) {
     return kept.memory;
 }
 
+#if defined(GEMCUT_SHORTS) || defined(GEMCUT_DIGITS)
 // The largest magnitude; NaN and infinity count as what their bits say, above every finite value.
 float largest_of(const float* x, int64_t count) {
     uint32_t worst = 0;
@@ -68,6 +69,7 @@ float largest_of(const float* x, int64_t count) {
 
 // NaN is not.
 bool in_range(float largest) { return largest <= 1e30f; }
+#endif
 
 // Within each UNIT, value e of every group of eight, for e = 0 ... 7.
 void split(const float* from, float* to, int64_t count) {
