@@ -208,7 +208,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown dtype": (_state(dtype="float8"), "dtype"),
     "unknown key": (_state(extra=1), "unknown 'extra'"),
     "missing key": (_state(dtype=None), "lacks 'dtype'"),
+    "dtype that is a list": (_state(dtype=["bfloat16"]), "dtype"),
+    "several states": (lambda t: t.update({STATE[:-3] + "fp4": t[STATE].clone()}), "several quant_state tensors"),
     "infinite offset": (_state(nested_offset=float("inf")), "finite"),
+    "offset beyond fp32": (_state(nested_offset=1e39), "finite"),
+    "offset beyond every float": (_state(nested_offset=10**400), "finite"),
     "nested blocks": (_state(nested_blocksize=128), "nested blocks"),
     "no JSON": (lambda t: t.update({STATE: torch.full((40,), 91, dtype=torch.uint8)}), "JSON"),
     "long state": (lambda t: t.update({STATE: torch.zeros(5000, dtype=torch.uint8)}), "short text"),
@@ -241,10 +245,14 @@ def test_damaged_weights_are_named(kind: str, cut: Path, tmp_path: Path) -> None
     [
         ({"quant_method": "gptq", "bits": 4}, "'gptq', which is not supported"),
         ({"quant_method": "awq"}, "'awq', which is not supported"),
-        ({"quant_method": None}, "not supported"),
+        ({"quant_method": None}, "names no quant_method"),
+        ({}, "names no quant_method"),
         ({"quant_method": "bitsandbytes"}, "load_in_4bit"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "nf3"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "int3"}, "damaged"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "int3"},
+            "'int3'; expected one of",
+        ),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": "o_proj"}, "skip_modules"),
         ([1], "no JSON object"),
         (None, "no quantization_config"),
@@ -257,6 +265,38 @@ def test_bad_configs_are_refused_by_name(change: Any, words: str, cut: Path, tmp
     (tmp_path / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=words):
         list(resolve(tmp_path).tensors())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"load_in_4bit": False, "load_in_8bit": True}, {"bnb_4bit_quant_type": "fp4"}], ids=["int8", "fp4"]
+)
+def test_a_config_of_another_format_than_the_tensors_is_refused(
+    changes: dict[str, Any], cut: Path, tmp_path: Path
+) -> None:
+    config = json.loads((cut / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"_proj\.weight is nf4, but config.json says (int8|fp4)"):
+        list(resolve(tmp_path).tensors())
+
+
+def test_whole_tensors_under_a_config_of_cut_ones_are_refused(whole: Path, tmp_path: Path) -> None:
+    config = {**json.loads((whole / "config.json").read_text()), "quantization_config": {"load_in_8bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"says int8, but every tensor is whole; .*remove quantization_config"):
+        list(resolve(tmp_path).tensors())
+
+
+@pytest.mark.parametrize("layout", [torch.tensor(float("nan")), torch.zeros(2, dtype=torch.uint8)])
+def test_a_damaged_layout_of_int8_is_named(layout: torch.Tensor, whole: Path, tmp_path: Path) -> None:
+    folder, _ = cut_by_transformers(whole, tmp_path / "model", "int8")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_format"] = layout
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: weight_format is"):
+        list(resolve(folder).tensors())
 
 
 def test_an_old_layout_of_int8_is_refused(whole: Path, tmp_path: Path) -> None:

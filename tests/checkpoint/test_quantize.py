@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path) -> None:
     assert min(file.stat().st_mtime_ns for file in out.glob("*.safetensors")) == first
 
 
-@pytest.mark.parametrize("change", ["options", "source", "damage"])
+@pytest.mark.parametrize("change", ["options", "source", "damage", "lost key"])
 def test_other_work_starts_anew(change: str, folder: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -160,6 +160,8 @@ def test_other_work_starts_anew(change: str, folder: Path, tmp_path: Path) -> No
         os.utime(next(copy.glob("*.safetensors")), (1, 1))
     if change == "damage":
         (working_folder(out) / "state.json").write_text("{")
+    if change == "lost key":
+        (working_folder(out) / "state.json").write_text('{"shards": []}')
     spec = Quantization("fp4") if change == "options" else NF4
     quantize_checkpoint(resolve(copy), out, spec, max_shard_bytes=30_000, say=said.append)
     assert "starting anew" in said[0]
@@ -207,6 +209,47 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(
     said: list[str] = []
     quantize_checkpoint(resolve(folder), tmp_path / "out", NF4, max_shard_bytes=30_000, say=said.append)
     assert "going on" in said[0]
+
+
+def test_a_disk_full_before_the_first_file_promises_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", add)
+    with pytest.raises(CheckpointError, match=r"No space left on device: free some space and run the same again$"):
+        quantize_checkpoint(resolve(folder), tmp_path / "out", NF4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_not_called_full(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match=r"Not a directory: choose a place where files can be written$"):
+        quantize_checkpoint(resolve(folder), tmp_path / "file" / "out", NF4)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_leads_to_the_folder(there: bool, folder: Path, tmp_path: Path) -> None:
+    goal, link = tmp_path / "disk" / "goal", tmp_path / "link"
+    (goal if there else goal.parent).mkdir(parents=True)
+    link.symlink_to(goal)
+    quantize_checkpoint(resolve(folder), link, NF4)
+    assert link.is_symlink()
+    assert (goal / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    with pytest.raises(CheckpointError, match="already exists and is not empty"):
+        quantize_checkpoint(resolve(folder), link, NF4)
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(CheckpointError, match=r"volume is a mount point; name a new folder inside it, such as "):
+        quantize_checkpoint(resolve(folder), tmp_path / "volume", NF4)
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
 
 
 def test_bad_places_are_refused(folder: Path, tmp_path: Path) -> None:

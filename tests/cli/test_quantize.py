@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import support
+from gemcut.checkpoint.shard import ShardWriter
 from gemcut.text import Tokenizer
 from gemcut.text.samples import read_calibration_text
 
@@ -50,6 +51,7 @@ def test_calibration_by_a_text(cli: Cli, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     run = cli("quantize", whole, tmp_path / "out", "--calibrate", tmp_path / "text.txt", "--json")
     assert run.code == 0
+    assert "too short to hold a ninth of it out; 1,152 tokens are enough" in run.err
     assert json.loads(run.out)["options"]["calibration_tokens"] > 256
 
 
@@ -110,6 +112,27 @@ def test_places_that_are_taken(cli: Cli, whole: Path) -> None:
     run = cli("quantize", whole, whole)
     assert run.code == 2
     assert "already exists and is not empty" in run.error
+
+
+@pytest.mark.parametrize(
+    ("shard", "words"), [("5GB", "stopped before the first file was finished"), ("20kB", "the same command goes on")]
+)
+def test_ctrl_c_says_what_is_left(
+    cli: Cli, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str, words: str
+) -> None:
+    write, added = ShardWriter.add, []
+
+    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        added.append(name)
+        if len(added) > 20:
+            raise KeyboardInterrupt
+        write(self, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", add)
+    run = cli("quantize", whole, tmp_path / "out", "--max-shard-size", shard)
+    assert run.code == 130
+    assert words in run.err
+    assert (list(tmp_path.iterdir()) == []) is (shard == "5GB")
 
 
 def test_loading_options_that_contradict_each_other(cli: Cli, whole: Path) -> None:

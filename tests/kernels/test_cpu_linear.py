@@ -245,6 +245,34 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(kernel(x), want)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_forked_in_the_middle_of_a_loop_leaves_that_loop_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    monkeypatch.setattr(linear.cpu, "threads", lambda: 4)
+    large = CpuLinear(LinearCase((pack(8192, 1024, "whole"),), BF16, BF16), cpu.library())
+    small = CpuLinear(LinearCase((pack(4096, 512, "whole"),), BF16, BF16), cpu.library())
+    x, y = torch.randn(1, 1024).to(BF16), torch.randn(1, 512).to(BF16)
+    want, over = small(y), threading.Event()
+
+    def keep_busy() -> None:
+        while not over.is_set():
+            large(x)
+
+    other = threading.Thread(target=keep_busy)
+    other.start()
+    try:
+        for _ in range(60):  # a child's thread would rarely be soon enough to take pieces of that loop
+            child = os.fork()
+            if child == 0:  # nothing of pytest may run here
+                os._exit(0 if all(torch.equal(small(y), want) for _ in range(3)) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        over.set()
+        other.join()
+
+
 def test_many_callers_at_once() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -30,6 +30,13 @@ def test_a_short_file_is_taken_whole(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert ids == tokenizer.encode(numbered(60), add_bos=False)
 
 
+def test_a_byte_order_mark_is_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text(numbered(60), encoding="utf-8-sig")
+    documents = read_calibration_text(path, tokenizer, tokens=4096, context=64)
+    assert documents[0][1:] == tokenizer.encode(numbered(60), add_bos=False)[: len(documents[0]) - 1]
+
+
 def test_a_long_file_is_sampled_from_beginning_to_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text(numbered(20_000), encoding="utf-8")

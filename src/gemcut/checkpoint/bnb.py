@@ -48,6 +48,11 @@ def stored_quantization(config: Path) -> Quantization | None:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{config}: quantization_config is no JSON object")
     method = raw.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & raw.keys() else None)
+    if method is None:
+        raise CheckpointError(
+            f"{config}: quantization_config names no quant_method, so how the weights are cut is not known: {_LOADS}; "
+            "if they are whole, remove quantization_config"
+        )
     if method != "bitsandbytes":
         raise CheckpointError(
             f"{config.parent} is quantized by {str(method)[:40]!r}, which is not supported: {_LOADS}; take the "
@@ -73,11 +78,14 @@ def _spec(raw: dict[str, Any], head: Any) -> Quantization:
         if type(threshold) not in (int, float) or not math.isfinite(threshold):
             raise ParameterError("llm_int8_threshold is no number")
         return Quantization("int8", head=head, skip=modules)
+    compute = str(raw.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+    if compute not in _DTYPES:
+        raise ParameterError(f"bnb_4bit_compute_dtype is {compute[:20]!r}; expected one of {', '.join(_DTYPES)}")
     return Quantization(
         raw.get("bnb_4bit_quant_type", "fp4"),
         double_quant=raw.get("bnb_4bit_use_double_quant", False) is True,
         head=head,
-        compute_dtype=_DTYPES[str(raw.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")],
+        compute_dtype=_DTYPES[compute],
         skip=modules,
     )
 

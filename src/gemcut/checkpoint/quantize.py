@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -119,10 +120,10 @@ def quantize_checkpoint(
         error.
 
     Raises:
-        CheckpointError: the source is cut already or holds NaN, ``out`` is taken, or the disk is full.
+        CheckpointError: the source is cut already or holds NaN, ``out`` is taken or a mount point, or the disk is full.
         ParameterError: blocks that do not divide the rows.
     """
-    out = Path(out)
+    out = _behind_link(Path(out))
     _check(source, out, spec)
     work = working_folder(out)
     key = _fingerprint(source, spec, max_shard_bytes, options or {})
@@ -140,22 +141,35 @@ def quantize_checkpoint(
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {work}: {error.strerror or error}; finished files are kept there: free some space and run "
-            "the same again to go on"
-        ) from None
+        kept = "; finished files are kept there" if can_go_on(out) else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way = "free some space and run the same again" if full else "choose a place where files can be written"
+        raise CheckpointError(f"cannot write {work}: {error.strerror or error}{kept}: {way}") from None
     return report
 
 
 def working_folder(out: Path) -> Path:
     """Where finished files wait until ``out`` is whole."""
+    out = _behind_link(out)
     return out.with_name(f".{out.name}.quantizing")
 
 
+def can_go_on(out: Path) -> bool:
+    """Whether a run into ``out`` that was stopped has left finished files."""
+    return (working_folder(out) / _STATE).is_file()
+
+
+def _behind_link(out: Path) -> Path:
+    """What ``out`` is a link to, if it is one: the link stays, and the folder appears where it leads."""
+    return Path(os.path.realpath(out)) if out.is_symlink() else out
+
+
 def check_out(out: Path) -> None:
-    """Raise CheckpointError if ``out`` is taken."""
+    """Raise CheckpointError if ``out`` is taken, or cannot be replaced by a finished folder."""
     if not out.name or out.name == "..":
         raise CheckpointError(f"{out} is no name for a new folder; choose another")
+    if os.path.ismount(_behind_link(out)):
+        raise CheckpointError(f"{out} is a mount point; name a new folder inside it, such as {out / 'model'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} already exists and is not empty; choose another name or remove it")
 
@@ -236,7 +250,7 @@ def _resume(work: Path, key: dict[str, Any], say: Callable[[str], None]) -> dict
     try:
         state = json.loads((work / _STATE).read_bytes())
         shards = state["shards"]
-        sound = all((work / shard["file"]).stat().st_size == shard["size"] for shard in shards)
+        sound = state["key"] is not None and all((work / s["file"]).stat().st_size == s["size"] for s in shards)
         done = sum(len(shard["ours"]) for shard in shards)
     except FileNotFoundError:
         state, sound, done = fresh, True, 0

@@ -58,9 +58,11 @@ class PackedEntry:
         self.name, self._entries = codes.name, {"weight": codes, **beside}
         self._dtype = dtype
         try:
-            self.shape = tuple(self._weight().shape)
+            weight = self._weight()
         except CheckpointError as error:
             raise CheckpointError(f"{codes.file.path}: {error}") from None
+        self.shape = tuple(weight.shape)
+        self.format = weight.quant_type if isinstance(weight, FourBitWeight) else "int8"
 
     @property
     def nbytes(self) -> int:
@@ -198,10 +200,20 @@ class SafetensorsFolder:
                     f"{entry.file.path}: {entry.name} is packed; gemcut reads whole tables and cuts them itself: "
                     "save the model again with lm_head among the skipped modules"
                 )
-            self._entries[ours] = PackedEntry(entry, beside, dtype)
+            packed = self._entries[ours] = PackedEntry(entry, beside, dtype)
+            if packed.format != self.quantization.format:
+                raise CheckpointError(
+                    f"{entry.file.path}: tensor {entry.name} is {packed.format}, but config.json says "
+                    f"{self.quantization.format}: one of the two is of another checkpoint; copy both again"
+                )
         for ours, beside in self._companions.items():
             stray = next(iter(beside.values()))
             raise CheckpointError(f"{stray.file.path}: tensor {stray.name} belongs to {ours}, which is missing")
+        if self.quantization is not None and not any(isinstance(e, PackedEntry) for e in self._entries.values()):
+            raise CheckpointError(
+                f"{self.folder}: config.json says {self.quantization.format}, but every tensor is whole; if they are "
+                "meant to be, remove quantization_config from config.json"
+            )
 
 
 def weight_files(index: Path) -> dict[str, set[str]]:

@@ -53,7 +53,7 @@ def quantize(
         shard = parse_memory(max_shard_size)
     except ParameterError:
         raise ParameterError(f"max-shard-size is {max_shard_size!r}; expected a size such as 5GB or 500MB") from None
-    from gemcut.checkpoint.quantize import add_to_report, check_out, quantize_checkpoint, working_folder
+    from gemcut.checkpoint.quantize import add_to_report, can_go_on, check_out, quantize_checkpoint, working_folder
     from gemcut.progress import LoadProgress
 
     if calibrate is not None and spec.format == "int8":
@@ -75,7 +75,11 @@ def quantize(
                 say=output.note,
             )
         except KeyboardInterrupt:
-            output.note(f"stopped; the same command goes on from here, finished files wait in {working_folder(out)}")
+            if can_go_on(out):
+                where = working_folder(out)
+                output.note(f"stopped; the same command goes on from here, finished files wait in {where}")
+            else:
+                output.note("stopped before the first file was finished; nothing is left of it")
             raise
     if held_out:
         from gemcut.checkpoint.source import resolve
@@ -108,6 +112,11 @@ def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter
     context = min(512, source.config().max_position_embeddings)
     every = read_calibration_text(text, source.tokenizer(), tokens=18432, context=context)
     held_out = [document for document in every[8::9] if len(document) > 1]
+    if not held_out:
+        output.note(
+            f"perplexity and KL divergence are not measured: {text} is too short to hold a ninth of it out; "
+            f"{9 * context:,} tokens are enough"
+        )
     documents = [document for i, document in enumerate(every) if i % 9 != 8]
     digest = hashlib.sha256(repr(documents).encode()).hexdigest()
     options = {"calibration_sha256": digest, "calibration_tokens": sum(map(len, documents))}

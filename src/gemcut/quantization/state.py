@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, cast
 
 import torch
@@ -58,6 +57,7 @@ STATE_PREFIX = "quant_state.bitsandbytes__"
 _STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _MAX_STATE_BYTES = 4096
+_LARGEST = torch.finfo(torch.float32).max
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -77,8 +77,8 @@ def from_stored(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Four
         return _int8_from(name, parts, dtype)
     states = [key for key in parts if key.startswith(STATE_PREFIX)]
     if len(states) != 1:
-        what = "has no quant_state" if not states else "has several quant_states"
-        raise CheckpointError(f"tensor {name} is quantized but {what} tensor; the checkpoint is incomplete or damaged")
+        what = "has no quant_state tensor" if not states else "has several quant_state tensors"
+        raise CheckpointError(f"tensor {name} is quantized but {what}; the checkpoint is incomplete or damaged")
     quant_type = states[0].removeprefix(STATE_PREFIX)
     state = _read_state(name, parts[states[0]], quant_type)
     rows, columns = state["shape"]
@@ -129,11 +129,13 @@ def _int8_from(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Int8W
     if odd:
         raise CheckpointError(f"tensor {name}.{odd[0]} is unexpected beside an 8-bit weight: the file is damaged")
     _expect(name, parts, "SCB", torch.float32, codes.shape[0])
-    if "weight_format" in parts and int(parts["weight_format"].reshape(-1)[0]) != 0:
-        raise CheckpointError(
-            f"tensor {name} is stored in an old layout for one kind of GPU (weight_format "
-            f"{int(parts['weight_format'].reshape(-1)[0])}); save it again with a current bitsandbytes"
-        )
+    if "weight_format" in parts:
+        _expect(name, parts, "weight_format", torch.uint8, 1)
+        if layout := int(parts["weight_format"].item()):
+            raise CheckpointError(
+                f"tensor {name} is stored in an old layout for one kind of GPU (weight_format {layout}); save it again "
+                "with a current bitsandbytes"
+            )
     return Int8Weight(codes, parts["SCB"].reshape(-1), dtype)
 
 
@@ -159,12 +161,12 @@ def _read_state(name: str, packed: Tensor, quant_type: str) -> dict[str, Any]:
         raise damaged(f"says {str(state['quant_type'])[:20]!r}; expected nf4 or fp4, as its name does")
     if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_SIZES:
         raise damaged(f"says blocksize {str(state['blocksize'])[:20]}; expected one of {BLOCK_SIZES}")
-    if not whole or state["dtype"] not in _DTYPES:
+    if not whole or not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
         raise damaged("has a wrong shape or dtype")
     if keys & _NESTED_KEYS:
         offset = state["nested_offset"]
-        if type(offset) not in (int, float) or not math.isfinite(offset):
-            raise damaged("has a nested_offset that is no finite number")
+        if type(offset) not in (int, float) or not abs(offset) <= _LARGEST:  # NaN is not
+            raise damaged("has a nested_offset that is no finite fp32 number")
         if state["nested_blocksize"] != NESTED_BLOCK_SIZE or state["nested_dtype"] != "float32":
             raise damaged(f"has other nested blocks than {NESTED_BLOCK_SIZE} in float32")
     return cast("dict[str, Any]", state)

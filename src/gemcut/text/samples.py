@@ -65,7 +65,7 @@ def _read_text(path: Path) -> str:
     if not data.strip():
         raise ParameterError(f"{path} is empty; calibration needs a UTF-8 text file of some thousand words")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ParameterError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 first") from None
     if "\0" in text:

@@ -168,8 +168,10 @@ void* worker_main(void* argument) {
     return nullptr;
 }
 
-// A child of fork() has no worker threads: it starts its own when it needs them.
+// A child of fork() has no worker threads: it starts its own when it needs them. If another thread's loop was running,
+// its remaining pieces are nobody's here: the first worker would find the loop's epoch current and do them.
 void after_fork_in_child() {
+    for (Cursor& cursor : pool.cursors) cursor.value.store(0);
     pool.started.store(0);
     pool.asleep.store(0);
     pool.caller_sleeps.store(0);

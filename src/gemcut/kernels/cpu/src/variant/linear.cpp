@@ -53,6 +53,7 @@ void* scratch(size_t size) {
     return kept.memory;
 }
 
+#if defined(GEMCUT_SHORTS) || defined(GEMCUT_DIGITS)
 // The largest magnitude; NaN and infinity count as what their bits say, above every finite value.
 float largest_of(const float* x, int64_t count) {
     uint32_t worst = 0;
@@ -69,6 +70,7 @@ float largest_of(const float* x, int64_t count) {
 
 // NaN is not.
 bool in_range(float largest) { return largest <= 1e30f; }
+#endif
 
 // Within each UNIT, value e of every group of eight, for e = 0 ... 7.
 void split(const float* from, float* to, int64_t count) {
@@ -116,7 +118,7 @@ bool to_digits(const float* x, int64_t step, int8_t* digits, int32_t* sums, floa
         int32_t q;
         memcpy(&q, &shifted, 4);
         q -= 0x4b400000;
-        const int32_t low = int8_t(q), middle = int8_t((q - low) >> 8), high = ((q - low) >> 8) - middle >> 8;
+        const int32_t low = int8_t(q), middle = int8_t((q - low) >> 8), high = (((q - low) >> 8) - middle) >> 8;
         digits[i] = int8_t(low), digits[step + i] = int8_t(middle), digits[2 * step + i] = int8_t(high);
         total[0] += low, total[1] += middle, total[2] += high;
     }
