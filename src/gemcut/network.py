@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,6 +12,7 @@ from gemcut.checkpoint.names import FUSED, export_tensors, hf_module, split_laye
 from gemcut.checkpoint.source import Source
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
+from gemcut.kernels.cpu import library
 from gemcut.kernels.memory import weight_allocator
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
@@ -61,6 +63,8 @@ def load_network(
         allocate=weight_allocator(device),
     )
     bind_kernels(model, device, kernels)
+    if device.type == "cpu" and kernels == "auto" and (reason := library.unavailable()) is not None:
+        warnings.warn(f"this will be many times slower than it could be on this CPU: {reason}", stacklevel=2)
     return model
 
 

@@ -5,49 +5,99 @@ This is how a 27B and its cut copy are compared on a machine that can hold neith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemcut.checkpoint.load import load_model_weights
-from gemcut.checkpoint.names import expected_shapes
+from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.checkpoint.source import Source
-from gemcut.config import SLIDING
+from gemcut.config import SLIDING, GemmaConfig
 from gemcut.divergence import Divergence, measure
 from gemcut.errors import ParameterError
 from gemcut.model import Model
 from gemcut.model.dense import DenseKeyValues
 from gemcut.model.norm import RMSNorm
 from gemcut.quantization.decode import decode
+from gemcut.quantization.spec import Quantization
+from gemcut.quantization.stream import quantize_tensors
+from gemcut.quantization.weights import Weight
 
 _TABLE = "embed.weight"
 
 
+class Weights(Protocol):
+    """A model's weights: a checkpoint (gemcut.checkpoint.source.Source), or one that is cut as it is read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, for progress."""
+
+    def config(self) -> GemmaConfig:
+        """The model's shape."""
+
+    def tensors(
+        self, *, dtype: torch.dtype | None = None, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Weight]]:
+        """(our name, weight) of the tensors in ``only``."""
+
+
+class Rounded:
+    """A checkpoint whose linear layers are cut to the nearest codes each time they are read."""
+
+    def __init__(self, whole: Source, spec: Quantization) -> None:
+        self.whole, self.spec = whole, spec.replace(head=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole weights."""
+        return self.whole.nbytes
+
+    def config(self) -> GemmaConfig:
+        """The model's shape."""
+        return self.whole.config()
+
+    def tensors(
+        self, *, dtype: torch.dtype | None = None, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Weight]]:
+        """(our name, weight) of the tensors in ``only``."""
+        return quantize_tensors(self.whole.tensors(dtype=dtype, only=only), self.spec, module_name=hf_module)
+
+
 def compare_checkpoints(
     whole: Source,
-    cut: Source,
+    cuts: Sequence[Weights],
     documents: Sequence[Sequence[int]],
     *,
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Divergence:
-    """How far ``cut`` is from ``whole`` on held-out documents (token ids, ``<bos>`` included).
+) -> list[Divergence]:
+    """How far each of ``cuts`` is from ``whole`` on held-out documents (token ids, ``<bos>`` included).
 
-    Both are checkpoints of one model that share the embedding; ``dtype`` is the compute dtype, None the checkpoint's
-    own. ``progress`` hears (bytes done, bytes in all). Raises ParameterError, CheckpointError.
+    All are weights of one model that share the embedding; ``dtype`` is the compute dtype, None the checkpoint's own.
+    ``progress`` hears (bytes done, bytes in all). Raises ParameterError, CheckpointError.
     """
     if not documents or any(len(document) < 2 for document in documents):
         raise ParameterError("comparison needs documents of at least two tokens each")
     compute = dtype or whole.stored_dtype or torch.bfloat16
-    total = whole.nbytes + cut.nbytes
+    total, done = whole.nbytes + sum(cut.nbytes for cut in cuts), 0
 
-    def report(before: int, size: int) -> Callable[[float], None]:
-        return lambda share: progress(before + int(share * size), total) if progress else None
+    def states(weights: Weights) -> Tensor:
+        nonlocal done
+        before, size = done, weights.nbytes
+        found = final_states(
+            weights,
+            documents,
+            compute,
+            lambda share: progress(before + int(share * size), total) if progress else None,
+        )
+        done += size
+        return found
 
-    expected = final_states(whole, documents, compute, report(0, whole.nbytes))
-    found = final_states(cut, documents, compute, report(whole.nbytes, cut.nbytes))
+    expected = states(whole)
     (_, table), *_ = whole.tensors(dtype=compute, only={_TABLE})
     matrix = decode(table, compute)
     cap = whole.config().final_logit_softcapping
@@ -57,12 +107,12 @@ def compare_checkpoints(
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     targets = torch.cat([torch.tensor(document[1:]) for document in documents])
-    return measure(expected, found, targets, head, head)
+    return [measure(expected, states(cut), targets, head, head) for cut in cuts]
 
 
 @torch.inference_mode()
 def final_states(
-    source: Source, documents: Sequence[Sequence[int]], dtype: torch.dtype, progress: Callable[[float], None]
+    source: Weights, documents: Sequence[Sequence[int]], dtype: torch.dtype, progress: Callable[[float], None]
 ) -> Tensor:
     """What the head gets, in ``dtype`` [T, d], at every position that predicts a token of its document."""
     config = source.config()
@@ -93,7 +143,7 @@ def final_states(
     return out
 
 
-def _fill(layer: nn.Module, source: Source, names: set[str], prefix: str, dtype: torch.dtype) -> None:
+def _fill(layer: nn.Module, source: Weights, names: set[str], prefix: str, dtype: torch.dtype) -> None:
     """Give one layer its weights, decoded to ``dtype``."""
     holder = nn.Module()
     holder.add_module("layers", nn.ModuleDict({prefix.split(".")[1]: layer}))

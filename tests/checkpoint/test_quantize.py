@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import support
-from gemcut.checkpoint import quantize as module
-from gemcut.checkpoint.quantize import quantize_checkpoint, working_folder
+from gemcut.checkpoint.quantize import quantize_checkpoint
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.working import Lock, working_folder
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.quantization.decode import decode
 from gemcut.quantization.spec import Quantization
@@ -189,6 +189,28 @@ quantize_checkpoint(resolve({str(folder)!r}), {str(tmp_path / "out")!r}, Quantiz
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_a_stop_while_the_folder_is_looked_at_is_made_good(folder: Path, tmp_path: Path) -> None:
+    def stop(path: Path) -> dict[str, Any]:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize_checkpoint(resolve(folder), tmp_path / "out", NF4, examine=stop)
+    assert not (tmp_path / "out").exists()
+    seen: list[list[str]] = []
+
+    def look(path: Path) -> dict[str, Any]:
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+        seen.append(sorted(file.name for file in path.iterdir()))
+        return {"seen": True}
+
+    said: list[str] = []
+    report = quantize_checkpoint(resolve(folder), tmp_path / "out", NF4, examine=look, say=said.append)
+    assert "going on" in said[0]
+    assert report["seen"] is True
+    assert json.loads((tmp_path / "out" / "gemcut_quantization.json").read_text()) == report
+    assert seen == [sorted(file.name for file in (tmp_path / "out").iterdir())]
+
+
 def test_a_full_disk_is_one_line_and_what_is_done_stays(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +288,7 @@ def test_bad_places_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_two_runs_of_one_folder_are_refused(folder: Path, tmp_path: Path) -> None:
     work = working_folder(tmp_path / "out")
     work.mkdir()
-    with module._Lock(work), pytest.raises(CheckpointError, match="another run is writing"):
+    with Lock(work), pytest.raises(CheckpointError, match="another run is writing"):
         quantize_checkpoint(resolve(folder), tmp_path / "out", NF4)
 
 

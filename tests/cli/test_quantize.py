@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,9 @@ import transformers
 
 import support
 from gemcut.checkpoint.shard import ShardWriter
+from gemcut.checkpoint.source import resolve
+from gemcut.kernels.cpu import library
+from gemcut.streamed import compare_checkpoints
 from gemcut.text import Tokenizer
 from gemcut.text.samples import read_calibration_text
 
@@ -60,7 +64,8 @@ def test_calibration_reports_what_the_held_out_text_lost(cli: Cli, whole: Path, 
     (tmp_path / "text.txt").write_text("".join(lines))
     run = cli("quantize", whole, tmp_path / "out", "--calibrate", tmp_path / "text.txt")
     assert run.code == 0
-    found = json.loads((tmp_path / "out" / "gemcut_quantization.json").read_text())["held_out"]
+    report = json.loads((tmp_path / "out" / "gemcut_quantization.json").read_text())
+    found, nearest = report["held_out"], report["held_out_nearest_codes"]
     assert f"perplexity {found['perplexity']:.2f}, was {found['reference_perplexity']:.2f}" in run.out
     # An independent reference: transformers, on the same held-out documents.
     tokenizer = Tokenizer.from_folder(whole)
@@ -75,6 +80,12 @@ def test_calibration_reports_what_the_held_out_text_lost(cli: Cli, whole: Path, 
     assert found["tokens"] == count
     assert found["reference_perplexity"] == pytest.approx(math.exp(loss / count), rel=0.02)  # bf16 beside fp32
     assert 0 < found["kl"] < found["kl_p99"]
+    # "Without calibration" is what a folder cut without it gives.
+    assert cli("quantize", whole, tmp_path / "nearest").code == 0
+    documents = [document for document in every[8::9] if len(document) > 1]
+    (expected,) = compare_checkpoints(resolve(whole), [resolve(tmp_path / "nearest")], documents)
+    assert nearest == pytest.approx(dataclasses.asdict(expected))
+    assert f"without calibration {nearest['kl']:.4f}" in run.out
 
 
 @pytest.mark.parametrize(
@@ -144,3 +155,22 @@ def test_loading_options_that_contradict_each_other(cli: Cli, whole: Path) -> No
         run = cli("generate", "Hello", "--model", whole, *args)
         assert run.code == 2
         assert words in run.error
+
+
+def test_a_cut_folder_is_planned_for_as_it_loads(cli: Cli, whole: Path, tmp_path: Path) -> None:
+    cli("quantize", whole, tmp_path / "out", "--to", "nf4")
+    plan = ("plan", tmp_path / "out", "--memory", "1GB", "--json")
+    (as_it_is,) = json.loads(cli(*plan).out)["plans"]
+    (cut_head,) = json.loads(cli(*plan, "--quantization", "nf4", "--head", "int8").out)["plans"]
+    assert cut_head["weights_bytes"] < as_it_is["weights_bytes"]
+    run = cli(*plan, "--quantization", "int8")
+    assert run.code == 2
+    assert "quantized already (nf4) and cannot be loaded in int8" in run.error
+
+
+def test_missing_kernels_are_spoken_of(cli: Cli, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = ("generate", "Hello", "--model", whole, "--max-new-tokens", "1", "--device", "cpu")
+    monkeypatch.setattr(library, "unavailable", lambda: "the CPU kernels are not built")
+    with pytest.warns(UserWarning, match="many times slower than it could be on this CPU: the CPU kernels are not"):
+        run = cli(*generate)
+    assert run.code == 0

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
@@ -20,6 +19,19 @@ from gemcut.checkpoint.bnb import config_entries
 from gemcut.checkpoint.safetensors_reader import INDEX
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.checkpoint.source import Source
+from gemcut.checkpoint.working import (
+    Lock,
+    assemble,
+    behind_link,
+    can_go_on,
+    check_out,
+    publish,
+    resume,
+    save_state,
+    shard_name,
+    working_folder,
+    write_json,
+)
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.quantization.error import relative_error
 from gemcut.quantization.spec import Quantization
@@ -28,7 +40,6 @@ from gemcut.quantization.stream import quantize_tensors
 from gemcut.quantization.weights import FourBitWeight, Weight
 
 REPORT = "gemcut_quantization.json"
-_STATE = "state.json"
 # Files of a folder that travel with the weights.
 _CARRIED = (
     "generation_config.json",
@@ -92,9 +103,10 @@ def quantize_checkpoint(
     out: str | Path,
     spec: Quantization,
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = 1_000_000_000,
     cutter: Cutter | None = None,
     options: dict[str, Any] | None = None,
+    examine: Callable[[Path], dict[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -112,6 +124,7 @@ def quantize_checkpoint(
         max_shard_bytes: a file is ended before it would pass this.
         cutter: cuts the tensors in a way of its own, with calibration for one; None rounds to the nearest code.
         options: what else decides the result; part of what must be the same to go on.
+        examine: looks at the complete folder before it is called ``out``; what it returns joins the report.
         progress: hears (bytes read, bytes in all).
         say: hears a line about going on or starting anew.
 
@@ -123,21 +136,25 @@ def quantize_checkpoint(
         CheckpointError: the source is cut already or holds NaN, ``out`` is taken or a mount point, or the disk is full.
         ParameterError: blocks that do not divide the rows.
     """
-    out = _behind_link(Path(out))
+    out = behind_link(Path(out))
     _check(source, out, spec)
     work = working_folder(out)
     key = _fingerprint(source, spec, max_shard_bytes, options or {})
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with _Lock(work):
-            state = _resume(work, key, say)
+        with Lock(work):
+            state = resume(work, key, say)
             try:
                 _cut_all(source, work, spec, max_shard_bytes, cutter or NearestCutter(source, spec), state, progress)
             finally:
                 if not state["shards"]:  # nothing is done that could be gone on with
                     shutil.rmtree(work, ignore_errors=True)
             report = _finish(source, work, spec, state, options or {})
-            _publish(work, out)
+            final = assemble(work)
+            if examine is not None:
+                report |= examine(final)
+                write_json(final / REPORT, report)
+            publish(work, out)
     except CheckpointError:
         raise
     except OSError as error:
@@ -146,32 +163,6 @@ def quantize_checkpoint(
         way = "free some space and run the same again" if full else "choose a place where files can be written"
         raise CheckpointError(f"cannot write {work}: {error.strerror or error}{kept}: {way}") from None
     return report
-
-
-def working_folder(out: Path) -> Path:
-    """Where finished files wait until ``out`` is whole."""
-    out = _behind_link(out)
-    return out.with_name(f".{out.name}.quantizing")
-
-
-def can_go_on(out: Path) -> bool:
-    """Whether a run into ``out`` that was stopped has left finished files."""
-    return (working_folder(out) / _STATE).is_file()
-
-
-def _behind_link(out: Path) -> Path:
-    """What ``out`` is a link to, if it is one: the link stays, and the folder appears where it leads."""
-    return Path(os.path.realpath(out)) if out.is_symlink() else out
-
-
-def check_out(out: Path) -> None:
-    """Raise CheckpointError if ``out`` is taken, or cannot be replaced by a finished folder."""
-    if not out.name or out.name == "..":
-        raise CheckpointError(f"{out} is no name for a new folder; choose another")
-    if os.path.ismount(_behind_link(out)):
-        raise CheckpointError(f"{out} is a mount point; name a new folder inside it, such as {out / 'model'}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} already exists and is not empty; choose another name or remove it")
 
 
 def _check(source: Source, out: Path, spec: Quantization) -> None:
@@ -197,31 +188,6 @@ def _dtype(source: Source) -> torch.dtype:
     return torch.bfloat16 if found is None else found
 
 
-# ---- the working folder ----------------------------------------------------------------------------------------------
-
-
-class _Lock:
-    """No two runs may write one folder. The lock goes with the process, so a kill leaves none behind."""
-
-    def __init__(self, work: Path) -> None:
-        self._path = work / "lock"
-
-    def __enter__(self) -> None:
-        self._file = open(self._path, "w")
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise CheckpointError(f"another run is writing {self._path.parent}; wait for it or stop it") from None
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
 def _fingerprint(source: Source, spec: Quantization, max_shard_bytes: int, options: dict[str, Any]) -> dict[str, Any]:
     """What must be the same to go on: the source's files, and everything that decides the result."""
     files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
@@ -241,46 +207,6 @@ def describe(spec: Quantization) -> dict[str, Any]:
     fields["compute_dtype"] = None if spec.compute_dtype is None else str(spec.compute_dtype).removeprefix("torch.")
     fields["skip"] = None if spec.skip is None else list(spec.skip)
     return fields
-
-
-def _resume(work: Path, key: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """The state of an earlier run of the same work, or of a new one."""
-    state: dict[str, Any]
-    fresh: dict[str, Any] = {"key": key, "shards": [], "weights": {}}
-    try:
-        state = json.loads((work / _STATE).read_bytes())
-        shards = state["shards"]
-        sound = state["key"] is not None and all((work / s["file"]).stat().st_size == s["size"] for s in shards)
-        done = sum(len(shard["ours"]) for shard in shards)
-    except FileNotFoundError:
-        state, sound, done = fresh, True, 0
-    except (ValueError, KeyError, TypeError, AttributeError):
-        state, sound, done = fresh, False, 0
-    if not sound or state["key"] != key:
-        why = "the source or the options have changed since" if sound else "what it left is damaged"
-        say(f"an earlier run was stopped, but {why}: starting anew")
-        state = fresh
-    elif done:
-        say(f"going on where an earlier run was stopped: {len(state['shards'])} files ({done} tensors) are done")
-    kept = {"lock", _STATE, state.get("kept", ""), *(shard["file"] for shard in state["shards"])}
-    for path in work.iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return state
-
-
-def _save_state(work: Path, state: dict[str, Any]) -> None:
-    _write_json(work / _STATE, state)
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 # ---- cutting ---------------------------------------------------------------------------------------------------------
@@ -339,7 +265,7 @@ def _cut_all(
         state["weights"] |= notes
         cutter.saved()
         before, state["kept"] = state.get("kept", ""), cutter.kept()
-        _save_state(work, state)
+        save_state(work, state)
         if before and before != state["kept"]:
             (work / before).unlink(missing_ok=True)
         if ended:
@@ -381,17 +307,15 @@ def _finish(
 
     dtype = str(_dtype(source)).removeprefix("torch.")
     config = {**source.config().to_dict(), "torch_dtype": dtype, **config_entries(spec, dtype)}
-    _write_json(work / "config.json", config)
+    write_json(work / "config.json", config)
     _carry(source, work)
     if len(state["shards"]) > 1:
         last = len(state["shards"])
         weight_map = {
-            theirs: f"model-{i + 1:05d}-of-{last:05d}.safetensors"
-            for i, shard in enumerate(state["shards"])
-            for theirs in shard["theirs"]
+            theirs: shard_name(i, last) for i, shard in enumerate(state["shards"]) for theirs in shard["theirs"]
         }
         total = sum(shard["nbytes"] for shard in state["shards"])
-        _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     whole = sum(torch.Size(shape).numel() for shape in source.tensor_shapes().values()) * _dtype(source).itemsize
     report: dict[str, Any] = {
         "gemcut_version": __version__,
@@ -404,22 +328,7 @@ def _finish(
         "bytes_after": sum(shard["nbytes"] for shard in state["shards"]),
         "weights": state["weights"],
     }
-    _write_json(work / REPORT, report)
-    return report
-
-
-def add_to_report(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
-    """Add entries to the report of a finished folder; returns the whole. Raises CheckpointError."""
-    path = folder / REPORT
-    part = folder / f".{REPORT}.{os.getpid()}.part"
-    try:
-        report = {**json.loads(path.read_bytes()), **entries}
-        _write_json(part, report)
-        part.replace(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; the folder itself is complete") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_json(work / REPORT, report)
     return report
 
 
@@ -432,32 +341,6 @@ def _carry(source: Source, work: Path) -> None:
     else:
         source.tokenizer().save(work)
         if generation := source.generation_config():
-            _write_json(work / "generation_config.json", generation)
+            write_json(work / "generation_config.json", generation)
     if source.licence_notice and not any(work.glob("NOTICE*")):
         (work / "NOTICE").write_text(source.licence_notice + "\n", encoding="utf-8")
-
-
-def _publish(work: Path, out: Path) -> None:
-    """Give the shards their names and the folder its own. A kill in between is made good by the next run."""
-    state = json.loads((work / _STATE).read_bytes())
-    last = len(state["shards"])
-    final = work / "folder"  # built beside the state, so that what is called OUT never lacks a file
-    final.mkdir()
-    for i, shard in enumerate(state["shards"]):
-        name = "model.safetensors" if last == 1 else f"model-{i + 1:05d}-of-{last:05d}.safetensors"
-        try:
-            os.link(work / shard["file"], final / name)
-        except OSError:  # a file system without links: a kill in these few renames costs the run
-            (work / shard["file"]).replace(final / name)
-    for path in work.iterdir():
-        if path.is_file() and path.name not in {
-            "lock",
-            _STATE,
-            state.get("kept", ""),
-            *(shard["file"] for shard in state["shards"]),
-        }:
-            path.replace(final / path.name)
-    if out.exists():
-        out.rmdir()
-    final.rename(out)
-    shutil.rmtree(work, ignore_errors=True)

@@ -12,11 +12,13 @@ from gemcut.cli import output
 from gemcut.cli.names import family_member
 from gemcut.cli.options import Debug, HubOptions, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
-from gemcut.errors import ParameterError
+from gemcut.errors import CheckpointError, ParameterError
 from gemcut.plan import CHUNK, DTYPE_BYTES, Cut, MemoryPlan, WeightFormat
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from gemcut.quantization.spec import Quantization
 
 # Spelled here as in gemcut.hardware, which imports torch.
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -71,8 +73,13 @@ def plan(
     )
     limit = _limit(device, memory)
     label, config, source, stored = _shape(name, hub)
-    if stored is not None and quantization is None and head is None:  # the files decide
-        formats = [(formats[0][0] if dtype else "bfloat16", stored)]
+    if stored is not None:  # the files decide
+        if quantization not in (None, stored.format):
+            raise CheckpointError(
+                f"{label} is quantized already ({stored.format}) and cannot be loaded in {quantization}; plan for it "
+                "without --quantization, or for the whole weights"
+            )
+        formats = [(formats[0][0] if dtype else "bfloat16", stored.replace(head=head or stored.head))]
     plans = [
         MemoryPlan.make(
             config,
@@ -162,7 +169,7 @@ def _limit(device: str, given: str | None) -> Limit:
     return Limit(free, output.gigabytes(free or 0), found.type, f" free now on {found} of this machine")
 
 
-def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, WeightFormat | None]:
+def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, Quantization | None]:
     """(label, configuration, where it is from, what its weights are cut to already).
 
     Names of the family need no file; everything else is looked up.

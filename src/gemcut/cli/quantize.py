@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -36,7 +37,9 @@ def quantize(
         Path | None,
         typer.Option(metavar="TEXT", help="A text file: choose codes by what it does in the model. Slower, better."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="A file is no larger than this.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="A file is no larger than this, nor what a stopped run does again.")
+    ] = "1GB",
     as_json: Annotated[bool, flag("The report as JSON on standard output.", "--json")] = False,
     debug: Debug = False,
     hub: HubOptions,
@@ -53,7 +56,8 @@ def quantize(
         shard = parse_memory(max_shard_size)
     except ParameterError:
         raise ParameterError(f"max-shard-size is {max_shard_size!r}; expected a size such as 5GB or 500MB") from None
-    from gemcut.checkpoint.quantize import add_to_report, can_go_on, check_out, quantize_checkpoint, working_folder
+    from gemcut.checkpoint.quantize import quantize_checkpoint
+    from gemcut.checkpoint.working import can_go_on, check_out, working_folder
     from gemcut.progress import LoadProgress
 
     if calibrate is not None and spec.format == "int8":
@@ -71,6 +75,7 @@ def quantize(
                 max_shard_bytes=shard,
                 cutter=cutter,
                 options=options,
+                examine=functools.partial(_held_out, source, spec, held_out) if held_out else None,
                 progress=report,
                 say=output.note,
             )
@@ -81,13 +86,6 @@ def quantize(
             else:
                 output.note("stopped before the first file was finished; nothing is left of it")
             raise
-    if held_out:
-        from gemcut.checkpoint.source import resolve
-        from gemcut.streamed import compare_checkpoints
-
-        with LoadProgress(True, "comparing with the whole model") as report:
-            divergence = compare_checkpoints(source, resolve(out), held_out, progress=report)
-        result = add_to_report(out, {"held_out": dataclasses.asdict(divergence)})
     if as_json:
         output.print_json(result)
     else:
@@ -123,6 +121,20 @@ def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter
     return CalibratedCutter(source, spec, documents), options, held_out
 
 
+def _held_out(
+    source: Source, spec: Quantization, documents: list[list[int]], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """What the text that calibration did not see lost, and what it would lose if every value took its nearest code."""
+    from gemcut.checkpoint.source import resolve
+    from gemcut.progress import LoadProgress
+    from gemcut.streamed import Rounded, Weights, compare_checkpoints
+
+    with LoadProgress(True, "comparing with the whole model") as report:
+        cuts: list[Weights] = [resolve(folder), Rounded(source, spec)]
+        ours, nearest = compare_checkpoints(source, cuts, documents, progress=report)
+    return {"held_out": dataclasses.asdict(ours), "held_out_nearest_codes": dataclasses.asdict(nearest)}
+
+
 def _show(report: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -150,7 +162,8 @@ def _show(report: dict[str, Any], out: Path) -> None:
         found = report["held_out"]
         console.print(
             f"{found['tokens']:,} tokens of the text that were held out: perplexity {found['perplexity']:.2f}, "
-            f"was {found['reference_perplexity']:.2f}; KL divergence {found['kl']:.4f} nats a token; "
+            f"was {found['reference_perplexity']:.2f}; KL divergence {found['kl']:.4f} nats a token, "
+            f"without calibration {report['held_out_nearest_codes']['kl']:.4f}; "
             f"the same likeliest token in {found['same_top']:.1%}",
             soft_wrap=True,
         )
