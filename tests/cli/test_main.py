@@ -112,7 +112,14 @@ def test_ctrl_c_says_interrupted(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("delay", [0.6, 1.2, 2.0])
 def test_ctrl_c_while_loading_or_generating(tiny: Path, delay: float) -> None:
     command = [sys.executable, "-m", "gemcut", "generate", "-m", str(tiny), "-n", "8000", "hi"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    # A job in the background inherits that Ctrl-C is ignored; a person's command does not.
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     time.sleep(delay)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
