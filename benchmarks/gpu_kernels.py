@@ -1,23 +1,26 @@
-"""Times the GPU kernels at Gemma 2 27B's shapes: `python benchmarks/gpu_kernels.py --formats nf4 --rows 1,8`.
+"""Times the GPU's matrix products at 27B's shapes: `python benchmarks/gpu_kernels.py --formats nf4 --rows 1,64`.
 
-Each figure is one launch inside a CUDA graph of many launches, each with a weight of its own: together several times
-the L2 cache, as in a real decode step. Random data. Bytes are what the kernel must read and write once; "% of read"
-compares with the read bandwidth measured in the same run. "torch" is torch.mm on bf16, the peer.
+Each figure is one product inside a CUDA graph of many, each with a weight of its own: together several times the L2
+cache, as in a real decode step. Random data. "ours" is what the engine would run for so many rows; beside it decoding
+to bf16 and cuBLAS, and torch.mm of bf16 weights, the peer. Bytes are what a product must read and write once; "% of
+read" compares with the read bandwidth measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, nvrtc
+from gemcut.kernels import cuda_linear, nvrtc
 from gemcut.kernels.bandwidth import read_bandwidth
-from gemcut.quantization.weights import FourBitWeight, Nested
+from gemcut.kernels.case import LinearCase
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
 
 SHAPES = {
     "gate+up": (73728, 4608),
@@ -29,57 +32,54 @@ SHAPES = {
     "k": (2048, 4608),
     "head": (256000, 4608),
 }
-FORMATS = {
-    "nf4": [name for name in SHAPES if name != "head"],
-    "int8": list(SHAPES),
-    "bf16": list(SHAPES),
-    "torch": list(SHAPES),
-}
+LINEARS = "gate+up,down,qkv,o"
 ROTATED_BYTES = 600 << 20
+Product = Callable[[Tensor], object]
 
 
-@dataclass
-class Weight:
-    run: Callable[[torch.Tensor, torch.Tensor], object]
-    nbytes: int
-
-
-def random_weight(name: str, n: int, k: int, head: bool) -> Weight:
+def random_weight(name: str, n: int, k: int) -> Weight:
+    """A random matrix: bf16, int8, or nf4 and fp4 with double quantization or ("-flat") without."""
     if name == "bf16":
-        bf16 = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-        if head:
-            return Weight(lambda x, y: bf16_matvec.bf16_head(x, bf16, 30.0), bf16.numel() * 2)
-        return Weight(lambda x, y: bf16_matvec.bf16_matvec(x, bf16, out=y), bf16.numel() * 2)
-    if name == "torch":
-        dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-        return Weight(lambda x, y: torch.mm(x, dense.T, out=y), dense.numel() * 2)
+        return torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
     if name == "int8":
-        values = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
-        int8 = int8_matvec.Int8Rows(values, torch.rand(n, device="cuda"))
-        if head:
-            return Weight(lambda x, y: int8_matvec.int8_head(x, int8, 30.0), n * k + n * 4)
-        return Weight(lambda x, y: int8_matvec.int8_matvec(x, int8, out=y), n * k + n * 4)
+        codes = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
+        return Int8Weight(codes, torch.rand(n, device="cuda"), torch.bfloat16)
     blocks = n * k // 64
     codes = torch.randint(0, 256, (n * k // 2,), device="cuda", dtype=torch.uint8)
-    absmax = torch.randint(0, 256, (blocks,), device="cuda", dtype=torch.uint8)
-    nested = Nested(torch.rand(-(-blocks // 256), device="cuda"), 0.5)
-    packed = nf4_matvec.pack([FourBitWeight(codes, absmax, "nf4", 64, (n, k), torch.bfloat16, nested)])
-    return Weight(lambda x, y: nf4_matvec.nf4_matvec(x, packed, out=y), packed.nbytes)
+    if name.endswith("-flat"):
+        nested, absmax = None, torch.rand(blocks, device="cuda")
+    else:
+        nested = Nested(torch.rand(-(-blocks // 256), device="cuda"), 0.5)
+        absmax = torch.randint(0, 256, (blocks,), device="cuda", dtype=torch.uint8)
+    return FourBitWeight(codes, absmax, "fp4" if name.startswith("fp4") else "nf4", 64, (n, k), torch.bfloat16, nested)
 
 
-def time_launches(weights: list[Weight], m: int, n: int, k: int, repetitions: int) -> list[float]:
-    """Seconds a launch, one figure for each replay of a graph over all weights."""
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-    rounds = max(1, 16 // len(weights))
-    for weight in weights:
-        weight.run(x, y)
+def products(name: str, n: int, k: int, head: bool) -> tuple[list[Product], list[Product], int]:
+    """(the engine's products, the same decoded for cuBLAS, bytes of a weight); weights enough to miss the cache."""
+    ours: list[Product] = []
+    decoded: list[Product] = []
+    nbytes = 0
+    out_dtype = torch.float32 if head else torch.bfloat16
+    while len(ours) < 2 or nbytes * len(ours) < ROTATED_BYTES:
+        weight = random_weight(name, n, k)
+        kernel = cuda_linear.prepare(LinearCase((weight,), torch.bfloat16, out_dtype), torch.device("cuda", 0))
+        nbytes = weight.nbytes
+        ours.append(kernel)
+        decoded.append(kernel.many)  # type: ignore[attr-defined]
+    return ours, decoded, nbytes
+
+
+def time_products(runs: list[Product], x: Tensor, repetitions: int) -> list[float]:
+    """Seconds a product, one figure for each replay of a graph over all weights."""
+    for run in runs[:2]:
+        run(x)
     torch.cuda.synchronize()
+    rounds = max(1, (16 if x.shape[0] < 256 else 4) // len(runs))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
-            for weight in weights:
-                weight.run(x, y)
+            for run in runs:
+                run(x)
     times = []
     for repetition in range(repetitions + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -88,40 +88,58 @@ def time_launches(weights: list[Weight], m: int, n: int, k: int, repetitions: in
         end.record()
         end.synchronize()
         if repetition >= 3:
-            times.append(start.elapsed_time(end) / 1000 / (rounds * len(weights)))
+            times.append(start.elapsed_time(end) / 1000 / (rounds * len(runs)))
     return times
 
 
+@functools.cache
+def bf16_seconds(linear: str, m: int, repetitions: int) -> float:
+    """Median seconds of torch.mm with a bf16 weight of this shape."""
+    n, k = SHAPES[linear]
+    weights = [random_weight("bf16", n, k) for _ in range(2 if n * k > 100 << 20 else 8)]
+    out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    runs: list[Product] = [lambda x, w=weight: torch.mm(x, w.T, out=out) for weight in weights]  # type: ignore[misc]
+    return statistics.median(time_products(runs, torch.randn(m, k, device="cuda").bfloat16(), repetitions))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the GPU kernels at Gemma 2 27B's shapes.")
-    parser.add_argument("--formats", default="nf4,int8,bf16,torch")
-    parser.add_argument("--rows", default="1,2,4,8")
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser = argparse.ArgumentParser(description="Times the GPU's matrix products at Gemma 2 27B's shapes.")
+    parser.add_argument("--formats", default="nf4,fp4,nf4-flat,int8")
+    parser.add_argument("--linears", default=LINEARS, help=f"comma-separated: {', '.join(SHAPES)}")
+    parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,4096")
+    parser.add_argument("--repetitions", type=int, default=9)
     options = parser.parse_args()
     reason = nvrtc.unavailable_reason()
     if reason is not None:
         parser.exit(2, f"{reason}\n")
     print(f"device {torch.cuda.get_device_name()}, torch {torch.__version__}, python {platform.python_version()}")
     before = read_bandwidth()
-    print(f"read bandwidth {before / 1e9:.0f} GB/s (4 GiB, best); {options.repetitions} replays a figure")
-    print(f"{'format':7}{'linear':9}{'n x k':>14}{'m':>3}{'MB':>8}{'us':>9}{'spread':>14}{'GB/s':>7}{'% of read':>10}")
+    print(f"read bandwidth {before / 1e9:.0f} GB/s (4 GiB, best); {options.repetitions} replays a figure, median, us")
+    print(
+        f"{'format':9}{'linear':8}{'m':>5}{'ours':>9}{'spread':>16}{'of m=1':>7}{'TFLOP/s':>8}{'% of read':>10}"
+        f"{'decoded':>9}{'bf16 mm':>9}"
+    )
     for name in options.formats.split(","):
-        for linear in FORMATS[name]:
+        for linear in options.linears.split(","):
             n, k = SHAPES[linear]
-            first = random_weight(name, n, k, linear == "head")
-            count = max(2, -(-ROTATED_BYTES // first.nbytes))
-            weights = [first] + [random_weight(name, n, k, linear == "head") for _ in range(count - 1)]
+            ours, decoded, nbytes = products(name, n, k, linear == "head")
+            first = None
             for m in (int(rows) for rows in options.rows.split(",")):
-                times = time_launches(weights, m, n, k, options.repetitions)
+                x = torch.randn(m, k, device="cuda").bfloat16()
+                times = time_products(ours, x, options.repetitions)
                 median = statistics.median(times)
-                moved = first.nbytes + m * k * 2 + m * n * (4 if linear == "head" and name != "torch" else 2)
-                spread = f"{min(times) * 1e6:.2f}-{max(times) * 1e6:.2f}"
+                first = first or median
+                moved = nbytes + m * k * 2 + m * n * (4 if linear == "head" else 2)
+                spread = f"{min(times) * 1e6:.1f}-{max(times) * 1e6:.1f}"
+                whole = statistics.median(time_products(decoded[:2], x, options.repetitions)) if m > 8 else 0.0
+                peer = bf16_seconds(linear, m, options.repetitions)
                 print(
-                    f"{name:7}{linear:9}{f'{n} x {k}':>14}{m:3}{moved / 1e6:8.1f}{median * 1e6:9.2f}{spread:>14}"
-                    f"{moved / median / 1e9:7.0f}{moved / median / before * 100:9.1f}%",
+                    f"{name:9}{linear:8}{m:5}{median * 1e6:9.1f}{spread:>16}{median / first:7.2f}"
+                    f"{2e-12 * m * n * k / median:8.0f}{moved / median / before * 100:9.1f}%"
+                    f"{whole * 1e6:9.1f}{peer * 1e6:9.1f}",
                     flush=True,
                 )
-            del weights, first
+            del ours, decoded
     print(f"read bandwidth again {read_bandwidth() / 1e9:.0f} GB/s")
 
 

@@ -46,14 +46,17 @@ def test_the_busiest_block_of_27b_has_little_more_than_its_share(n: int, k: int)
 def test_warps_of_fixed_columns_cover_their_slice(storage, n, k, fixed, limit) -> None:
     tiles, steps = n // 16, k // 256
     frame = plan_split(storage, tiles, steps, 1, 132, limit)
-    split = plan_fixed(storage, frame, tiles, steps, limit)
-    if limit == LIMIT and fixed is not None:
-        assert (split.layout.fixed if split else 0) == fixed
-    if split is not None:
+    for m in range(1, 9):
+        split = plan_fixed(storage, frame, tiles, steps, m, limit)
+        if limit == LIMIT and fixed is not None:
+            assert (split.layout.fixed if split else 0) == (fixed if m == 1 or fixed == 1 else 0)
+        if split is None:
+            continue
         assert split.layout.warps * split.layout.fixed >= split.slice_steps
         assert (split.chunks, split.slices, split.slice_steps) == (frame.chunks, frame.slices, frame.slice_steps)
         assert split.layout.stages % split.layout.fixed == 0
-        sums = -(-tiles // split.chunks) * split.layout.warps * TILE * 4
+        assert split.layout.rows >= m
+        sums = -(-tiles // split.chunks) * split.layout.warps * TILE * split.layout.rows * 4
         assert storage.table_bytes + sums <= split.shared_bytes <= limit
 
 
@@ -74,9 +77,10 @@ def test_packing_keeps_every_weight(n: int, k: int, nested: bool, table: torch.T
     assert torch.equal(scales[:n, : k // 64], weight.absmax.view(n, -1))
     zeros = torch.cat((codes[n:].flatten(), codes[:n, k // 2 :].flatten())).int()
     assert not table[torch.cat((zeros >> 4, zeros & 15))].any()
-    halves = packed.pairs.view(torch.bfloat16).view(256, 2)
-    assert torch.equal(halves[:, 0], table.bfloat16().repeat_interleave(16))
-    assert torch.equal(halves[:, 1], table.bfloat16().repeat(16))
+    for pairs, dtype in zip(packed.pairs.view(2, 256), (torch.bfloat16, torch.float16), strict=True):
+        halves = pairs.view(dtype).view(256, 2)
+        assert torch.equal(halves[:, 0], table.to(dtype).repeat_interleave(16))
+        assert torch.equal(halves[:, 1], table.to(dtype).repeat(16))
 
 
 def test_the_dequantized_weight_is_near_the_original() -> None:

@@ -66,21 +66,26 @@ def supports(weight: Int8Rows) -> str | None:
 
 def int8_matvec(x: torch.Tensor, weight: Int8Rows, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [m, k] bf16, m from 1 to 8 -> bf16 [m, n], summed in fp32."""
-    return matvec(STORAGE, _argument(x, weight), x, weight.values.shape[0], out=out)
+    _check_columns(x, weight)
+    return matvec(STORAGE, argument(weight), x, weight.values.shape[0], out=out)
 
 
 def int8_head(x: torch.Tensor, weight: Int8Rows, softcap: float | None) -> torch.Tensor:
     """x [m, d] bf16, m from 1 to 8 -> fp32 logits [m, n], `softcap * tanh(logit / softcap)` where given."""
-    n = weight.values.shape[0]
-    return matvec(STORAGE, _argument(x, weight), x, n, out_dtype="float32", softcap=softcap)
+    _check_columns(x, weight)
+    return matvec(STORAGE, argument(weight), x, weight.values.shape[0], out_dtype="float32", softcap=softcap)
 
 
-def _argument(x: torch.Tensor, weight: Int8Rows) -> ctypes.Structure:
+def _check_columns(x: torch.Tensor, weight: Int8Rows) -> None:
+    if x.shape[-1] != weight.values.shape[1]:
+        raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.values.shape[1]}")
+
+
+def argument(weight: Int8Rows) -> ctypes.Structure:
+    """The kernels' ``struct Format``, which does not keep the weight alive. ParameterError as ``supports`` says."""
     reason = supports(weight)
     if reason is not None:
         raise ParameterError(reason)
-    if x.shape[-1] != weight.values.shape[1]:
-        raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.values.shape[1]}")
     return _Format(weight.values.data_ptr(), weight.scales.data_ptr(), *weight.values.shape)
 
 

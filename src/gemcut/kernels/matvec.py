@@ -29,12 +29,14 @@ class Layout:
     """A thread block: warps, stages of 2 KB in flight per warp, blocks a processor must have registers for.
 
     `fixed`: column steps that a warp keeps for all tiles, with its x in registers; 0: the frame's runs of stages.
+    `rows`: of x, that such a warp has registers for.
     """
 
     warps: int
     stages: int
     resident: int
     fixed: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Storage:
     small: Layout
     large: Layout
     defines: tuple[tuple[str, int], ...] = ()
-    fixed_kernel: str | None = None  # for one row of x, where plan_fixed takes the product
+    fixed_kernel: str | None = None  # where plan_fixed takes the product
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Split:
     shared_bytes: int
 
 
-class _Problem(ctypes.Structure):
+class Problem(ctypes.Structure):
+    """The kernels' `struct Problem`."""
+
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
@@ -121,33 +125,37 @@ def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int
     return min(options, key=lambda option: option[0])[1]
 
 
-def plan_fixed(storage: Storage, split: Split, tiles: int, steps: int, shared_limit: int) -> Split | None:
-    """The same split for one row of x with warps of fixed columns, or None where the frame does better.
+def plan_fixed(storage: Storage, split: Split, tiles: int, steps: int, m: int, shared_limit: int) -> Split | None:
+    """`split`, planned for one row of x, with warps of fixed columns, or None where the frame does better.
 
-    Measured on an H100: 16 to 18 warps of one step where a product is small, of two where it is large and its columns
-    are sliced; 9 warps, and large products of few columns, are slower than the frame.
+    Measured on an H100: 16 to 18 warps of one step where a product is small; for one row, of two steps where it is
+    large and its columns are sliced. 9 warps, and large products of few columns, are slower than the frame.
     """
     small = tiles * steps * storage.stage_bytes <= SMALL_BYTES
+    rows = 1 if m == 1 else MAX_ROWS
     if small and 14 <= split.slice_steps <= 18:
-        layout = Layout(split.slice_steps, 1, 2 if split.slice_steps <= 16 else 1, fixed=1)
-    elif not small and split.slices > 1 and 28 <= split.slice_steps <= 36:
+        resident = 2 if split.slice_steps <= 16 and m == 1 else 1  # eight rows need too many registers for two blocks
+        layout = Layout(split.slice_steps, 1, resident, 1, rows)
+    elif m == 1 and not small and split.slices > 1 and 28 <= split.slice_steps <= 36:
         layout = Layout(-(-split.slice_steps // 2), 2, 1, fixed=2)
     else:
         return None
-    nbytes = storage.table_bytes + -(-tiles // split.chunks) * layout.warps * TILE * 4
+    nbytes = storage.table_bytes + -(-tiles // split.chunks) * layout.warps * TILE * rows * 4
     if split.shared_bytes > shared_limit // 2 and small:
         nbytes = max(nbytes, shared_limit // 2 + 1024)  # as in plan_split: no second block on the same processor
     return replace(split, layout=layout, shared_bytes=nbytes) if nbytes <= shared_limit else None
 
 
 @functools.cache
-def _arrivals(device: torch.device, stream: int) -> torch.Tensor:
+def arrivals(device: torch.device, stream: int) -> torch.Tensor:
+    """Counters of thread blocks that are done, zero between launches."""
     # One per stream: kernels of one stream follow each other, and each leaves the counters at zero.
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
 @functools.cache
-def _limits(device: int) -> tuple[int, int]:
+def limits(device: int) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory a block can plan with)."""
     # The block's flags and the alignment of its ring take less than 2048 bytes beside what shared_bytes counts.
     return torch.cuda.get_device_properties(device).multi_processor_count, shared_memory_limit(device) - 2048
 
@@ -161,12 +169,20 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
         ("BLOCK_STAGES", layout.stages),
         ("BLOCK_RESIDENT", layout.resident),
         ("FIXED_STEPS", layout.fixed),
+        ("FIXED_ROWS", layout.rows),
     )
     files, name = ["launch.cuh", "matvec.cuh", f"{storage.kernel}.cu"], storage.kernel
     if layout.fixed and storage.fixed_kernel is not None:
         name = storage.fixed_kernel
         files.append(f"{name}.cu")
     return compile_kernel(read_sources(*files), name, defines, device)
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` bf16 [m, k] itself where its rows are contiguous and begin at multiples of 16 bytes, else a copy."""
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        return x.contiguous().clone() if x.data_ptr() % 16 else x.contiguous()
+    return x
 
 
 def matvec(
@@ -188,23 +204,23 @@ def matvec(
         raise ParameterError(
             f"x must be bf16 [1…{MAX_ROWS}, k], not {x.dtype} {tuple(x.shape)}; cast it or split its rows"
         )
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous().clone() if x.data_ptr() % 16 else x.contiguous()
+    x = aligned_rows(x)
     m, k = x.shape
     dtype = torch.float32 if out_dtype == "float32" else torch.bfloat16
     y = torch.empty((m, n), dtype=dtype, device=x.device) if out is None else out
     if y.shape != (m, n) or y.dtype != dtype or not y.is_contiguous():
         raise ParameterError(f"out must be contiguous {dtype} {(m, n)}, not {y.dtype} {tuple(y.shape)}")
     device = x.device.index or 0
-    processors, shared_limit = _limits(device)
+    processors, shared_limit = limits(device)
     tiles, steps = -(-n // TILE), -(-k // storage.step)
     split = plan_split(storage, tiles, steps, m, processors, shared_limit)
-    if m == 1 and storage.fixed_kernel is not None:
-        split = plan_fixed(storage, split, tiles, steps, shared_limit) or split
+    if storage.fixed_kernel is not None:
+        of_one = plan_split(storage, tiles, steps, 1, processors, shared_limit)
+        split = plan_fixed(storage, of_one, tiles, steps, m, shared_limit) or split
     partial = torch.empty(split.slices * tiles * TILE * m if split.slices > 1 else 0, device=x.device)
-    arrivals = _arrivals(x.device, torch.cuda.current_stream().cuda_stream)
-    problem = _Problem(
-        x.data_ptr(), y.data_ptr(), partial.data_ptr(), arrivals.data_ptr(), softcap or 0.0,
+    counters = arrivals(x.device, torch.cuda.current_stream().cuda_stream)
+    problem = Problem(
+        x.data_ptr(), y.data_ptr(), partial.data_ptr(), counters.data_ptr(), softcap or 0.0,
         m, n, k, x.stride(0) * 2, tiles, steps, split.slice_steps,
     )  # fmt: skip
     kernel = _kernel(storage, split.layout, dtype == torch.float32, device)

@@ -44,7 +44,7 @@ class PackedFourBit:
 
     codes: torch.Tensor  # uint8 [tiles, steps, 4 blocks, 8 row pairs, 4 quarters, 2 rows, 8]
     scales: torch.Tensor  # uint8 or fp32 [tiles, steps, 8 row pairs, 4 blocks, 2 rows]
-    pairs: torch.Tensor  # int32 [256]: two bf16 codes for each byte
+    pairs: torch.Tensor  # int32 [512]: two codes for each byte, in bf16, then in fp16
     byte_map: torch.Tensor  # fp32 [256], empty without double quantization
     groups: torch.Tensor  # fp32, empty without double quantization
     offsets: tuple[float, ...]  # of each matrix
@@ -161,8 +161,10 @@ def pack(weights: Sequence[FourBitWeight]) -> PackedFourBit:
         part = F.pad(weight.absmax.view(n, -1), (0, columns // BLOCK, 0, missing))
         scales[at : at + count] = part.view(count, 2, 8, steps, 4).permute(0, 3, 2, 4, 1)
         at += count
-    rounded = table.bfloat16().view(torch.int16).int() & 0xFFFF
-    pairs = (rounded[:, None] | rounded[None, :] << 16).flatten().contiguous()  # [high nibble, low nibble]
+    rounded = (
+        torch.stack([table.to(dtype).view(torch.int16) for dtype in (torch.bfloat16, torch.float16)]).int() & 0xFFFF
+    )
+    pairs = (rounded[:, :, None] | rounded[:, None, :] << 16).flatten()  # [dtype, high nibble, low nibble]
     nested = [weight.nested for weight in weights if weight.nested is not None]
     none = torch.empty(0, device=device)
     packed = PackedFourBit(

@@ -151,7 +151,8 @@ def compile_kernel(source: str, name: str, defines: tuple[tuple[str, int], ...],
     if reason is not None:
         raise UnsupportedError(reason)
     properties = torch.cuda.get_device_properties(device)
-    options = [f"--gpu-architecture=sm_{properties.major}{properties.minor}", "--std=c++17"]
+    feature = "a" if (properties.major, properties.minor) == (9, 0) else ""  # wgmma is a feature of 9.0 alone
+    options = [f"--gpu-architecture=sm_{properties.major}{properties.minor}{feature}", "--std=c++17"]
     cubin = compile_cubin(source, options + [f"-D{key}={value}" for key, value in defines])
     module, handle, static = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
     with torch.cuda.device(device):

@@ -52,5 +52,7 @@ struct Format {
   __device__ __forceinline__ float finish(int row, float value) const { return value * __ldg(scales + row); }
 };
 
+#ifdef BLOCK_WARPS
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCK_RESIDENT)
 int8_matvec(Problem problem, Format format) { run<Format, BLOCK_WARPS, BLOCK_STAGES>(problem, format); }
+#endif

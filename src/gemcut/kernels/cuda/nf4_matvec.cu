@@ -26,7 +26,7 @@ struct Format {
 
   const u8* codes;
   const u8* scales;
-  const u32* pairs;      // bf16 pairs [256]: code of the high nibble below, of the low nibble above
+  const u32* pairs;      // [256]: bf16 code of the high nibble below, of the low nibble above; then the same in fp16
   const float* byte_map;     // [256] the dynamic 8-bit map
   const float* groups;       // fp32 scale of each 256 scales, in the order of the checkpoint
   float offsets[3];          // the mean of the scales of each matrix that stands here, top to bottom

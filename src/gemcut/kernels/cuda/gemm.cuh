@@ -1,0 +1,320 @@
+// y[m, n] = sum over k of x[m, k] * W[n, k] for more than a few rows of x, W packed: Hopper's warpgroup matrix instructions.
+//
+// W is the side that these take from registers (64 rows a warpgroup), so each weight is decoded once for ROWS rows of x and
+// no decoded weight is ever stored. x is the side in shared memory. A tile is WARPGROUPS * 64 rows of W by ROWS rows of x;
+// tiles are cut along k into units of four blocks of 64 columns, and all units of all tiles, in order, are dealt out to the
+// thread blocks in equal contiguous runs. A tile that several thread blocks share is summed at the end in the order of k, each
+// of them adding up an equal part of it: the same sum whatever the timing. They wait for each other, so all must be resident:
+// the grid is at most one thread block a processor.
+//
+// W comes through a ring of asynchronous copies per warp, as in matvec.cuh. Packed W has the columns of a block of 64 in the
+// order that 16-byte reads give: lane quad q of matrix instruction i multiplies columns 16 q + 4 i ... + 3. order_x() puts x
+// into that order and into the form that wgmma reads, so that the bulk copy engine fetches it without passing through
+// registers. One warpgroup does nothing but ask for it: whoever multiplies as well holds up its whole warpgroup each time.
+//
+// Of struct Problem, x is the ordered x, x_stride the bytes of one block of 64 columns of it, tiles counts 16 rows of W each,
+// steps the units of a tile, slice_steps the tiles along m. launch.cuh, matvec.cuh, the format's matvec file and the generated
+// wgmma() stand before this file; `struct Operand` after it.
+
+constexpr int ROWS = GEMM_ROWS, WARPGROUPS = GEMM_WARPGROUPS, W_STAGES = GEMM_W_STAGES, X_UNITS = GEMM_X_UNITS;
+constexpr int WARPS = WARPGROUPS * 4, THREADS = WARPS * 32;   // that multiply; one warpgroup more asks for x
+constexpr int GROUPS = ROWS / 8;                    // of eight rows of x
+constexpr int BLOCKS = 4, BLOCK_BYTES = ROWS * 128; // of a unit; of x in a block of 64 columns
+constexpr int CHUNK = ROWS <= 64 ? BLOCKS : 1;      // blocks of x that arrive together
+constexpr int SLOTS = BLOCKS * X_UNITS / CHUNK, CHUNK_BYTES = CHUNK * BLOCK_BYTES;
+constexpr bool TWO_HALVES = GEMM_TWO_HALVES;        // registers for two decoded blocks
+
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// The one arrival of a barrier that `bytes` of bulk copies complete.
+__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_close() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+// Registers move between warpgroups: those that multiply get what the one that asks for x leaves.
+constexpr int ASKING_REGISTERS = 24, MULTIPLYING_REGISTERS = WARPGROUPS == 4 ? 112 : 240;
+// All warps that multiply.
+__device__ __forceinline__ void multipliers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+// Sums are not read before the wait above this.
+__device__ __forceinline__ void settle(float (&sums)[ROWS / 2]) {
+#pragma unroll
+  for (int i = 0; i < ROWS / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// A matrix of ROWS x 16 in shared memory without swizzle: 8 x 8 cores of 128 bytes, 128 bytes apart along k, 1024 along the rows.
+__device__ __forceinline__ u64 x_descriptor(const u8* at) {
+  return (u64)((shared_address(at) & 0x3ffff) >> 4) | (u64)(128 >> 4) << 16 | (u64)(1024 >> 4) << 32;
+}
+
+template <class Operand, class Format>
+__device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
+  constexpr int STAGE_BLOCKS = Format::STEP / 64, UNIT_STAGES = BLOCKS / STAGE_BLOCKS;
+  extern __shared__ __align__(128) u8 shared[];
+  u8* const tables = shared;
+  u8* const xs = tables + Format::TABLE_BYTES;
+  u8* const ring_all = xs + SLOTS * CHUNK_BYTES;
+  u64* const full = reinterpret_cast<u64*>(ring_all + WARPS * W_STAGES * Format::STAGE_BYTES);
+  u64* const empty = full + SLOTS;
+
+  const int warp = threadIdx.x / 32;
+  Lane lane;
+  lane.id = threadIdx.x % 32;
+  lane.group = lane.id / 4;
+  lane.quad = lane.id % 4;
+
+  const int units = p.steps, m_tiles = p.slice_steps, w_steps = units * UNIT_STAGES;
+  const int w_tiles = (p.tiles + WARPS - 1) / WARPS;
+  const u32 all_units = (u32)w_tiles * m_tiles * units;
+  const u32 begin = run_begin(blockIdx.x, all_units, gridDim.x), end = run_begin(blockIdx.x + 1, all_units, gridDim.x);
+  int unit = begin % units, w_tile = begin / units / m_tiles, m_tile = begin / units % m_tiles;
+
+  next_kernel_may_start();
+  if (threadIdx.x == THREADS) {
+    for (int i = 0; i < SLOTS; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (warp >= WARPS) {   // ask for x
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(ASKING_REGISTERS));
+    __syncthreads();
+    if (threadIdx.x != THREADS) return;
+    previous_kernels_done();
+    int slot = 0;
+    u32 phase = 1;
+    for (u32 left = end - begin; left > 0; --left) {
+      const u8* from = p.x + (size_t)unit * BLOCKS * p.x_stride + m_tile * BLOCK_BYTES;
+      for (int block = 0; block < BLOCKS; ++block, from += p.x_stride) {
+        if (block % CHUNK == 0) {
+          barrier_wait(empty + slot, phase);
+          barrier_expect(full + slot, CHUNK_BYTES);
+        }
+        bulk_copy(xs + slot * CHUNK_BYTES + block % CHUNK * BLOCK_BYTES, from, BLOCK_BYTES, full + slot);
+        if (block % CHUNK == CHUNK - 1 && ++slot == SLOTS) slot = 0, phase ^= 1;
+      }
+      if (++unit == units) {
+        unit = 0;
+        if (++m_tile == m_tiles) m_tile = 0;
+      }
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING_REGISTERS));
+
+  u8* const ring = ring_all + warp * W_STAGES * Format::STAGE_BYTES;
+  u8* const ring_end = ring + W_STAGES * Format::STAGE_BYTES;
+  // A place in W, stage after stage; rows past n: any, they are not stored.
+  struct Place {
+    int tile, m, step;
+  };
+  auto advance = [&](Place& place) {
+    if (++place.step < w_steps) return;
+    place.step = 0;
+    if (++place.m == m_tiles) place.m = 0, place.tile = min(place.tile + WARPS, p.tiles - 1);
+  };
+  Place load = {min(w_tile * WARPS + warp, p.tiles - 1), m_tile, unit * UNIT_STAGES}, ahead = load;
+  int to_load = (end - begin) * UNIT_STAGES;
+  auto load_one = [&](u8* stage) {
+    if (to_load > 0) {
+      format.load(stage, lane, load.tile, load.step);
+      --to_load;
+      advance(load);
+    }
+    copies_close();
+  };
+#pragma unroll
+  for (int i = 0; i < W_STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
+  Operand::fill_tables(format, tables, THREADS);
+  typename Format::Scale group_scale = format.scale(lane, ahead.tile, ahead.step);
+  __syncthreads();
+  previous_kernels_done();
+
+  // W is decoded while the products of the block before are computed: with TWO_HALVES into the other half of `a`, else two
+  // instructions' operands while the other two run.
+  u32 a[TWO_HALVES + 1][16];
+  u8* stage = ring;
+  float2 scales = make_float2(0.f, 0.f), block_scales;
+  auto next_codes = [&](int kb) {
+    const int b = kb % STAGE_BLOCKS;
+    if (b == 0) {
+      copies_wait<W_STAGES - 1>();
+      __syncwarp();
+      scales = Operand::scales(format, stage, lane, group_scale, tables);
+      advance(ahead);
+      group_scale = format.scale(lane, ahead.tile, ahead.step);
+    }
+    const Operand codes(stage, lane, b);
+    block_scales = Operand::of_block(scales, lane, b);
+    if (b == STAGE_BLOCKS - 1) {
+      __syncwarp();
+      load_one(stage);
+      stage += Format::STAGE_BYTES;
+      if (stage == ring_end) stage = ring;
+    }
+    return codes;
+  };
+  auto decode = [&](const Operand& codes, int first, int last, u32* to) {
+#pragma unroll
+    for (int i = first; i < last; ++i) codes.decode(i, block_scales, tables, lane, to + i * 4);
+  };
+  Operand codes = next_codes(0);
+  decode(codes, 0, TWO_HALVES || Operand::SCALED_AFTER ? 4 : 2, a[0]);
+
+  const u64 x_first = x_descriptor(xs);
+  int slot = 0;   // of the unit's first block
+  u32 phase = 0;
+  auto release = [&](int of) {
+    if (lane.id == 0) barrier_arrive(empty + of);
+  };
+  for (u32 left = end - begin; left > 0;) {
+    const int first_unit = unit, end_unit = min(units, unit + (int)left);
+    left -= end_unit - unit;
+    float sum[ROWS / 2];
+    if constexpr (Operand::SCALED_AFTER) {
+#pragma unroll
+      for (int i = 0; i < ROWS / 2; ++i) sum[i] = 0.f;
+    }
+    for (; unit < end_unit; ++unit) {
+      const u64 x_unit = x_first + slot * (CHUNK_BYTES / 16);
+#pragma unroll
+      for (int kb = 0; kb < BLOCKS; ++kb) {
+        u32* const now = a[TWO_HALVES ? kb % 2 : 0];
+        u32* const next = a[TWO_HALVES ? 1 - kb % 2 : 0];
+        if (kb % CHUNK == 0) barrier_wait(full + slot + kb / CHUNK, phase);
+        const u64 x = x_unit + kb * (BLOCK_BYTES / 16);
+        const float2 scale = block_scales;
+        if constexpr (Operand::SCALED_AFTER) {
+          float part[ROWS / 2];
+          wgmma_begin();
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            wgmma(part, now + i * 4, x + i * 16, i > 0);
+            if (!TWO_HALVES && i == 1) wgmma_close();
+          }
+          wgmma_close();
+          codes = next_codes((kb + 1) % BLOCKS);
+          if constexpr (!TWO_HALVES) wgmma_wait<1>();
+          decode(codes, 0, TWO_HALVES ? 4 : 2, next);
+          wgmma_wait<0>();
+          settle(part);
+          if (kb % CHUNK == CHUNK - 1) release(slot + kb / CHUNK);
+#pragma unroll
+          for (int i = 0; i < ROWS / 2; ++i) sum[i] += part[i] * (i & 2 ? scale.y : scale.x);
+          if constexpr (!TWO_HALVES) decode(codes, 2, 4, next);
+        } else {
+          const int before = kb > 0 ? slot + kb / CHUNK - 1 : (slot == 0 ? SLOTS : slot) - 1;
+          const bool chunk_before = kb % CHUNK == 0 && (kb > 0 || unit > first_unit);
+          wgmma_begin();
+#pragma unroll
+          for (int i = 0; i < (TWO_HALVES ? 4 : 2); ++i) wgmma(sum, now + i * 4, x + i * 16, unit > first_unit || kb > 0 || i > 0);
+          wgmma_close();
+          if constexpr (!TWO_HALVES) {
+            wgmma_wait<1>();
+            if (chunk_before) release(before);
+            decode(codes, 2, 4, now);
+            wgmma_begin();
+#pragma unroll
+            for (int i = 2; i < 4; ++i) wgmma(sum, now + i * 4, x + i * 16, true);
+            wgmma_close();
+          }
+          codes = next_codes((kb + 1) % BLOCKS);
+          wgmma_wait<1>();
+          if (TWO_HALVES && chunk_before) release(before);
+          decode(codes, 0, TWO_HALVES ? 4 : 2, next);
+        }
+      }
+      slot += BLOCKS / CHUNK;
+      if (slot == SLOTS) slot = 0, phase ^= 1;
+    }
+    if constexpr (!Operand::SCALED_AFTER) {
+      wgmma_wait<0>();
+      settle(sum);
+      release((slot == 0 ? SLOTS : slot) - 1);
+    }
+
+    if (first_unit == 0 && unit == units) {
+#pragma unroll
+      for (int i = 0; i < ROWS / 2; ++i) {
+        const int row = (w_tile * WARPS + warp) * TILE + lane.group + (i & 2) * 4;
+        const int column = m_tile * ROWS + i / 4 * 8 + lane.quad * 2 + (i & 1);
+        if (row < p.n && column < p.m) store_output(p, row, column, format.finish(row, sum[i]));
+      }
+    } else {
+      const u32 from = (u32)(w_tile * m_tiles + m_tile) * units;
+      const int place = blockIdx.x * 2 + (begin < from);
+      float4* const to = reinterpret_cast<float4*>(p.partial) + (size_t)place * GROUPS * THREADS + threadIdx.x;
+#pragma unroll
+      for (int j = 0; j < GROUPS; ++j) __stcg(to + j * THREADS, make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
+      multipliers_meet();
+      if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(p.arrivals + run_owner(from, all_units, gridDim.x), 1u);
+      }
+    }
+    unit = 0;
+    if (++m_tile == m_tiles) m_tile = 0, ++w_tile;
+  }
+  copies_wait<0>();
+
+  // Tiles shared with the thread blocks before and after this one.
+  const int first_tile = begin / units, last_tile = (end - 1) / units;
+  for (int shared_tile = first_tile; shared_tile <= last_tile; shared_tile += max(last_tile - first_tile, 1)) {
+    const u32 from = (u32)shared_tile * units;
+    if (from >= begin && from + units <= end) continue;
+    const int first = run_owner(from, all_units, gridDim.x), last = run_owner(from + units - 1, all_units, gridDim.x);
+    const u32 sharers = last - first + 1, mine = blockIdx.x - first;
+    u32* const counter = p.arrivals + first;
+    if (threadIdx.x == 0) {
+      u32 arrived;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+      } while (arrived < sharers);
+    }
+    multipliers_meet();
+    constexpr u32 VALUES = GROUPS * THREADS, TOGETHER = GROUPS < 4 ? 2 : 4;   // of four sums; loads in flight
+    const float4* const parts = reinterpret_cast<const float4*>(p.partial);
+    const u32 to = VALUES * (mine + 1) / sharers;
+    for (u32 at = VALUES * mine / sharers + threadIdx.x; at < to; at += THREADS * TOGETHER) {
+      float total[TOGETHER][4] = {};
+#pragma unroll 2
+      for (int c = first; c <= last; ++c) {
+        const float4* const part = parts + (size_t)(c * 2 + (run_begin(c, all_units, gridDim.x) < from)) * VALUES;
+        float4 v[TOGETHER];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; ++j) v[j] = __ldcg(part + min(at + j * THREADS, VALUES - 1));
+#pragma unroll
+        for (int j = 0; j < TOGETHER; ++j) total[j][0] += v[j].x, total[j][1] += v[j].y, total[j][2] += v[j].z, total[j][3] += v[j].w;
+      }
+#pragma unroll
+      for (int j = 0; j < TOGETHER; ++j) {
+        const u32 i = at + j * THREADS;
+        const int thread = i % THREADS;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int row = (shared_tile / m_tiles * WARPS + thread / 32) * TILE + thread % 32 / 4 + (c & 2) * 4;
+          const int column = shared_tile % m_tiles * ROWS + i / THREADS * 8 + thread % 4 * 2 + (c & 1);
+          if (i < to && row < p.n && column < p.m) store_output(p, row, column, format.finish(row, total[j][c]));
+        }
+      }
+    }
+    if (threadIdx.x == 0 && atomicAdd(counter, 1u) == 2 * sharers - 1) *counter = 0;   // the last to leave
+  }
+}
