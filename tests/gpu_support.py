@@ -49,8 +49,8 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def network(weights: str, *, bound: bool) -> Model:
-    """A small random network, the same whether its kernels are bound or not."""
+def network(weights: str, *, bound: bool, **changes: Any) -> Model:
+    """A small random network, the same whether its kernels are bound or not; ``changes`` of its CONFIG."""
     spec = {"bf16": None, "int8": Quantization("int8"), "nf4": Quantization("nf4", head="int8")}[weights]
     factories: dict[str, Any] = {}
     if spec is not None:
@@ -60,7 +60,7 @@ def network(weights: str, *, bound: bool) -> Model:
         }
     where: dict[str, Any] = {"device": torch.device("cuda", 0)} if bound else {"attention": "eager"}
     with torch.device("meta"):
-        model = Model(GemmaConfig.from_dict(CONFIG), dtype=torch.bfloat16, **where, **factories)
+        model = Model(GemmaConfig.from_dict({**CONFIG, **changes}), dtype=torch.bfloat16, **where, **factories)
     generator = torch.Generator(device="cpu").manual_seed(1)
 
     def random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import cuda_step
+from gemcut.kernels import bf16_matvec, cuda_step, int8_matvec, nf4_matvec
 from gemcut.kernels.cpu import step as cpu_step
 from gemcut.kernels.dispatch import LINEAR, LinearCase
 from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
@@ -53,8 +53,17 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
     }
     report["between products"] = _lines(next(name for name, reason in steps.items() if reason is None), steps)
     reason = decode_graph.supports(build_network(config, dtype=DTYPE, device=device), BLOCK_SIZE, device)
-    report["decode"] = ["one CUDA graph a step"] if reason is None else [f"step by step (CUDA graphs: {reason})"]
+    report["decode"] = _decode(config, device) if reason is None else [f"step by step (CUDA graphs: {reason})"]
     return report
+
+
+def _decode(config: GemmaConfig, device: torch.device) -> list[str]:
+    lines = ["one CUDA graph a step"]
+    for name, storage in _STORAGES.items():
+        reason = decode_graph.step_supports(config, {storage}, BLOCK_SIZE, device)
+        how = "all in one launch" if reason is None else f"several launches each ({reason})"
+        lines.append(f"{name} layers, one sequence: {how}")
+    return lines
 
 
 def _linear(case: LinearCase, device: torch.device) -> list[str]:
@@ -111,3 +120,5 @@ _FORMATS: dict[str, Callable[[int, tuple[int, ...], torch.device], tuple[Weight,
     "int8": _int8,
     "nf4": _nf4,
 }
+
+_STORAGES = {"whole": bf16_matvec.STORAGE, "int8": int8_matvec.STORAGE, "nf4": nf4_matvec.NESTED}

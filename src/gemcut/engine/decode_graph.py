@@ -16,8 +16,11 @@ from torch import Tensor
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import NUMBERS, Kind, draw
-from gemcut.kernels import argmax, decode_attention, geglu, norm, nvrtc
+from gemcut.kernels import argmax, decode_attention, decode_step, geglu, norm, nvrtc
+from gemcut.kernels.cuda_linear import FewRows
 from gemcut.kernels.decode_attention import DecodeSpec
+from gemcut.kernels.decode_step import DecodeStep, StepLayer, StepShape
+from gemcut.kernels.matvec import Storage
 from gemcut.model import Model
 from gemcut.model.gemma import Layer
 from gemcut.model.linear import Embedding
@@ -54,15 +57,50 @@ def supports(model: Model, block_size: int, device: torch.device) -> str | None:
     )
 
 
+def step_supports(config: GemmaConfig, storages: set[Storage], block_size: int, device: torch.device) -> str | None:
+    """None where all layers run in one launch for a single sequence, else why they take several a layer.
+
+    ``storages``: the formats of the layers' weights.
+    """
+    if len(storages) != 1:
+        return "one launch a step takes layers of one format"
+    return decode_step.supports(step_shape(config), next(iter(storages)), block_size, *decode_step.limits(device))
+
+
+def step_shape(config: GemmaConfig) -> StepShape:
+    """The network's sizes as the one launch takes them."""
+    return StepShape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.attention_scale,
+        config.attn_logit_softcapping,
+        config.rms_norm_eps,
+        config.sliding_window,
+    )
+
+
 class DecodeGraph:
     """The network for ``rows`` sequences of one new token each, captured once.
 
     ``ids`` and ``positions`` (int32 [rows]) and the block tables are its inputs; a negative position marks an unused
     row. After a replay ``ids`` holds the likeliest tokens, ``positions`` have moved on by one, ``logits`` is fp32
-    [rows, V], before the final soft-cap.
+    [rows, V], before the final soft-cap. ``one_launch=False`` keeps several launches a layer where one would serve.
     """
 
-    def __init__(self, model: Model, cache: PagedCache, device: torch.device, rows: int, most_blocks: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedCache,
+        device: torch.device,
+        rows: int,
+        most_blocks: int,
+        *,
+        one_launch: bool = True,
+    ) -> None:
         self.model, self.cache, self.rows, self.most_blocks = model, cache, rows, most_blocks
         width = 2 + 2 * most_blocks
         self._host = torch.zeros((rows, width), dtype=torch.int32, pin_memory=True)
@@ -79,7 +117,52 @@ class DecodeGraph:
         self._draws: dict[tuple[Kind, int], torch.cuda.CUDAGraph] = {}
         self._events = [torch.cuda.Event() for _ in range(_AHEAD)]  # type: ignore[no-untyped-call]
         self._launched = self._taken = 0
+        #: All layers in one launch where that serves a single sequence; else ``step_refusal`` says why not.
+        self.step: DecodeStep | None = None
+        self.step_refusal: str | None = "not asked for" if rows == 1 else "several sequences"
+        if rows == 1 and one_launch:
+            self.step_refusal = self._make_step(device)
         self.logits = self._capture(device)
+
+    def _make_step(self, device: torch.device) -> str | None:
+        model, config = self.model, self.model.config
+        layers: list[Layer] = list(model.layers)  # type: ignore[arg-type]
+        kernels = [
+            (
+                la.attention.qkv_proj.kernel,
+                la.attention.o_proj.kernel,
+                la.mlp.gate_up_proj.kernel,
+                la.mlp.down_proj.kernel,
+            )
+            for la in layers
+        ]
+        products = [tuple(k.rows for k in four if isinstance(k, FewRows)) for four in kernels]
+        if any(len(four) != len(products[0]) or len(four) != 4 for four in products):
+            return "one launch a step takes packed weights or whole ones that their own kernels read"
+        storages = {decode_step.storage_of(rows) for four in products for rows in four}
+        reason = step_supports(config, storages, self.cache.block_size, device)
+        if reason is not None:
+            return reason
+        counts = {True: 0, False: 0}
+        bound = []
+        for index, (layer, four, kind) in enumerate(zip(layers, products, config.layer_types, strict=True)):
+            sliding, attention = kind != FULL, layer.attention
+            storage = (self.cache.sliding_storage if sliding else self.cache.full_storage)[counts[sliding]]
+            counts[sliding] += 1
+            after = layers[index + 1].input_norm if index + 1 < len(layers) else model.norm
+            norms = (layer.post_attention_norm, layer.pre_feedforward_norm, layer.post_feedforward_norm, after)
+            heads = None
+            if attention.q_norm is not None and attention.k_norm is not None:
+                heads = attention.q_norm.scale, attention.k_norm.scale
+            post, pre, end, following = (module.scale for module in norms)
+            bound.append(StepLayer(four, (post, pre, end, following), heads, storage, sliding))
+        table, absmax = _table(model)
+        ropes = model.rope_full.table(device), model.rope_sliding.table(device)
+        self.step = DecodeStep(
+            step_shape(config), bound, layers[0].input_norm.scale, table, absmax, model.embed_scale,
+            self.ids, self.positions, (self.full, self.sliding), ropes,
+        )  # fmt: skip
+        return None
 
     def _capture(self, device: torch.device) -> Tensor:
         self.positions.fill_(-1)
@@ -100,6 +183,8 @@ class DecodeGraph:
         layers: list[Layer] = list(model.layers)  # type: ignore[arg-type]
         table, absmax = _table(model)
         eps = config.rms_norm_eps
+        if self.step is not None:
+            return self._head(self.step())
         residual, x = norm.norm_embed(self.ids, table, absmax, model.embed_scale, layers[0].input_norm.scale, eps)
         counts = {FULL: 0, "": 0}
         for index, (layer, kind) in enumerate(zip(layers, config.layer_types, strict=True)):
@@ -123,8 +208,11 @@ class DecodeGraph:
             down = layer.mlp.down_proj(geglu.geglu(layer.mlp.gate_up_proj(y)))
             after = layers[index + 1].input_norm if index + 1 < len(layers) else model.norm
             x = norm.norm_add(down, residual, layer.post_feedforward_norm.scale, after.scale, eps)
-        logits: Tensor = model.embed.logits(x)
-        argmax.argmax(logits, self.ids, self.positions, softcap=config.final_logit_softcapping)
+        return self._head(x)
+
+    def _head(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model.embed.logits(x)
+        argmax.argmax(logits, self.ids, self.positions, softcap=self.model.config.final_logit_softcapping)
         return logits
 
     def load(self, ids: Sequence[int], positions: Sequence[int], tables: Sequence[Tables]) -> None:

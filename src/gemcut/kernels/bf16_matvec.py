@@ -13,7 +13,9 @@ from gemcut.kernels.matvec import Layout, Storage, matvec
 STORAGE = Storage("bf16_matvec", 64, 2048, 0, 64, Layout(8, 6, 2), Layout(16, 4, 1))
 
 
-class _Format(ctypes.Structure):
+class Format(ctypes.Structure):
+    """``struct Format`` of cuda/bf16_matvec.cu."""
+
     _fields_ = (("weight", ctypes.c_void_p), ("n", ctypes.c_int), ("k", ctypes.c_int))
 
 
@@ -42,7 +44,7 @@ def _argument(x: torch.Tensor, weight: torch.Tensor) -> ctypes.Structure:
         raise ParameterError(reason)
     if x.shape[-1] != weight.shape[1]:
         raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.shape[1]}")
-    return _Format(weight.data_ptr(), *weight.shape)
+    return Format(weight.data_ptr(), *weight.shape)
 
 
 def bf16_matvec_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

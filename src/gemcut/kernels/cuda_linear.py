@@ -69,18 +69,26 @@ def _int8_reason(weights: list[Int8Weight]) -> str | None:
     return None
 
 
-class _FewRows:
-    """Up to ``most_few`` rows of x through ``few``, up to ``most_some`` through ``some``, more through ``many``."""
+#: What a kernel reads: one matrix, or several of the same inputs one below the other.
+Rows = nf4_matvec.PackedFourBit | Int8Rows | Tensor
+
+
+class FewRows:
+    """Up to ``most_few`` rows of x through ``few``, up to ``most_some`` through ``some``, more through ``many``.
+
+    ``rows`` is what they read.
+    """
 
     def __init__(
         self,
+        rows: Rows,
         few: Callable[[Tensor], Tensor],
         many: Callable[[Tensor], Tensor],
         most_few: int,
         some: Callable[[Tensor], Tensor] | None = None,
         most_some: int = 0,
     ) -> None:
-        self.few, self.some, self.many = few, some, many
+        self.rows, self.few, self.some, self.many = rows, few, some, many
         self.most_few, self.most_some = most_few, most_some
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -92,13 +100,14 @@ class _FewRows:
         return self.many(x)
 
 
-class _Packed(_FewRows):
+class _Packed(FewRows):
     """Four-bit or int8 weights. ``weights`` gives the matrices back, since packing let go of the ones that came."""
 
     weights: tuple[Weight, ...]
 
 
 def _packed_kernel(
+    rows: Rows,
     few: Callable[[Tensor], Tensor],
     fused: Callable[[Tensor], Tensor],
     many: Callable[[Tensor], Tensor],
@@ -106,12 +115,12 @@ def _packed_kernel(
     most_few: int = MAX_ROWS,
 ) -> _Packed:
     if packed_gemm.unavailable_reason(codes.device.index or 0) is None:
-        return _Packed(few, many, most_few, fused, FUSED_ROWS[codes.numel() > SMALL_BYTES])
+        return _Packed(rows, few, many, most_few, fused, FUSED_ROWS[codes.numel() > SMALL_BYTES])
 
     def passes(x: Tensor) -> Tensor:
         return torch.cat([few(part) for part in torch.split(x, MAX_ROWS)])
 
-    return _Packed(few, many, MAX_ROWS, passes, MAX_ROWS * PASSES)
+    return _Packed(rows, few, many, MAX_ROWS, passes, MAX_ROWS * PASSES)
 
 
 def _four_bit(case: LinearCase) -> LinearKernel:
@@ -120,6 +129,7 @@ def _four_bit(case: LinearCase) -> LinearKernel:
     # With fp32 scales eight rows of a large matrix are faster fused: 92 µs became 78 for 27B's gate and up.
     whole_scales = not packed.nested and packed.codes.numel() > SMALL_BYTES
     kernel = _packed_kernel(
+        packed,
         lambda x: matvec(storage, argument, x, packed.n),
         lambda x: packed_gemm.gemm(storage, argument, x, packed.n),
         functools.partial(four_bit_product, packed),
@@ -137,6 +147,7 @@ def _int8(case: LinearCase) -> LinearKernel:
     storage, argument = int8_matvec.STORAGE, int8_matvec.argument(rows)
     out_dtype: Literal["float32", "bfloat16"] = "float32" if case.out_dtype == torch.float32 else "bfloat16"
     kernel = _packed_kernel(
+        rows,
         lambda x: matvec(storage, argument, x, n, out_dtype=out_dtype),
         lambda x: packed_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
         functools.partial(int8_product, rows, out_dtype=case.out_dtype),
@@ -151,12 +162,15 @@ def _dense(case: LinearCase) -> LinearKernel:
     (weight,) = case.weights
     assert isinstance(weight, Tensor)
     if case.out_dtype == torch.float32:
-        return _FewRows(
+        return FewRows(
+            weight,
             lambda x: bf16_matvec.bf16_head(x, weight, None),
             lambda x: dense_product(x, weight, torch.float32),
             MAX_ROWS,
         )
-    return _FewRows(lambda x: bf16_matvec.bf16_matvec(x, weight), lambda x: dense_product(x, weight), DENSE_ROWS - 1)
+    return FewRows(
+        weight, lambda x: bf16_matvec.bf16_matvec(x, weight), lambda x: dense_product(x, weight), DENSE_ROWS - 1
+    )
 
 
 def prepare(case: LinearCase, device: torch.device) -> LinearKernel:

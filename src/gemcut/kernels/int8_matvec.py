@@ -43,7 +43,9 @@ class Int8Rows:
         return self.values.float() * self.scales[:, None]
 
 
-class _Format(ctypes.Structure):
+class Format(ctypes.Structure):
+    """``struct Format`` of cuda/int8_matvec.cu."""
+
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
@@ -86,7 +88,7 @@ def argument(weight: Int8Rows) -> ctypes.Structure:
     reason = supports(weight)
     if reason is not None:
         raise ParameterError(reason)
-    return _Format(weight.values.data_ptr(), weight.scales.data_ptr(), *weight.values.shape)
+    return Format(weight.values.data_ptr(), weight.scales.data_ptr(), *weight.values.shape)
 
 
 def int8_matvec_plain(x: torch.Tensor, weight: Int8Rows) -> torch.Tensor:

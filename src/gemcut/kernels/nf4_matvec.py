@@ -29,7 +29,9 @@ NESTED = Storage("nf4_matvec", STEP, 2048 + 128, 256 * 128 + 1024, 16, *_LAYOUTS
 FLAT = Storage("nf4_matvec", STEP, 2048 + 256, 256 * 128 + 1024, 16, *_LAYOUTS, (("NESTED", 0),), "nf4_fixed")
 
 
-class _Format(ctypes.Structure):
+class Format(ctypes.Structure):
+    """``struct Format`` of cuda/nf4_matvec.cu."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "pairs", "byte_map", "groups")),
         ("offsets", ctypes.c_float * 3),
@@ -75,7 +77,7 @@ class PackedFourBit:
         offsets = (ctypes.c_float * 3)(*self.offsets)
         ends = [sum(self.rows[: i + 1]) // TILE if i + 1 < len(self.rows) else 2**31 - 1 for i in range(2)]
         blocks, last = self.k // BLOCK, self.groups.numel() - 1
-        return _Format(*pointers, offsets, (ctypes.c_int * 2)(*ends), self.n, blocks, last, self.codes.shape[1])
+        return Format(*pointers, offsets, (ctypes.c_int * 2)(*ends), self.n, blocks, last, self.codes.shape[1])
 
     def weights(self) -> tuple[FourBitWeight, ...]:
         """The matrices as they came, for saving and for plain products; their bytes are put in order when asked for."""

@@ -20,6 +20,7 @@ SOURCES = Path(__file__).parent / "cuda"
 
 _STATIC_SHARED = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE: all blocks at once or none
 _PROGRAMMATIC_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -114,17 +115,26 @@ class CudaKernel:
     overlaps: bool
 
     def launch(
-        self, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[ctypes.Structure]
+        self,
+        grid: tuple[int, ...],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[ctypes.Structure],
+        *,
+        cooperative: bool = False,
     ) -> None:
-        """Queues the kernel on torch's current stream. Arguments are ctypes structures laid out as in the source."""
-        attribute = _LaunchAttribute(_PROGRAMMATIC_LAUNCH, 0, 1, b"")
+        """Queues the kernel on torch's current stream. Arguments are ctypes structures laid out as in the source.
+
+        ``cooperative`` kernels have blocks that wait for each other: none starts before there is room for all.
+        """
+        attribute = _LaunchAttribute(_COOPERATIVE if cooperative else _PROGRAMMATIC_LAUNCH, 0, 1, b"")
         config = _LaunchConfig(
             (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             (ctypes.c_uint * 3)(threads, 1, 1),
             shared_bytes,
             torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(attribute),
-            1 if self.overlaps else 0,
+            1 if self.overlaps or cooperative else 0,
         )
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), "a kernel launch")

@@ -34,8 +34,18 @@ struct Format {
     }
   }
 
+  // As in nf4_matvec.cu: the quads without x add zero.
+  __device__ __forceinline__ void multiply_row(const Fragment& f, const Scale& s, const u8* tables, const u8* x, const Lane& lane,
+                                               float (&sum)[4]) const {
+    multiply(f, s, tables, x + lane.quad * X_LANE, lane.group == 0, lane, sum);
+  }
+  __device__ __forceinline__ void point(const ulonglong2& at) { weight = reinterpret_cast<const u8*>(at.x); }
+  __device__ __forceinline__ float row_scale(int) const { return 1.f; }
+
   __device__ __forceinline__ float finish(int, float value) const { return value; }
 };
 
+#if defined(FIXED_STEPS) && FIXED_STEPS == 0
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCK_RESIDENT)
 bf16_matvec(Problem problem, Format format) { run<Format, BLOCK_WARPS, BLOCK_STAGES>(problem, format); }
+#endif

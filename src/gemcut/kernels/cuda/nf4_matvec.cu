@@ -139,6 +139,29 @@ struct Format {
     }
   }
 
+  // One row of x, at `x` for this step: column 2b of the matrix instruction holds its block b, which is where the lanes of
+  // quad b look, and they have block b's scales too. What all four quads add to `sum` is the product.
+  __device__ __forceinline__ void multiply_row(const Fragment& f, const Scale& group, const u8* tables, const u8* x, const Lane& lane,
+                                               float (&sum)[4]) const {
+    const float2 scales = expand(f, group, tables);
+    const uint4* const from = reinterpret_cast<const uint4*>(x + (lane.group >> 1) * 128 + lane.quad * X_LANE);
+    const uint4 xa = from[0], xb = from[1];
+    float low = 0.f, high = 0.f;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      float d[4];
+      multiply_block(f.codes[b], xa, xb, tables, lane.id * 4, d);
+      if (lane.quad == b) low = d[0], high = d[2];
+    }
+    sum[0] += low * scales.x, sum[2] += high * scales.y;
+  }
+
+  // What the decode step (step.cu) keeps of each product beside the shape: where `load` reads.
+  __device__ __forceinline__ void point(const ulonglong2& at) {
+    codes = reinterpret_cast<const u8*>(at.x), scales = reinterpret_cast<const u8*>(at.y);
+  }
+  __device__ __forceinline__ float row_scale(int) const { return 1.f; }
+
   __device__ __forceinline__ float finish(int, float value) const { return value; }
 };
 

@@ -1,0 +1,183 @@
+"""A decode step in one launch against the network in float64, beside the same step in several launches a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gemcut.config import FULL
+from gemcut.engine.cache import CacheShape, PagedCache, Tables
+from gemcut.engine.decode_graph import DecodeGraph
+from gemcut.model import Model
+from gemcut.model.quantized import Int8Embedding
+from gemcut.quantization.four_bit import dequantize_4bit
+from gemcut.quantization.int8 import dequantize_int8
+from gemcut.quantization.weights import FourBitWeight, Int8Weight
+from gpu_support import network, relative_error, rms, rotated
+
+pytestmark = pytest.mark.gpu
+
+BLOCK = 8
+MOST = 256  # blocks of a sequence
+
+
+def exact(module: Any) -> torch.Tensor:
+    """The module's matrix in float64."""
+    if hasattr(module, "weight"):
+        return module.weight.double()
+    parts = []
+    for weight in module.weights:
+        if isinstance(weight, Int8Weight):
+            parts.append(weight.codes.double() * (weight.absmax.double() / 127)[:, None])
+        else:
+            assert isinstance(weight, FourBitWeight)
+            parts.append(dequantize_4bit(weight, torch.float32).double())
+    return torch.cat(parts)
+
+
+def reference(model: Model, cache: PagedCache, tables: Tables, token: int, position: int) -> torch.Tensor:
+    """float64 logits [V] before the final soft-cap; the cache has the tokens before ``position``."""
+    config = model.config
+    heads, kv_heads, d, eps = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.rms_norm_eps,
+    )
+    table = exact(model.embed)
+    if isinstance(model.embed, Int8Embedding):
+        (cut,) = model.embed.weights
+        row = dequantize_int8(Int8Weight(cut.codes[token : token + 1], cut.absmax[token : token + 1], torch.bfloat16))[
+            0
+        ]
+    else:
+        row = model.embed.weight[token]
+    residual = row.double() * model.embed_scale
+    counts = {True: 0, False: 0}
+    for layer, kind in zip(model.layers, config.layer_types, strict=True):
+        full = kind == FULL
+        storage = (cache.full_storage if full else cache.sliding_storage)[counts[full]]
+        counts[full] += 1
+        attention = layer.attention
+        qkv = exact(attention.qkv_proj) @ (rms(residual, eps) * layer.input_norm.scale.double())
+        query, key, value = qkv.split([heads * d, kv_heads * d, kv_heads * d])
+        query, key, value = query.view(heads, d), key.view(kv_heads, d), value.view(kv_heads, d)
+        if attention.q_norm is not None:
+            query = rms(query, eps) * attention.q_norm.scale.double()
+            key = rms(key, eps) * attention.k_norm.scale.double()
+        base, factor = (config.rope_theta, config.rope_scaling_factor) if full else (config.rope_local_theta, 1.0)
+        angles = position / factor * base ** -(torch.arange(0, d, 2, dtype=torch.float64, device="cuda") / d)
+        query, key = rotated(query, angles), rotated(key, angles)
+        first = 0 if full else max(0, position - config.sliding_window + 1)
+        places = torch.arange(first, position, device="cuda")
+        blocks = torch.tensor(tables.full if full else tables.sliding, device="cuda")
+        places = blocks[places // BLOCK] * BLOCK + places % BLOCK
+        keys, values = (part.flatten(0, 1)[places].double() for part in storage)
+        keys, values = torch.cat((keys, key[None])), torch.cat((values, value[None]))
+        group = heads // kv_heads
+        scores = torch.einsum("hd,lhd->hl", query, keys.repeat_interleave(group, dim=1)) * config.attention_scale
+        cap = config.attn_logit_softcapping
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        mixed = torch.einsum("hl,lhd->hd", scores.softmax(dim=-1), values.repeat_interleave(group, dim=1)).flatten()
+        residual = residual + rms(exact(attention.o_proj) @ mixed, eps) * layer.post_attention_norm.scale.double()
+        x = rms(residual, eps) * layer.pre_feedforward_norm.scale.double()
+        gate, up = (exact(layer.mlp.gate_up_proj) @ x).chunk(2)
+        gated = 0.5 * gate * (1 + torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate**3))) * up
+        residual = residual + rms(exact(layer.mlp.down_proj) @ gated, eps) * layer.post_feedforward_norm.scale.double()
+    return table @ (rms(residual, eps) * model.norm.scale.double())
+
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    # more tiles than blocks, padded column steps, odd tile counts
+    {
+        "hidden_size": 2240,
+        "intermediate_size": 2304,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+    },
+    {
+        "hidden_size": 320,
+        "intermediate_size": 4608,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+    },
+    # Gemma 3: norms of heads, no soft-cap, other angles in sliding layers
+    {
+        "model_type": "gemma3_text",
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "num_hidden_layers": 7,
+    },
+]
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+@pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
+def test_one_launch_is_as_near_float64_as_several(weights: str, shape: int) -> None:
+    model = network(weights, bound=True, max_position_embeddings=2048, sliding_window=600, **SHAPES[shape])
+    device = torch.device("cuda", 0)
+    tables = Tables(torch.randperm(MOST).tolist(), torch.randperm(MOST).tolist())
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    with torch.inference_mode():
+        cache = PagedCache(model.config, CacheShape(BLOCK, MOST, MOST), torch.bfloat16, device)
+        graphs = {it: DecodeGraph(model, cache, device, 1, MOST, one_launch=it) for it in (True, False)}
+        assert graphs[True].step is not None, graphs[True].step_refusal
+        assert graphs[False].step is None
+        for position in (0, 1, 7, 8, 63, 130, 599, 600, 777, 2047):
+            for storage in (cache.full_storage, cache.sliding_storage):
+                storage.normal_()
+            token = (position * 37 + 5) % 1000
+            want = reference(model, cache, tables, token, position)
+            written = []
+            for it, graph in graphs.items():
+                before = [storage.clone() for storage in (cache.full_storage, cache.sliding_storage)]
+                for _ in range(2):  # the second step finds the words of the first, and the key it wrote itself
+                    graph.logits.fill_(torch.nan)
+                    graph.load([token], [position], [tables])
+                    graph.launch()
+                    graph.take()
+                errors[it].append(relative_error(graph.logits[0], want))
+                written.append([storage.clone() for storage in (cache.full_storage, cache.sliding_storage)])
+                for storage, old in zip((cache.full_storage, cache.sliding_storage), before, strict=True):
+                    assert (storage != old).any(dim=-1).sum() <= 2 * storage.shape[0] * storage.shape[-2]
+                    storage.copy_(old)
+            for ours, theirs in zip(*written, strict=True):  # the same place, and nearly the same values
+                assert relative_error(ours, theirs.double()) < 2e-3
+    one, several = (sum(errors[it]) / len(errors[it]) for it in (True, False))
+    assert one <= 1.05 * several, (errors[True], errors[False])
+    assert max(errors[True]) < 1.5 * max(errors[False]), (errors[True], errors[False])
+
+
+def test_the_same_step_twice_gives_the_same_bits_and_an_empty_row_does_nothing() -> None:
+    model = network("nf4", bound=True, max_position_embeddings=2048)
+    device = torch.device("cuda", 0)
+    tables = Tables(list(range(MOST)), list(range(MOST)))
+    with torch.inference_mode():
+        cache = PagedCache(model.config, CacheShape(BLOCK, MOST, MOST), torch.bfloat16, device)
+        cache.full_storage.normal_(), cache.sliding_storage.normal_()
+        graph = DecodeGraph(model, cache, device, 1, MOST)
+        assert graph.step is not None
+        found = []
+        for _ in range(50):
+            graph.load([7], [1234], [tables])
+            graph.launch()
+            graph.take()
+            found.append(graph.step.x.clone())
+        assert all(torch.equal(found[0], other) for other in found)
+        kept = cache.full_storage.clone()
+        graph.load([7], [-1], [tables])
+        graph.launch()
+        graph.take()
+        assert torch.equal(kept, cache.full_storage)
+        assert graph.positions.tolist() == [-1]
