@@ -167,7 +167,7 @@ def _plan(shape: StepShape, storage: Storage, processors: int, shared_limit: int
     group = shape.heads // shape.kv_heads
     states = 4 * (WARPS * group * (shape.head_dim + 2) + (group + 3) * shape.head_dim)
     x_bytes = -(-max(states, *(2 * s * storage.step for s in steps)) // 128) * 128
-    fixed = storage.table_bytes + x_bytes + shape.layers * _KINDS * 16
+    fixed = storage.table_bytes + x_bytes + shape.layers * (_KINDS * 16 + ctypes.sizeof(_Layer))
     stages = min((shared_limit - _STATIC_BYTES - fixed) // (WARPS * storage.stage_bytes), MOST_STAGES)
     return _Plan(
         blocks, tiles, steps, stages, -(-shape.hidden // (WARPS * 128)), 1 << (slots - 1).bit_length(), most_tiles,

@@ -77,6 +77,7 @@ __device__ __forceinline__ int place_of(const Step& p, int kind, int tile) {
 }
 
 __device__ __forceinline__ void share_out(const Step& p, Shared& s) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < KINDS * WARPS; i += THREADS) {
     const int kind = i / WARPS, warp = i % WARPS;
     const u32 units = units_of(p, kind), steps = p.steps[kind], stages = p.tiles[kind] * steps, unit = stages / units;
@@ -86,6 +87,7 @@ __device__ __forceinline__ void share_out(const Step& p, Shared& s) {
     if (warp > 0) continue;
     const u32 first = begin / steps, count = (end - 1) / steps - first + 1;
     s.share[kind] = {(int)first, (int)count, unit > 1 ? 0 : (int)(blockIdx.x - run_owner(first * steps, units, gridDim.x))};
+#pragma unroll 1
     for (u32 tile = 0; tile < count; ++tile) {
       const u32 start = max((first + tile) * steps, begin) - begin, last = min((first + tile + 1) * steps, end) - begin - 1;
       s.owners[kind][tile] = run_owner(start, total, WARPS) | run_owner(last, total, WARPS) << 8;
@@ -95,6 +97,7 @@ __device__ __forceinline__ void share_out(const Step& p, Shared& s) {
 
 // Four sums over the block at once; `scratch` holds one of each warp.
 __device__ __forceinline__ float4 block_sums(float4 v, float4* scratch) {
+  __syncwarp();   // lanes come from a wait one by one; a shuffle of a warp that is not together costs a hundred cycles
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     v.x += __shfl_xor_sync(0xffffffffu, v.x, lanes), v.y += __shfl_xor_sync(0xffffffffu, v.y, lanes);
@@ -185,6 +188,7 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
     if (column_of(thread, i) >= p.hidden) continue;
     y.v[i] = value4(words[2 * i]);
     const int count = more >> 4 * i & 15;
+#pragma unroll 1
     for (int piece = 1; piece <= count; ++piece) {
       uint4 other[1] = {words[2 * i + 1]};
       if (piece > 1) {
@@ -217,6 +221,7 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
 // x = `count` words, rounded.
 __device__ __forceinline__ void gather(u8* xs, const u32* from, int count, u32 tag) {
   constexpr int BATCH = 6;
+#pragma unroll 1
   for (int first = this_thread(); first * 4 < count; first += THREADS * BATCH) {
     uint4 words[BATCH] = {};
     u32 wanted = 0;
@@ -244,6 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
   u8* const tables = shared;
   u8* const xs = tables + Format::TABLE_BYTES + RING_BYTES;   // x, or the attention's states
   ulonglong2* const sources = reinterpret_cast<ulonglong2*>(xs + p.x_bytes);
+  Layer* const layers = reinterpret_cast<Layer*>(sources + p.layer_count * KINDS);
   __shared__ Shared s;
 
   const int position = p.positions[0];
@@ -258,7 +264,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
   share_out(p, s);
   if (threadIdx.x < KINDS) s.shapes[threadIdx.x] = p.formats[threadIdx.x];
   if (threadIdx.x == 0) s.formats[0] = p.formats[0];
+#pragma unroll 1
   for (int i = threadIdx.x; i < products; i += THREADS) sources[i] = p.sources[i];
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.layer_count; i += THREADS) layers[i] = p.layers[i];
   __syncthreads();
 
   // The ring: this warp's stages of all products, one after another.
@@ -280,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     }
     copies_close();
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < BLOCK_STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
   s.shapes[0].fill_tables(tables, THREADS);
 
@@ -300,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
 
   int slot = 0;
   typename Format::Scale scale = s.formats[0].scale(lane, s.warps[0][warp].tile, s.warps[0][warp].step);
-  for (int product = 0; product < products; ++product) {
+  for (int product = 0;; ++product) {   // one round more than products, for the last layer's result
     const int kind = product % KINDS, layer = product / KINDS, steps = p.steps[kind];
     const int thread = this_thread();
     const u32 tag = epoch + layer;
@@ -312,24 +321,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
 
     // x
     int columns = p.hidden;
-    if (kind == QKV) {
-      if (layer > 0) rejoin(p, s, xs, residual, p.pieces[1], more[1], norm - 2 * p.hidden, tag - 1);
-    } else if (kind == O) {
-      const Layer cache = p.layers[layer];
-      const bool sliding = cache.sliding != 0;
-      attend({p.qkv, p.attended, p.partial, cache.keys, cache.values, p.block_tables[sliding], p.ropes[sliding] + (size_t)position * HEAD_DIM,
-              p.head_norms != nullptr ? p.head_norms + layer * 2 * HEAD_DIM : nullptr, p.scale, p.softcap, p.eps, p.kv_heads, p.block_shift,
-              p.windows[sliding], position, tag},
-             reinterpret_cast<float*>(xs));
-      __syncthreads();   // x takes the place of the attention's states
-      columns = GROUP * p.kv_heads * HEAD_DIM;
-      gather(xs, p.attended, columns, tag);
-    } else if (kind == GATE_UP) {
-      rejoin(p, s, xs, residual, p.pieces[0], more[0], norm, tag);
+    if (kind == QKV || kind == GATE_UP) {
+      const int from = kind == QKV;   // which product comes back: DOWN of the layer before, or O of this one
+      if (product > 0) rejoin(p, s, xs, residual, p.pieces[from], from ? more[1] : more[0], norm - (from ? 2 : 0) * p.hidden, tag - from);
     } else {
-      columns = p.tiles[GATE_UP] / 2 * TILE;
-      gather(xs, p.activated, columns, tag);
+      if (kind == O) {
+        const bool sliding = layers[layer].sliding != 0;
+        attend({p.qkv, p.attended, p.partial, layers[layer].keys, layers[layer].values, p.block_tables[sliding],
+                p.ropes[sliding] + (size_t)position * HEAD_DIM, p.head_norms != nullptr ? p.head_norms + layer * 2 * HEAD_DIM : nullptr,
+                p.scale, p.softcap, p.eps, p.kv_heads, p.block_shift, p.windows[sliding], position, tag},
+               reinterpret_cast<float*>(xs));
+        __syncthreads();   // x takes the place of the attention's states
+      }
+      columns = kind == O ? GROUP * p.kv_heads * HEAD_DIM : p.tiles[GATE_UP] / 2 * TILE;
+      gather(xs, kind == O ? p.attended : p.activated, columns, tag);
     }
+    if (product == products) break;
+#pragma unroll 1
     for (int i = columns / 8 + thread; i < steps * Format::STEP / 8; i += THREADS) {
       reinterpret_cast<uint4*>(xs)[i] = make_uint4(0, 0, 0, 0);   // columns of the last step that W does not have
     }
@@ -348,6 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     const Format format = s.formats[product % 3];
     int tile = s.warps[kind][warp].tile, step = s.warps[kind][warp].step;
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
     for (int i = s.warps[kind][warp].count; i > 0; --i) {
       u8* const stage = ring + slot * Format::STAGE_BYTES;
       slot = slot + 1 == BLOCK_STAGES ? 0 : slot + 1;
@@ -384,12 +393,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     auto total = [&](int local, int r) {
       const int owners = s.owners[kind][local];
       float value = 0.f;
+#pragma unroll 1
       for (int w = owners & 255; w <= owners >> 8; ++w) {
         if (s.warps[kind][w].count > 0) value += s.segments[w][local % SLOTS][r];
       }
       return value;
     };
     if (kind == GATE_UP) {
+#pragma unroll 1
       for (int i = thread; i < block.tiles / 2 * TILE; i += THREADS) {
         const int local = i / TILE * 2, r = i % TILE, pair = block.first_tile / 2 + i / TILE, row = pair * TILE + r;
         if (i >= THREADS) {
@@ -400,6 +411,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
       }
     } else {
       u32* const to = kind == QKV ? p.qkv : p.pieces[kind == DOWN];
+#pragma unroll 1
       for (int i = thread; i < block.tiles * TILE; i += THREADS) {
         const int local = i / TILE, r = i % TILE, row = (block.first_tile + local) * TILE + r;
         if (i >= THREADS) row_scales[0] = format.row_scale(row);
@@ -409,9 +421,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
   }
 
   if (blockIdx.x > 0) return;
-  const u32 last = p.layer_count - 1;
-  rejoin(p, s, xs, residual, p.pieces[1], more[1], p.norms + (size_t)(3 + last * 4) * p.hidden, epoch + last);
-#pragma unroll
   for (int i = 0; i < FOURS; ++i) {   // its own values, no other thread's
     const int column = column_of(thread0, i);
     if (column < p.hidden) *reinterpret_cast<uint2*>(p.x + column) = *reinterpret_cast<const uint2*>(xs + column * 2);

@@ -88,9 +88,11 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
 
   float* const fresh = states + WARPS * GROUP * STATE;   // the new token: queries, key, value, each [HEAD_DIM]
   float* const rope = fresh + (GROUP + 2) * HEAD_DIM;
+#pragma unroll 1
   for (int i = thread; i < HEAD_DIM / 4; i += WARPS * 32) {
     reinterpret_cast<float4*>(rope)[i] = reinterpret_cast<const float4*>(p.rope)[i];
   }
+#pragma unroll 1
   for (int i = thread; i < (GROUP + 2) * HEAD_DIM / 4; i += WARPS * 32) {
     const int head = i * 4 / HEAD_DIM, row = head < GROUP ? kv * GROUP + head : head * p.kv_heads + kv;
     auto at = [&](int) { return p.qkv + row * HEAD_DIM + i * 4 % HEAD_DIM; };
@@ -100,6 +102,7 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
         make_float4(word_value(words[0].x), word_value(words[0].y), word_value(words[0].z), word_value(words[0].w));
   }
   __syncthreads();
+  __syncwarp();   // see block_sums in step.cu
   float query[GROUP][8], sum[GROUP][8] = {}, top[GROUP], total[GROUP] = {};
 #pragma unroll
   for (int g = 0; g < GROUP; ++g) {
@@ -134,6 +137,8 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
     }
   }
 
+  __syncwarp();
+#pragma unroll 1
   while (unit < unit_end) {
     const int token0 = origin + unit * UNIT + sub;
     float score[GROUP][LOADS];
@@ -185,6 +190,7 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
     if (unit + WARPS < unit_end) find(unit + WARPS);
   }
 
+  __syncwarp();
 #pragma unroll
   for (int g = 0; g < GROUP; ++g) {   // join the warp's groups of lanes
 #pragma unroll

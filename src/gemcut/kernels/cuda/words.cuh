@@ -38,6 +38,7 @@ __device__ __forceinline__ float word_value(u32 word) { return __uint_as_float(w
 template <int COUNT, class At>
 __device__ __forceinline__ void await_words(uint4 (&w)[COUNT], u32 tag, u32 wanted, At at) {
   Patience patience;
+#pragma unroll 1
   for (bool waiting = true; waiting;) {
     waiting = false;
 #pragma unroll
@@ -62,6 +63,7 @@ __device__ __forceinline__ float packet_value(u64 packet) { return __uint_as_flo
 template <int COUNT, class At>
 __device__ __forceinline__ void await_packets(u64 (&w)[COUNT], u32 tag, u32 wanted, At at) {
   Patience patience;
+#pragma unroll 1
   for (bool waiting = true; waiting;) {
     waiting = false;
 #pragma unroll
