@@ -25,10 +25,11 @@ from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, share
 
 WARPS = 12  # 168 registers a thread, which the kernel needs
 MOST_STAGES = 8
+IN_FLIGHT = 2  # stages a warp has on their way while it multiplies; more only make others wait longer
 _KINDS = 4  # qkv, o, gate and up, down
 _GATE_UP = 2
 _SPINS = 1 << 23  # rounds of about half a microsecond before a wait becomes an error
-_STATIC_BYTES = 8 << 10  # more than struct Shared of step.cu takes
+_STATIC_BYTES = 12 << 10  # more than struct Shared of step.cu takes
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _plan(shape: StepShape, storage: Storage, processors: int, shared_limit: int
             slots = max(slots, (run + steps[kind] - 2) // steps[kind] + 1)
         pieces = max(pieces, *owners)
     group = shape.heads // shape.kv_heads
-    states = 4 * (WARPS * group * (shape.head_dim + 2) + (group + 3) * shape.head_dim)
+    states = 4 * (WARPS * group * (shape.head_dim + 2) + (group + 2) * shape.head_dim)
     x_bytes = -(-max(states, *(2 * s * storage.step for s in steps)) // 128) * 128
     fixed = storage.table_bytes + x_bytes + shape.layers * (_KINDS * 16 + ctypes.sizeof(_Layer))
     stages = min((shared_limit - _STATIC_BYTES - fixed) // (WARPS * storage.stage_bytes), MOST_STAGES)
@@ -181,6 +182,7 @@ def _kernel(storage: Storage, plan: _Plan, head_dim: int, group: int, device: in
         *storage.defines,
         ("BLOCK_WARPS", WARPS),
         ("BLOCK_STAGES", plan.stages),
+        ("IN_FLIGHT", min(IN_FLIGHT, plan.stages)),
         ("FOURS", plan.fours),
         ("SLOTS", plan.slots),
         ("MOST_TILES", plan.most_tiles),

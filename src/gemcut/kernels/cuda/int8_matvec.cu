@@ -55,6 +55,7 @@ struct Format {
     multiply(f, s, tables, x + lane.quad * X_LANE, lane.group == 0, lane, sum);
   }
   __device__ __forceinline__ void point(const ulonglong2& at) { weight = reinterpret_cast<const u8*>(at.x); }
+  __device__ __forceinline__ void fetch_scales(const Lane&, int) const {}
   __device__ __forceinline__ float row_scale(int row) const { return __ldg(scales + row); }
 
   __device__ __forceinline__ float finish(int row, float value) const { return value * row_scale(row); }

@@ -49,6 +49,20 @@ struct Step {
 };
 
 constexpr int THREADS = WARPS * 32;
+
+// Waits for this thread's copies but for the last `newer` groups of them.
+__device__ __forceinline__ void wait_for_older_than(int newer) {
+  switch (newer) {
+    case 0: return copies_wait<0>();
+    case 1: return copies_wait<1>();
+    case 2: return copies_wait<2>();
+    case 3: return copies_wait<3>();
+    case 4: return copies_wait<4>();
+    case 5: return copies_wait<5>();
+    case 6: return copies_wait<6>();
+    default: return copies_wait<7>();
+  }
+}
 constexpr int RING_BYTES = WARPS * BLOCK_STAGES * Format::STAGE_BYTES;
 
 // What a block has of each kind of product: the same in every layer.
@@ -63,9 +77,10 @@ struct Shared {
   Format formats[3];     // of product i at i % 3: this one's, the next one's, and the one before, whose rows may still be added up
   Share share[KINDS];
   WarpShare warps[KINDS][WARPS];
-  u16 owners[KINDS][MOST_TILES];        // of each tile: its first warp, its last warp << 8
+  u16 owners[KINDS][MOST_TILES];        // a bit for each warp that has a part of the tile
   float segments[WARPS][SLOTS][TILE];   // of each warp: sums of its last tiles
-  float4 sums[2][WARPS];
+  float4 sums[WARPS];
+  Run runs[2];                          // of layers that attend to the whole context; of those that slide
 };
 
 __device__ __forceinline__ u32 units_of(const Step& p, int kind) {
@@ -77,20 +92,28 @@ __device__ __forceinline__ int place_of(const Step& p, int kind, int tile) {
 }
 
 __device__ __forceinline__ void share_out(const Step& p, Shared& s) {
+  constexpr int EACH = WARPS + MOST_TILES;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < KINDS * WARPS; i += THREADS) {
-    const int kind = i / WARPS, warp = i % WARPS;
+  for (int i = threadIdx.x; i < KINDS * EACH; i += THREADS) {   // of each kind: its warps, then its tiles
+    const int kind = i / EACH, place = i % EACH;
     const u32 units = units_of(p, kind), steps = p.steps[kind], stages = p.tiles[kind] * steps, unit = stages / units;
     const u32 begin = blockIdx.x * units / gridDim.x * unit, end = (blockIdx.x + 1) * units / gridDim.x * unit;
-    const u32 total = end - begin, from = begin + warp * total / WARPS, to = begin + (warp + 1) * total / WARPS;
-    s.warps[kind][warp] = {(int)(from / steps), (int)(from % steps), (int)(to - from)};
-    if (warp > 0) continue;
-    const u32 first = begin / steps, count = (end - 1) / steps - first + 1;
-    s.share[kind] = {(int)first, (int)count, unit > 1 ? 0 : (int)(blockIdx.x - run_owner(first * steps, units, gridDim.x))};
-#pragma unroll 1
-    for (u32 tile = 0; tile < count; ++tile) {
-      const u32 start = max((first + tile) * steps, begin) - begin, last = min((first + tile + 1) * steps, end) - begin - 1;
-      s.owners[kind][tile] = run_owner(start, total, WARPS) | run_owner(last, total, WARPS) << 8;
+    const u32 total = end - begin, first = begin / steps, count = (end - 1) / steps - first + 1;
+    if (place < WARPS) {
+      const u32 from = begin + place * total / WARPS, to = begin + (place + 1) * total / WARPS;
+      s.warps[kind][place] = {(int)(from / steps), (int)(from % steps), (int)(to - from)};
+      if (place == 0) {
+        s.share[kind] = {(int)first, (int)count, unit > 1 ? 0 : (int)(blockIdx.x - run_owner(first * steps, units, gridDim.x))};
+      }
+    } else if (place - WARPS < count) {
+      const u32 tile = first + place - WARPS, start = max(tile * steps, begin) - begin, stop = min((tile + 1) * steps, end) - begin;
+      u32 owners = 0;
+#pragma unroll
+      for (u32 w = 0; w < WARPS; ++w) {
+        const u32 from = max(run_begin(w, total, WARPS), start), to = min(run_begin(w + 1, total, WARPS), stop);
+        owners |= (from < to) << w;
+      }
+      s.owners[kind][place - WARPS] = owners;
     }
   }
 }
@@ -154,7 +177,7 @@ __device__ __forceinline__ void embed(const Step& p, Shared& s, u8* xs, float* r
     squares += dot4(r.v[i], r.v[i]);
     *reinterpret_cast<float4*>(residual + column) = r.v[i];
   }
-  const float scale = rsqrtf(block_sums(make_float4(squares, 0.f, 0.f, 0.f), s.sums[0]).x / p.hidden + p.eps);
+  const float scale = rsqrtf(block_sums(make_float4(squares, 0.f, 0.f, 0.f), s.sums).x / p.hidden + p.eps);
 #pragma unroll
   for (int i = 0; i < FOURS; ++i) {
     const int column = column_of(thread, i);
@@ -164,8 +187,9 @@ __device__ __forceinline__ void embed(const Step& p, Shared& s, u8* xs, float* r
 
 // residual += rms(y) * norm[0] for the sum y of the pieces; x = rms(residual) * norm[1]. `more` has, four bits for each of a
 // thread's fours, how many pieces there are beyond the first.
+template <class Meanwhile>
 __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* residual, const u32* pieces, u32 more, const float* norm,
-                                       u32 tag) {
+                                       u32 tag, Meanwhile meanwhile) {
   const int thread = this_thread();
   Stream r, post, pre, y;
   uint4 words[2 * FOURS] = {};
@@ -180,7 +204,7 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
     if (more >> 4 * i & 15) words[2 * i + 1] = load_words(at(2 * i + 1));
     r.v[i] = read4(residual + column), post.v[i] = read4(norm + column), pre.v[i] = read4(norm + p.hidden + column);
   }
-  await_words(words, tag, wanted, at);
+  await_words(words, tag, wanted, at, meanwhile);
   // With t = y * norm[0] and f the norm's factor, the new residual's squares are r.r + 2 f r.t + f f t.t: one round of sums.
   float4 sums = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -193,8 +217,11 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
       uint4 other[1] = {words[2 * i + 1]};
       if (piece > 1) {
         auto there = [&](int) { return pieces + piece * p.hidden + column_of(thread, i); };
-        other[0] = load_words(there(0));
-        await_words(other, tag, 1, there);
+        Patience patience;
+        do {
+          other[0] = load_words(there(0));
+          patience.tick();
+        } while (!are_here(other[0], tag));
       }
       const float4 v = value4(other[0]);
       y.v[i] = make_float4(y.v[i].x + v.x, y.v[i].y + v.y, y.v[i].z + v.z, y.v[i].w + v.w);
@@ -203,7 +230,7 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
     y.v[i] = product4(y.v[i], post.v[i]);
     sums.y += dot4(r.v[i], r.v[i]), sums.z += dot4(r.v[i], y.v[i]), sums.w += dot4(y.v[i], y.v[i]);
   }
-  sums = block_sums(sums, s.sums[0]);
+  sums = block_sums(sums, s.sums);
   const float factor = rsqrtf(sums.x / p.hidden + p.eps);
   const float squares = fmaxf(sums.y + 2.f * factor * sums.z + factor * factor * sums.w, 0.f);
   const float scale = rsqrtf(squares / p.hidden + p.eps);
@@ -219,21 +246,23 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
 }
 
 // x = `count` words, rounded.
-__device__ __forceinline__ void gather(u8* xs, const u32* from, int count, u32 tag) {
+template <class Meanwhile>
+__device__ __forceinline__ void gather(u8* xs, const u32* from, int count, u32 tag, Meanwhile meanwhile) {
   constexpr int BATCH = 6;
+  const int thread = this_thread();
 #pragma unroll 1
-  for (int first = this_thread(); first * 4 < count; first += THREADS * BATCH) {
+  for (int first = 0; first * 4 < count; first += THREADS * BATCH) {
     uint4 words[BATCH] = {};
     u32 wanted = 0;
-    auto at = [&](int i) { return from + (first + i * THREADS) * 4; };
+    auto at = [&](int i) { return from + (first + thread + i * THREADS) * 4; };
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      if ((first + i * THREADS) * 4 < count) words[i] = load_words(at(i)), wanted |= 1u << i;
+      if ((first + thread + i * THREADS) * 4 < count) words[i] = load_words(at(i)), wanted |= 1u << i;
     }
-    await_words(words, tag, wanted, at);
+    await_words(words, tag, wanted, at, meanwhile);
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      if (wanted >> i & 1) *reinterpret_cast<uint2*>(xs + (first + i * THREADS) * 8) = pack4(value4(words[i]));
+      if (wanted >> i & 1) *reinterpret_cast<uint2*>(xs + (first + thread + i * THREADS) * 8) = pack4(value4(words[i]));
     }
   }
 }
@@ -262,6 +291,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
   lane.quad = lane.id % 4;
 
   share_out(p, s);
+#pragma unroll 1
+  for (int sliding = 0; sliding < 2; ++sliding) {
+    plan_run(s.runs[sliding], position, p.windows[sliding], p.kv_heads, p.block_shift, p.block_tables[sliding],
+             p.ropes[sliding] + (size_t)position * HEAD_DIM);
+  }
   if (threadIdx.x < KINDS) s.shapes[threadIdx.x] = p.formats[threadIdx.x];
   if (threadIdx.x == 0) s.formats[0] = p.formats[0];
 #pragma unroll 1
@@ -272,8 +306,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
 
   // The ring: this warp's stages of all products, one after another.
   u8* const ring = tables + Format::TABLE_BYTES + warp * BLOCK_STAGES * Format::STAGE_BYTES;
-  int load_product = -1, load_tile = 0, load_step = 0, to_load = 0;
-  auto load_one = [&](u8* stage) {
+  int load_product = -1, load_tile = 0, load_step = 0, to_load = 0, load_slot = 0, ahead = 0;   // `ahead`: stages loaded, not yet used
+  auto load_one = [&] {
     while (to_load == 0 && load_product + 1 < products) {
       ++load_product;
       const WarpShare share = s.warps[load_product % KINDS][warp];
@@ -283,14 +317,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
       const int kind = load_product % KINDS;
       Format source = s.shapes[kind];
       source.point(sources[load_product]);
-      source.load(stage, lane, place_of(p, kind, load_tile), load_step);
-      --to_load;
+      source.load(ring + load_slot * Format::STAGE_BYTES, lane, place_of(p, kind, load_tile), load_step);
+      copies_close();
+      load_slot = load_slot + 1 == BLOCK_STAGES ? 0 : load_slot + 1;
+      --to_load, ++ahead;
       if (++load_step == p.steps[kind]) load_step = 0, ++load_tile;
     }
-    copies_close();
   };
+  auto load_all = [&] {
 #pragma unroll 1
-  for (int i = 0; i < BLOCK_STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
+    for (int room = BLOCK_STAGES - ahead; room > 0; --room) load_one();
+  };
+  // Memory answers in the order it was asked, so what waits for words asks for few weights at a time.
+  auto meanwhile = [&] {
+    if (ahead < BLOCK_STAGES) load_one();
+  };
+  load_all();
   s.shapes[0].fill_tables(tables, THREADS);
 
   const int thread0 = this_thread();
@@ -309,7 +351,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
 
   int slot = 0;
   typename Format::Scale scale = s.formats[0].scale(lane, s.warps[0][warp].tile, s.warps[0][warp].step);
-  for (int product = 0;; ++product) {   // one round more than products, for the last layer's result
+  for (int product = 0;; ++product) {
+    if (product == products) {   // block 0 has one round more, for the last layer's result
+      next_kernel_may_start();
+      if (blockIdx.x > 0) return;
+    }
     const int kind = product % KINDS, layer = product / KINDS, steps = p.steps[kind];
     const int thread = this_thread();
     const u32 tag = epoch + layer;
@@ -323,18 +369,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     int columns = p.hidden;
     if (kind == QKV || kind == GATE_UP) {
       const int from = kind == QKV;   // which product comes back: DOWN of the layer before, or O of this one
-      if (product > 0) rejoin(p, s, xs, residual, p.pieces[from], from ? more[1] : more[0], norm - (from ? 2 : 0) * p.hidden, tag - from);
+      if (product > 0) rejoin(p, s, xs, residual, p.pieces[from], from ? more[1] : more[0], norm - (from ? 2 : 0) * p.hidden, tag - from,
+                              meanwhile);
     } else {
       if (kind == O) {
         const bool sliding = layers[layer].sliding != 0;
         attend({p.qkv, p.attended, p.partial, layers[layer].keys, layers[layer].values, p.block_tables[sliding],
-                p.ropes[sliding] + (size_t)position * HEAD_DIM, p.head_norms != nullptr ? p.head_norms + layer * 2 * HEAD_DIM : nullptr,
-                p.scale, p.softcap, p.eps, p.kv_heads, p.block_shift, p.windows[sliding], position, tag},
-               reinterpret_cast<float*>(xs));
+                p.head_norms != nullptr ? p.head_norms + layer * 2 * HEAD_DIM : nullptr, p.scale, p.softcap, p.eps, p.kv_heads,
+                p.block_shift, position, tag},
+               s.runs[sliding], reinterpret_cast<float*>(xs));
         __syncthreads();   // x takes the place of the attention's states
       }
       columns = kind == O ? GROUP * p.kv_heads * HEAD_DIM : p.tiles[GATE_UP] / 2 * TILE;
-      gather(xs, kind == O ? p.attended : p.activated, columns, tag);
+      gather(xs, kind == O ? p.attended : p.activated, columns, tag, meanwhile);
     }
     if (product == products) break;
 #pragma unroll 1
@@ -353,6 +400,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     __syncthreads();
 
     // the product
+    load_all();
     const Format format = s.formats[product % 3];
     int tile = s.warps[kind][warp].tile, step = s.warps[kind][warp].step;
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
@@ -360,17 +408,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     for (int i = s.warps[kind][warp].count; i > 0; --i) {
       u8* const stage = ring + slot * Format::STAGE_BYTES;
       slot = slot + 1 == BLOCK_STAGES ? 0 : slot + 1;
-      copies_wait<BLOCK_STAGES - 1>();
+      wait_for_older_than(ahead - 1);
       __syncwarp();
       const typename Format::Fragment fragment = format.fetch(stage, lane);
       __syncwarp();
-      load_one(stage);
+      --ahead;
+      if (ahead < IN_FLIGHT) load_one();
       const bool tile_done = step + 1 == steps;
       const typename Format::Scale next_scale = format.scale(lane, place_of(p, kind, tile + tile_done), tile_done ? 0 : step + 1);
       format.multiply_row(fragment, scale, tables, xs + step * (Format::STEP * 2), lane, sum);
       scale = next_scale;
       ++step;
       if (tile_done || i == 1) {
+        if (i > steps) format.fetch_scales(lane, place_of(p, kind, tile + 2));
         float low = sum[0], high = sum[2];
 #pragma unroll
         for (int quads = 1; quads < 4; quads *= 2) {
@@ -385,17 +435,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     }
     if (product + 1 < products) {   // early, so that nothing waits for it later
       const WarpShare next = s.warps[(product + 1) % KINDS][warp];
-      scale = s.formats[(product + 1) % 3].scale(lane, place_of(p, (product + 1) % KINDS, next.tile), next.step);
+      const int first = place_of(p, (product + 1) % KINDS, next.tile);
+      scale = s.formats[(product + 1) % 3].scale(lane, first, next.step);
+      s.formats[(product + 1) % 3].fetch_scales(lane, first);
+      s.formats[(product + 1) % 3].fetch_scales(lane, place_of(p, (product + 1) % KINDS, next.tile + 1));
     }
     __syncthreads();
 
     // the sums
     auto total = [&](int local, int r) {
-      const int owners = s.owners[kind][local];
+      const u32 owners = s.owners[kind][local];
       float value = 0.f;
-#pragma unroll 1
-      for (int w = owners & 255; w <= owners >> 8; ++w) {
-        if (s.warps[kind][w].count > 0) value += s.segments[w][local % SLOTS][r];
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        const float part = s.segments[w][local % SLOTS][r];
+        if (owners >> w & 1) value += part;
       }
       return value;
     };
@@ -420,7 +474,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     }
   }
 
-  if (blockIdx.x > 0) return;
   for (int i = 0; i < FOURS; ++i) {   // its own values, no other thread's
     const int column = column_of(thread0, i);
     if (column < p.hidden) *reinterpret_cast<uint2*>(p.x + column) = *reinterpret_cast<const uint2*>(xs + column * 2);

@@ -12,16 +12,49 @@ struct Attention {
   u16* keys;             // this layer's: [blocks, block size, kv_heads, HEAD_DIM]
   u16* values;
   const int* table;      // the cache block of each run of block-size tokens
-  const float* rope;     // [HEAD_DIM]: the position's cosines, then its sines
   const float* norms;    // [2, HEAD_DIM]: of queries and of keys, or null
   float scale, softcap, eps;   // softcap 0: none
-  int kv_heads, block_shift, window, position;   // window 0: the whole context
+  int kv_heads, block_shift, position;
   u32 tag;
 };
 
 constexpr int WARPS = BLOCK_WARPS;
 constexpr int LANES = HEAD_DIM / 8, TOKENS = 32 / LANES, LOADS = GROUP > 2 ? 2 : 4, UNIT = TOKENS * LOADS, STATE = HEAD_DIM + 2;
-constexpr int UNITS_A_WARP = 2;   // at least, before a head's tokens are split over blocks
+constexpr int UNITS_A_WARP = 1;   // at least, before a head's tokens are split over blocks
+
+// What a block reads of the cache: the same in all layers that attend to the whole context, and in all that slide. It is laid
+// out once, so that a layer's first reads wait for nothing.
+struct Run {
+  int index, count;                  // which of its head's runs, if it is less than their count
+  int first, origin, unit, unit_end;   // the first token attended to; where units are counted from; the block's units
+  int first_block;                   // of those that `blocks` has
+  int new_block;                     // the new token's
+  __align__(16) float rope[HEAD_DIM];   // the position's cosines, then its sines
+  int blocks[WARPS * UNIT + 1];      // cache blocks of each warp's first unit
+};
+
+// window 0: the whole context. All threads of the block call it.
+__device__ __forceinline__ void plan_run(Run& run, int position, int window, int kv_heads, int block_shift, const int* table,
+                                         const float* rope) {
+  const int most = gridDim.x / kv_heads, index = blockIdx.x / kv_heads;
+  const int first = window > 0 ? max(0, position - window + 1) : 0;
+  const int origin = first / UNIT * UNIT;
+  const int units = (position - origin + UNIT - 1) / UNIT;
+  const int each = max((units + most - 1) / most, WARPS * UNITS_A_WARP);
+  const int begin = index * each, end = min(units, begin + each);
+  const int first_block = max(origin + begin * UNIT, first) >> block_shift;
+  if (threadIdx.x == 0) {
+    run.index = index, run.count = max(1, (units + each - 1) / each);
+    run.first = first, run.origin = origin, run.unit = begin, run.unit_end = end, run.first_block = first_block;
+    run.new_block = table[position >> block_shift];
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < WARPS * UNIT + 1; i += WARPS * 32) {
+    if (first_block + i <= position >> block_shift) run.blocks[i] = table[first_block + i];
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < HEAD_DIM; i += WARPS * 32) run.rope[i] = rope[i];
+}
 
 // softcap * tanh(score / softcap), from 2 / softcap.
 __device__ __forceinline__ float capped(float score, float softcap, float factor) {
@@ -51,18 +84,13 @@ __device__ __forceinline__ void rotated8(const float* head, const float* weight,
   for (int i = 0; i < 8; ++i) to[i] = own[i] * cosine[i] + (part < LANES / 2 ? -other[i] : other[i]) * sine[i];
 }
 
-// All threads of the block call it; `states` has room for [WARPS][GROUP][STATE] floats, the new token's heads and a row of rope.
-__device__ __forceinline__ void attend(const Attention& p, float* states) {
+// All threads of the block call it; `states` has room for [WARPS][GROUP][STATE] floats and the new token's heads.
+__device__ __forceinline__ void attend(const Attention& p, const Run& run, float* states) {
   const int thread = this_thread();
-  const int kv = blockIdx.x % p.kv_heads, run = blockIdx.x / p.kv_heads, most_runs = gridDim.x / p.kv_heads;
+  const int kv = blockIdx.x % p.kv_heads, most_runs = gridDim.x / p.kv_heads, runs = run.count;
   const int warp = thread / 32, lane = thread % 32, part = lane % LANES, sub = lane / LANES;
-  const int first = p.window > 0 ? max(0, p.position - p.window + 1) : 0;
-  const int origin = first / UNIT * UNIT;
-  const int units = (p.position - origin + UNIT - 1) / UNIT;
-  const int per_run = max((units + most_runs - 1) / most_runs, WARPS * UNITS_A_WARP);
-  const int runs = max(1, (units + per_run - 1) / per_run);
-  if (run >= runs) return;
-  const int unit_end = min(units, (run + 1) * per_run);
+  if (run.index >= runs) return;
+  const int first = run.first, origin = run.origin, unit_end = run.unit_end;
   const size_t token_stride = (size_t)p.kv_heads * HEAD_DIM, lane_at = (size_t)kv * HEAD_DIM + part * 8;
   const int block_mask = (1 << p.block_shift) - 1;
   const float cap_factor = 2.f / p.softcap;
@@ -71,34 +99,36 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
   // earlier still. All of it but the new token was written by earlier launches, so the first unit is fetched before the wait.
   uint4 k[LOADS] = {}, v[LOADS] = {};   // zero: a register that is set in one branch only would be kept from the kernel's start
   u32 places[LOADS] = {};
+  auto token_of = [&](int unit, int j) { return min(max(origin + unit * UNIT + j * TOKENS + sub, first), p.position - 1); };   // a real one
+  auto place = [&](int block, int token) { return ((u32)block << p.block_shift) + (token & block_mask); };
   auto find = [&](int unit) {
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) {
-      const int token = min(max(origin + unit * UNIT + j * TOKENS + sub, first), p.position - 1);   // a real one; masked below
-      places[j] = ((u32)p.table[token >> p.block_shift] << p.block_shift) + (token & block_mask);
-    }
+    for (int j = 0; j < LOADS; ++j) places[j] = place(p.table[token_of(unit, j) >> p.block_shift], token_of(unit, j));
   };
   auto fetch = [&](const u16* from, uint4 (&to)[LOADS]) {
 #pragma unroll
     for (int j = 0; j < LOADS; ++j) to[j] = __ldcg(reinterpret_cast<const uint4*>(from + places[j] * token_stride + lane_at));
   };
-  int unit = run * per_run + warp;
-  if (unit < unit_end) find(unit), fetch(p.keys, k), fetch(p.values, v);
+  int unit = run.unit + warp;
+  if (unit < unit_end) {
+#pragma unroll
+    for (int j = 0; j < LOADS; ++j) {
+      const int token = token_of(unit, j);
+      places[j] = place(run.blocks[(token >> p.block_shift) - run.first_block], token);
+    }
+    fetch(p.keys, k), fetch(p.values, v);
+  }
   if (unit + WARPS < unit_end) find(unit + WARPS);
 
   float* const fresh = states + WARPS * GROUP * STATE;   // the new token: queries, key, value, each [HEAD_DIM]
-  float* const rope = fresh + (GROUP + 2) * HEAD_DIM;
+  constexpr int NEW = (GROUP + 2) * HEAD_DIM / 4;
 #pragma unroll 1
-  for (int i = thread; i < HEAD_DIM / 4; i += WARPS * 32) {
-    reinterpret_cast<float4*>(rope)[i] = reinterpret_cast<const float4*>(p.rope)[i];
-  }
-#pragma unroll 1
-  for (int i = thread; i < (GROUP + 2) * HEAD_DIM / 4; i += WARPS * 32) {
-    const int head = i * 4 / HEAD_DIM, row = head < GROUP ? kv * GROUP + head : head * p.kv_heads + kv;
-    auto at = [&](int) { return p.qkv + row * HEAD_DIM + i * 4 % HEAD_DIM; };
+  for (int i = thread; i < (NEW + 31) / 32 * 32; i += WARPS * 32) {   // whole warps; the last lanes may repeat the last values
+    const int four = min(i, NEW - 1), head = four * 4 / HEAD_DIM, row = head < GROUP ? kv * GROUP + head : head * p.kv_heads + kv;
+    auto at = [&](int) { return p.qkv + row * HEAD_DIM + four * 4 % HEAD_DIM; };
     uint4 words[1] = {load_words(at(0))};
-    await_words(words, p.tag, 1, at);
-    reinterpret_cast<float4*>(fresh)[i] =
+    await_words(words, p.tag, 1, at, [] {});
+    reinterpret_cast<float4*>(fresh)[four] =
         make_float4(word_value(words[0].x), word_value(words[0].y), word_value(words[0].z), word_value(words[0].w));
   }
   __syncthreads();
@@ -106,20 +136,19 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
   float query[GROUP][8], sum[GROUP][8] = {}, top[GROUP], total[GROUP] = {};
 #pragma unroll
   for (int g = 0; g < GROUP; ++g) {
-    rotated8(fresh + g * HEAD_DIM, p.norms, p.eps, rope, part, query[g]);
+    rotated8(fresh + g * HEAD_DIM, p.norms, p.eps, run.rope, part, query[g]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) query[g][i] *= p.scale;
     top[g] = MINUS_INFINITY;
   }
-  if (run == runs - 1 && warp == 0) {   // the new token
+  if (run.index == runs - 1 && warp == 0) {   // the new token
     float key[8], value[8];
-    rotated8(fresh + GROUP * HEAD_DIM, p.norms != nullptr ? p.norms + HEAD_DIM : nullptr, p.eps, rope, part, key);
+    rotated8(fresh + GROUP * HEAD_DIM, p.norms != nullptr ? p.norms + HEAD_DIM : nullptr, p.eps, run.rope, part, key);
     load8(fresh + (GROUP + 1) * HEAD_DIM + part * 8, value);
     const uint4 packed_key = pack8(key), packed_value = pack8(value);
     unpack8(packed_key, key), unpack8(packed_value, value);
     if (sub == 0) {
-      const u32 block = p.table[p.position >> p.block_shift];
-      const size_t to = ((size_t)(block << p.block_shift) + (p.position & block_mask)) * token_stride + lane_at;
+      const size_t to = place(run.new_block, p.position) * token_stride + lane_at;
       *reinterpret_cast<uint4*>(p.keys + to) = packed_key;
       *reinterpret_cast<uint4*>(p.values + to) = packed_value;
     }
@@ -137,9 +166,9 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
     }
   }
 
-  __syncwarp();
 #pragma unroll 1
   while (unit < unit_end) {
+    __syncwarp();
     const int token0 = origin + unit * UNIT + sub;
     float score[GROUP][LOADS];
 #pragma unroll
@@ -229,15 +258,15 @@ __device__ __forceinline__ void attend(const Attention& p, float* states) {
     if (runs == 1) {
       publish(out + i, value / weights, p.tag);
     } else {
-      u64* const to = partial + (run * GROUP + g) * STATE;
+      u64* const to = partial + (run.index * GROUP + g) * STATE;
       publish_packet(to + d, value, p.tag);
       if (d == 0) publish_packet(to + HEAD_DIM, best, p.tag), publish_packet(to + HEAD_DIM + 1, weights, p.tag);
     }
   }
   if (runs > 1) {   // join the head's runs
-    const int end = (run + 1) * GROUP * HEAD_DIM / runs;
+    const int end = (run.index + 1) * GROUP * HEAD_DIM / runs;
 #pragma unroll 1
-    for (int i = run * GROUP * HEAD_DIM / runs + late; i < end; i += WARPS * 32) {
+    for (int i = run.index * GROUP * HEAD_DIM / runs + late; i < end; i += WARPS * 32) {
       const int g = i / HEAD_DIM, d = i % HEAD_DIM;
       float best = MINUS_INFINITY, value = 0.f, weights = 0.f;
       constexpr int AHEAD = 4;
