@@ -175,6 +175,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="cut the network to so many layers (for a quick check)")
     parser.add_argument("--new", type=int, default=96)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--greedy-only", action="store_true", help="leave out the requests that draw their tokens")
+    parser.add_argument(
+        "--several-launches", action="store_true", help="also decode with several launches a layer, on the same network"
+    )
     parser.add_argument("--quick", action="store_true", help="two repetitions, one prefill length")
     options = parser.parse_args()
     repetitions = 2 if options.quick else options.repetitions
@@ -189,18 +193,27 @@ def main() -> None:
             model, torch.device("cuda", 0), EngineConfig(max_batch_tokens=4096, sequences=2, max_context=8192)
         )
         print(f"\n{weights}: {nbytes / 1e9:.2f} GB a step; graphs: {engine.runner.graph_refusal or 'yes'}")
+        twin = None
+        if options.several_launches:
+            twin = Engine(model, torch.device("cuda", 0), engine.config)
+            twin.runner.one_launch = False
         for context in (int(n) for n in options.contexts.split(",")):
-            decode(engine, context, 8)  # compiles and captures
-            sampled = sorted(decode(engine, context, options.new, SAMPLED)[0] for _ in range(repetitions))
-            speeds = [decode(engine, context, options.new) for _ in range(repetitions)]
-            rates, firsts = sorted(s[0] for s in speeds), sorted(s[1] for s in speeds)
-            median, limit = statistics.median(rates), bandwidth / nbytes
-            print(
-                f"decode after {context}: {median:.1f} tok/s ({rates[0]:.1f}-{rates[-1]:.1f}), {median / limit:.1%} of "
-                f"{limit:.1f}; sampled {statistics.median(sampled):.1f}; first token "
-                f"{statistics.median(firsts) * 1e3:.1f} ms",
-                flush=True,
-            )
+            for it in (engine, twin):
+                if it is None:
+                    continue
+                decode(it, context, 8)  # compiles and captures
+                speeds = [decode(it, context, options.new) for _ in range(repetitions)]
+                rates, firsts = sorted(s[0] for s in speeds), sorted(s[1] for s in speeds)
+                median, limit = statistics.median(rates), bandwidth / nbytes
+                print(
+                    f"decode after {context}: {median:.1f} tok/s ({rates[0]:.1f}-{rates[-1]:.1f}), "
+                    f"{median / limit:.1%} of {limit:.1f}; first token {statistics.median(firsts) * 1e3:.1f} ms"
+                    + (" (several launches a layer)" if it is twin else ""),
+                    flush=True,
+                )
+            if not options.greedy_only:
+                sampled = sorted(decode(engine, context, options.new, SAMPLED)[0] for _ in range(repetitions))
+                print(f"sampled after {context}: {statistics.median(sampled):.1f} tok/s", flush=True)
         for length in lengths[:1] if options.quick else lengths:
             decode(engine, length, 1)
             seconds = sorted(decode(engine, length, 1)[1] for _ in range(repetitions))

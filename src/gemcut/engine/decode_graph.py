@@ -290,8 +290,10 @@ class DecodeGraph:
 class DecodeGraphs:
     """Decode graphs of the sizes that were needed so far, and the step computed ahead."""
 
-    def __init__(self, model: Model, cache: PagedCache, device: torch.device, most_tokens: int) -> None:
-        self.model, self.cache, self.device = model, cache, device
+    def __init__(
+        self, model: Model, cache: PagedCache, device: torch.device, most_tokens: int, *, one_launch: bool = True
+    ) -> None:
+        self.model, self.cache, self.device, self.one_launch = model, cache, device, one_launch
         self.most_tokens, self.most_blocks = most_tokens, -(-most_tokens // cache.block_size)
         self._graphs: dict[int, DecodeGraph] = {}
         self._expected: tuple[tuple[int, int], ...] = ()  # (sequence, position) of the step computed ahead
@@ -355,7 +357,9 @@ class DecodeGraphs:
         rows = next(size for size in SIZES if size >= count)
         if rows not in self._graphs:
             self.forget()
-            self._graphs[rows] = DecodeGraph(self.model, self.cache, self.device, rows, self.most_blocks)
+            self._graphs[rows] = DecodeGraph(
+                self.model, self.cache, self.device, rows, self.most_blocks, one_launch=self.one_launch
+            )
         return self._graphs[rows]
 
 

@@ -25,6 +25,8 @@ class Runner:
         self.model, self.cache, self.device = model, cache, device
         #: Why steps of single tokens do not run as CUDA graphs; None: they do.
         self.graph_refusal = decode_graph.supports(model, cache.block_size, device)
+        #: Whether a single sequence's layers run in one launch where they can; set it before the first step.
+        self.one_launch = True
         self._graphs: decode_graph.DecodeGraphs | None = None
 
     @torch.inference_mode()
@@ -58,7 +60,9 @@ class Runner:
             return None
         if self._graphs is None:
             limit = self.model.config.max_position_embeddings
-            self._graphs = decode_graph.DecodeGraphs(self.model, self.cache, self.device, limit)
+            self._graphs = decode_graph.DecodeGraphs(
+                self.model, self.cache, self.device, limit, one_launch=self.one_launch
+            )
         return self._graphs
 
     @torch.inference_mode()
