@@ -24,12 +24,10 @@ from gemcut.kernels.nf4_matvec import PackedFourBit
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, shared_memory_limit
 
 WARPS = 12  # 168 registers a thread, which the kernel needs
-MOST_STAGES = 8
-IN_FLIGHT = 2  # stages a warp has on their way while it multiplies; more only make others wait longer
+MOST_STAGES = 3  # a warp's ring; more only make what is waited for arrive behind more weights
 _KINDS = 4  # qkv, o, gate and up, down
 _GATE_UP = 2
 _SPINS = 1 << 23  # rounds of about half a microsecond before a wait becomes an error
-_STATIC_BYTES = 12 << 10  # more than struct Shared of step.cu takes
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the work is dealt out; names as in step.cu."""
+    """How the work is dealt out; names as in step_shares.cuh and step.cu."""
 
     blocks: int
     tiles: tuple[int, ...]
@@ -169,11 +167,22 @@ def _plan(shape: StepShape, storage: Storage, processors: int, shared_limit: int
     states = 4 * (WARPS * group * (shape.head_dim + 2) + (group + 2) * shape.head_dim)
     x_bytes = -(-max(states, *(2 * s * storage.step for s in steps)) // 128) * 128
     fixed = storage.table_bytes + x_bytes + shape.layers * (_KINDS * 16 + ctypes.sizeof(_Layer))
-    stages = min((shared_limit - _STATIC_BYTES - fixed) // (WARPS * storage.stage_bytes), MOST_STAGES)
+    slots = 1 << (slots - 1).bit_length()
+    room = shared_limit - _static_bytes(shape, slots, most_tiles) - fixed
+    stages = min(room // (WARPS * storage.stage_bytes), MOST_STAGES)
     return _Plan(
-        blocks, tiles, steps, stages, -(-shape.hidden // (WARPS * 128)), 1 << (slots - 1).bit_length(), most_tiles,
+        blocks, tiles, steps, stages, -(-shape.hidden // (WARPS * 128)), slots, most_tiles,
         pieces, x_bytes, fixed + stages * WARPS * storage.stage_bytes,
     )  # fmt: skip
+
+
+def _static_bytes(shape: StepShape, slots: int, most_tiles: int) -> int:
+    """What struct Shared of step_shares.cuh takes at most."""
+    group = shape.heads // shape.kv_heads
+    unit = 32 // (shape.head_dim // 8) * (2 if group > 2 else 4)  # tokens a warp reads at a time
+    run = 48 + 4 * shape.head_dim + 4 * (WARPS * unit + 1)
+    shares = 2048 + _KINDS * (12 * WARPS + 2 * most_tiles)  # formats, sums and the like are less than 2 KB
+    return shares + WARPS * slots * TILE * 4 + 2 * run
 
 
 @functools.cache
@@ -182,7 +191,6 @@ def _kernel(storage: Storage, plan: _Plan, head_dim: int, group: int, device: in
         *storage.defines,
         ("BLOCK_WARPS", WARPS),
         ("BLOCK_STAGES", plan.stages),
-        ("IN_FLIGHT", min(IN_FLIGHT, plan.stages)),
         ("FOURS", plan.fours),
         ("SLOTS", plan.slots),
         ("MOST_TILES", plan.most_tiles),
@@ -190,9 +198,8 @@ def _kernel(storage: Storage, plan: _Plan, head_dim: int, group: int, device: in
         ("GROUP", group),
         ("SPIN_LIMIT", _SPINS),
     )
-    sources = read_sources(
-        "launch.cuh", "matvec.cuh", f"{storage.kernel}.cu", "rope.cuh", "words.cuh", "step_attention.cuh", "step.cu"
-    )
+    before = ("launch.cuh", "matvec.cuh", f"{storage.kernel}.cu", "rope.cuh", "words.cuh")
+    sources = read_sources(*before, "step_attention.cuh", "step_shares.cuh", "step_stream.cuh", "step.cu")
     return compile_kernel(sources, "decode_step", defines, device)
 
 

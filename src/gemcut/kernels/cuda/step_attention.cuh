@@ -127,7 +127,7 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, float
     const int four = min(i, NEW - 1), head = four * 4 / HEAD_DIM, row = head < GROUP ? kv * GROUP + head : head * p.kv_heads + kv;
     auto at = [&](int) { return p.qkv + row * HEAD_DIM + four * 4 % HEAD_DIM; };
     uint4 words[1] = {load_words(at(0))};
-    await_words(words, p.tag, 1, at, [] {});
+    await_words(words, p.tag, 1, at);
     reinterpret_cast<float4*>(fresh)[four] =
         make_float4(word_value(words[0].x), word_value(words[0].y), word_value(words[0].z), word_value(words[0].w));
   }

@@ -35,9 +35,9 @@ __device__ __forceinline__ bool are_here(const uint4& w, u32 tag) {
 __device__ __forceinline__ float word_value(u32 word) { return __uint_as_float(word & ~TAG_MASK); }
 
 // Waits for COUNT fours of words, loaded already, all lanes of the warp together; those that had not come are loaded
-// again, all at once, and `meanwhile` is called each time.
-template <int COUNT, class At, class Meanwhile>
-__device__ __forceinline__ void await_words(uint4 (&w)[COUNT], u32 tag, u32 wanted, At at, Meanwhile meanwhile) {
+// again, all at once.
+template <int COUNT, class At>
+__device__ __forceinline__ void await_words(uint4 (&w)[COUNT], u32 tag, u32 wanted, At at) {
   Patience patience;
 #pragma unroll 1
   while (true) {
@@ -49,7 +49,6 @@ __device__ __forceinline__ void await_words(uint4 (&w)[COUNT], u32 tag, u32 want
     for (int i = 0; i < COUNT; ++i) {
       if ((wanted >> i & 1) && !are_here(w[i], tag)) w[i] = load_words(at(i));
     }
-    meanwhile();
     patience.tick();
   }
 }
