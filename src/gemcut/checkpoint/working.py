@@ -89,10 +89,12 @@ def resume(work: Path, key: dict[str, Any], say: Callable[[str], None]) -> dict[
 
 
 def save_state(work: Path, state: dict[str, Any]) -> None:
+    """Keep what a later run needs to go on."""
     write_json(work / _STATE, state)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write ``data`` so that ``path`` is whole or as it was."""
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         json.dump(data, file, indent=2, ensure_ascii=False)

@@ -182,10 +182,11 @@ class CpuLinear:
         self._x_is_bf16 = int(case.compute_dtype == torch.bfloat16)
         self.run = library.function("linear", _LINEAR_ARGUMENTS)
         self.many = many_rows(library) if case.compute_dtype == torch.bfloat16 else None
-        # Tiles of 16 rows cost the same however many are used: measured, they win from six on, but for four-bit weights
-        # where there is no AMX.
-        whole_bytes = not any(isinstance(weight, FourBitWeight) for weight in case.weights)
-        self.few = 5 if library.variant == "amx" or whole_bytes else MAX_M
+        # Tiles of 16 rows cost the same however many are used. Measured where there are products of bf16 pairs: they win
+        # from six rows on, but without AMX not for four-bit weights.
+        four_bit = any(isinstance(weight, FourBitWeight) for weight in case.weights)
+        wins = library.variant == "amx" or (library.variant == "avx512bf16" and not four_bit)
+        self.few = 5 if wins else MAX_M
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [T, in] in the compute dtype -> [T, out] in the out dtype."""

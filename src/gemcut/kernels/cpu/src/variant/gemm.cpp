@@ -1,8 +1,8 @@
 // y = x [W0; W1; ...]^T for many rows of x: prefill, and decoding of large batches.
 //
-// Weights are decoded a panel at a time, 256 inputs of up to MAX_PANEL_ROWS rows, into memory that stays in the second-level cache;
-// a block of 32 of its rows (16 KiB) stays in the first while all rows of x pass by. Sums of a panel stay in the
-// second-level cache too. Every weight is decoded once for every CHUNK rows of x, by one thread, whole panels to a
+// Weights are decoded a panel at a time, 256 inputs of up to MAX_PANEL_ROWS rows, into memory that stays in the
+// second-level cache; a block of 32 of its rows (16 KiB) stays in the first while all rows of x pass by. Sums of a panel
+// stay in the second-level cache too. Every weight is decoded once for every CHUNK rows of x, by one thread, whole panels to a
 // thread: so the order of a sum depends on nothing but k.
 #include <stdlib.h>
 
@@ -14,8 +14,8 @@
 
 namespace {
 
-// Rows of x at once. Their sums for the largest panel, the panel and 256 inputs of x have to share the second-level cache:
-// processors with AMX have two megabytes of it, others one.
+// Rows of x at once. Their sums for the largest panel, the panel and 256 inputs of x have to share the second-level
+// cache: processors with AMX have two megabytes of it, others one.
 #if defined(__AMX_BF16__)
 constexpr int64_t CHUNK = 512, MAX_PANEL_ROWS = 256;
 #else
