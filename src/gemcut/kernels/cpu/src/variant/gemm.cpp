@@ -2,8 +2,8 @@
 //
 // Weights are decoded a panel at a time, 256 inputs of up to MAX_PANEL_ROWS rows, into memory that stays in the
 // second-level cache; a block of 32 of its rows (16 KiB) stays in the first while all rows of x pass by. Sums of a panel
-// stay in the second-level cache too. Every weight is decoded once for every CHUNK rows of x, by one thread, whole panels to a
-// thread: so the order of a sum depends on nothing but k.
+// stay in the second-level cache too. Every weight is decoded once for every CHUNK rows of x, by one thread, whole panels
+// to a thread: so the order of a sum depends on nothing but k.
 #include <stdlib.h>
 
 #include "gemm_block.h"
