@@ -182,8 +182,8 @@ class CpuLinear:
         self._x_is_bf16 = int(case.compute_dtype == torch.bfloat16)
         self.run = library.function("linear", _LINEAR_ARGUMENTS)
         self.many = many_rows(library) if case.compute_dtype == torch.bfloat16 else None
-        # Tiles of 16 rows cost the same however many are used. Measured where bf16 is multiplied in pairs: they win from
-        # six rows on, but without AMX not for four-bit weights.
+        # Tiles of 16 rows cost the same however many are used. Measured where bf16 is multiplied in pairs: they win
+        # from six rows on, but without AMX not for four-bit weights.
         four_bit = any(isinstance(weight, FourBitWeight) for weight in case.weights)
         wins = library.variant == "amx" or (library.variant == "avx512bf16" and not four_bit)
         self.few = 5 if wins else MAX_M
