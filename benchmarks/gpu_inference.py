@@ -1,11 +1,13 @@
-"""One user on one GPU: decode and prefill of a full Gemma 2 shape with random weights.
+"""One user on one GPU: decode and prefill of a full Gemma 2 shape with random weights, beside transformers.
 
     python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers
+    python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers --quick     # within two minutes
 
-Decode is timed through the engine; every repetition is a request of its own, and its figure counts the steps after the
-first. The limit is the bytes a step must read over the read bandwidth measured in the same run, for a prefill its
-products over the rate of a bf16 product of 8192 x 8192 x 8192 measured then. "transformers" measures eager transformers
-with the same shape, in bf16 (its own random weights).
+Ours is timed through the engine; every repetition is a request of its own, of which decode counts the steps after the
+first token and prefill the time until it. The peer is timed through generate(): in bf16, or cut by bitsandbytes where
+that is installed, which the table says. "A token" is what a step must read, weights and cached keys and values, or the
+operations of a token's matrix products; "of limit" compares with the read bandwidth, or the rate of a bf16 product of
+8192 x 8192 x 8192, measured before and after (the higher counts). Progress goes to stderr, one table to stdout.
 """
 
 from __future__ import annotations
@@ -14,102 +16,49 @@ import argparse
 import gc
 import platform
 import statistics
+import sys
 import time
+from dataclasses import dataclass
 
 import torch
+from gpu_network import SIZES, WEIGHTS, build, cache_bytes, product_flop
 
-from gemcut.config import GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.kernels.bandwidth import read_bandwidth
-from gemcut.model import Model
-from gemcut.model.bind import bind_kernels
-from gemcut.model.quantized import quantized_embedding, quantized_linear
-from gemcut.quantization.spec import Quantization
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
-
-SIZES = {
-    "2b": (26, 2304, 9216, 8, 4, 256, 256),
-    "9b": (42, 3584, 14336, 16, 8, 256, 256),
-    "27b": (46, 4608, 36864, 32, 16, 128, 144),
-}
-WEIGHTS = {
-    "bf16": None,
-    "int8": Quantization("int8"),
-    "nf4": Quantization("nf4"),
-    "nf4-head8": Quantization("nf4", head="int8"),
-}
-
-
-def shape(size: str, layers: int | None) -> dict[str, object]:
-    """config.json of a member of the family, cut to ``layers`` where given."""
-    count, hidden, width, heads, kv_heads, head_dim, scalar = SIZES[size]
-    return {
-        "model_type": "gemma2",
-        "vocab_size": 256000,
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers or count,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": scalar,
-        "sliding_window": 4096,
-        "max_position_embeddings": 8192,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "rope_theta": 10000.0,
-    }
-
-
-def random_weight(shape: tuple[int, int], spec: Quantization, head: bool) -> Weight:
-    """A random packed matrix whose values are of a usual size."""
-    n, k = shape
-    if head or spec.format == "int8":
-        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
-        return Int8Weight(codes, torch.full((n,), 0.035, device="cuda"), torch.bfloat16)
-    codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device="cuda")
-    absmax = torch.randint(0, 256, (n * k // 64,), dtype=torch.uint8, device="cuda")
-    nested = Nested(torch.full((-(-n * k // 64 // 256),), 0.01, device="cuda"), 0.04)
-    return FourBitWeight(codes, absmax, "nf4", 64, shape, torch.bfloat16, nested)
-
-
-def build(size: str, weights: str, layers: int | None = None) -> tuple[Model, int]:
-    """(a random network on the GPU with its kernels bound, bytes of weights a step reads)."""
-    spec = WEIGHTS[weights]
-    device = torch.device("cuda", torch.cuda.current_device())
-    factories = {}
-    if spec is not None:
-        factories = {
-            "linear": quantized_linear(spec, torch.bfloat16),
-            "embedding": quantized_embedding(spec, torch.bfloat16),
-        }
-    with torch.device("meta"):
-        model = Model(GemmaConfig.from_dict(shape(size, layers)), dtype=torch.bfloat16, device=device, **factories)
-    nbytes = 0
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "part_shapes"):
-            module.fill([random_weight(part, spec, name == "embed") for part in module.part_shapes])
-            nbytes += sum(weight.nbytes for weight in module.weights)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if leaf == "scale":
-                value = torch.ones(parameter.shape, device=device)
-            else:
-                value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
-            nbytes += value.nbytes
-            setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
-    bind_kernels(model, device)
-    return model, nbytes
-
-
-def parameters(module: torch.nn.Module) -> int:
-    """How many values its matrices have."""
-    shapes = [part for child in module.modules() for part in getattr(child, "part_shapes", ())]
-    whole = [p.shape for p in module.parameters() if p.dim() == 2]
-    return sum(n * k for n, k in [*shapes, *whole])
-
 
 GREEDY: dict[str, float] = {"temperature": 0}
 SAMPLED: dict[str, float] = {"temperature": 0.8, "top_k": 64, "top_p": 0.95, "seed": 1}
+PEER_TOKENS = 16  # of transformers' decode, some ten a second
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: tok/s of each repetition, and what bounds them."""
+
+    weights: str
+    name: str
+    speeds: list[float]
+    nbytes: int = 0  # read a token
+    flop: int = 0  # done a token
+
+    @property
+    def needs(self) -> str:
+        return f"{self.nbytes / 1e9:.2f} GB" if self.nbytes else f"{self.flop / 1e9:.1f} GFLOP"
+
+    def of_limit(self, bandwidth: float, rate: float) -> float:
+        """The share of the speed that ``bandwidth`` bytes/s or ``rate`` FLOP/s allow."""
+        return statistics.median(self.speeds) / (bandwidth / self.nbytes if self.nbytes else rate / self.flop)
+
+
+def summary(speeds: list[float]) -> str:
+    """The median of tok/s, and the smallest and largest."""
+    digits = 1 if statistics.median(speeds) < 1000 else 0
+    middle, low, high = (f"{v:,.{digits}f}" for v in (statistics.median(speeds), min(speeds), max(speeds)))
+    return f"{middle} ({low}–{high})"
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def product_rate() -> float:
@@ -126,8 +75,8 @@ def product_rate() -> float:
     return 2 * 8192**3 / statistics.median(seconds[3:])
 
 
-def decode(engine: Engine, prompt: int, new: int, sampling: dict[str, float] = GREEDY) -> tuple[float, float]:
-    """(tok/s of the steps after the first, seconds to the first token) of one request."""
+def request(engine: Engine, prompt: int, new: int, sampling: dict[str, float] = GREEDY) -> tuple[float, float]:
+    """(tok/s of the steps after the first, of the prompt until the first token) of one request."""
     ids = torch.randint(3, 255000, (prompt,)).tolist()
     params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)  # type: ignore[arg-type]
     torch.cuda.synchronize()
@@ -139,95 +88,149 @@ def decode(engine: Engine, prompt: int, new: int, sampling: dict[str, float] = G
     while engine.has_work:
         engine.step()
     torch.cuda.synchronize()
-    return (new - 1) / (time.perf_counter() - first), first - started
+    return (new - 1) / (time.perf_counter() - first), prompt / (first - started)
 
 
-def transformers_decode(size: str, layers: int | None, prompt: int, new: int) -> float:
-    """tok/s of eager transformers in bf16."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def our_rows(weights: str, options: argparse.Namespace) -> list[Row]:
+    """All rows of one kind of weights."""
+    model, nbytes = build(options.size, weights, options.layers)
+    config, device = model.config, torch.device("cuda", torch.cuda.current_device())
+    engine = Engine(model, device, EngineConfig(max_batch_tokens=4096, sequences=2, max_context=8192))
+    progress(f"{weights}: {nbytes / 1e9:.2f} GB of weights; graphs: {engine.runner.graph_refusal or 'yes'}")
+    rows: list[Row] = []
 
-    values = {**shape(size, layers), "attn_implementation": "sdpa"}
-    values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            peer = Gemma2ForCausalLM(Gemma2Config(**values)).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    ids = torch.randint(3, 255000, (1, prompt), device="cuda")
-    seconds = []
-    for count in (1, new):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        peer.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return (new - 1) / (seconds[1] - seconds[0])
+    def decode(engine: Engine, kind: str, context: int, sampling: dict[str, float]) -> None:
+        request(engine, context, 8, sampling)  # compiles and captures
+        speeds = [request(engine, context, options.new, sampling)[0] for _ in range(options.repetitions)]
+        read = nbytes + cache_bytes(config, context + options.new // 2)
+        rows.append(Row(weights, f"{kind} after {context}", speeds, nbytes=read))
+        progress(f"  {rows[-1].name}: {summary(speeds)}")
+
+    for context in options.contexts:
+        decode(engine, "decode", context, GREEDY)
+        if not options.greedy_only:
+            decode(engine, "sampled", context, SAMPLED)
+    for length in options.prefill:
+        request(engine, length, 1)
+        speeds = [request(engine, length, 1)[1] for _ in range(options.repetitions)]
+        rows.append(Row(weights, f"prefill {length}", speeds, flop=sum(product_flop(la) for la in model.layers)))
+        progress(f"  {rows[-1].name}: {summary(speeds)}")
+    if options.several_launches:
+        twin = Engine(model, device, engine.config)
+        twin.runner.one_launch = False
+        for context in options.contexts:
+            decode(twin, "several launches a layer", context, GREEDY)
+    return rows
 
 
-def main() -> None:
+def peers(options: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
+    """tok/s of each repetition by (the peer's name, row)."""
+    from gpu_peer import build_peer, peer_name, peer_speeds
+
+    speeds = {}
+    for name in dict.fromkeys(peer_name(weights) for weights in options.weights):
+        progress(name)
+        peer = build_peer(options.size, options.layers, name)
+        measured = peer_speeds(peer, options.contexts, options.prefill, PEER_TOKENS, options.repetitions)
+        speeds.update({(name, row): values for row, values in measured.items()})
+        for row, values in measured.items():
+            progress(f"  {row}: {summary(values)}")
+        del peer
+        free()
+    return speeds
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def print_table(rows: list[Row], beside: dict[tuple[str, str], list[float]], bandwidth: float, rate: float) -> None:
+    """Markdown, a line for each row; ``beside`` the peers' tok/s where they were measured."""
+    print("| weights | tok/s | a token | gemcut, median (min–max) | of limit | peer | peer, median (min–max) | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [row.weights, row.name, row.needs, summary(row.speeds), f"{row.of_limit(bandwidth, rate):.1%}"]
+        peer = ["", "", ""]
+        if beside:
+            from gpu_peer import peer_name
+
+            name = peer_name(row.weights)
+            speeds = beside.get((name, row.name))
+            if speeds:
+                ratio = statistics.median(row.speeds) / statistics.median(speeds)
+                peer = [name, summary(speeds), f"{ratio:.2f}"]
+        print("| " + " | ".join([*cells, *peer]) + " |")
+
+
+def names(text: str) -> list[str]:
+    chosen = text.split(",")
+    unknown = [name for name in chosen if name not in WEIGHTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown weights {unknown[0]!r}; there are {', '.join(WEIGHTS)}")
+    return chosen
+
+
+def lengths(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",") if part]
+    if not all(0 < value <= 8000 for value in values):
+        raise argparse.ArgumentTypeError(f"lengths from 1 to 8000 are possible, not {text}")
+    return values
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One user on one GPU, full shapes, random weights.")
     parser.add_argument("--size", choices=list(SIZES), default="27b")
-    parser.add_argument("--weights", default="nf4", help=f"comma-separated: {', '.join(WEIGHTS)}")
+    parser.add_argument("--weights", type=names, default=["nf4"], help=f"comma-separated: {', '.join(WEIGHTS)}")
     parser.add_argument("--peer", choices=["none", "transformers"], default="none")
-    parser.add_argument("--contexts", default="128", help="prompt lengths for decode, comma-separated")
-    parser.add_argument("--prefill", default="2048,4096", help="prompt lengths for prefill, comma-separated")
+    parser.add_argument("--contexts", type=lengths, default=[128], help="prompts before decoding, comma-separated")
+    parser.add_argument("--prefill", type=lengths, default=[2048, 4096], help="prompts to time, comma-separated")
     parser.add_argument("--layers", type=int, help="cut the network to so many layers (for a quick check)")
-    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--new", type=int, default=96, help="tokens of a request whose decoding is timed")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--greedy-only", action="store_true", help="leave out the requests that draw their tokens")
     parser.add_argument(
         "--several-launches", action="store_true", help="also decode with several launches a layer, on the same network"
     )
-    parser.add_argument("--quick", action="store_true", help="two repetitions, one prefill length")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first weights, context and prefill length only, two repetitions"
+    )
     options = parser.parse_args()
-    repetitions = 2 if options.quick else options.repetitions
-    lengths = [int(n) for n in options.prefill.split(",") if n]
-    bandwidth, rate = read_bandwidth(), product_rate()
-    print(f"device {torch.cuda.get_device_name()}, torch {torch.__version__}, python {platform.python_version()}")
-    print(f"{options.size}, read bandwidth {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
-    print(f"{repetitions} repetitions, {options.new} tokens")
-    for weights in options.weights.split(","):
-        model, nbytes = build(options.size, weights, options.layers)
-        engine = Engine(
-            model, torch.device("cuda", 0), EngineConfig(max_batch_tokens=4096, sequences=2, max_context=8192)
+    if options.quick:
+        options.repetitions = 2
+        options.weights, options.contexts, options.prefill = (
+            values[:1] for values in (options.weights, options.contexts, options.prefill)
         )
-        print(f"\n{weights}: {nbytes / 1e9:.2f} GB a step; graphs: {engine.runner.graph_refusal or 'yes'}")
-        twin = None
-        if options.several_launches:
-            twin = Engine(model, torch.device("cuda", 0), engine.config)
-            twin.runner.one_launch = False
-        for context in (int(n) for n in options.contexts.split(",")):
-            for it in (engine, twin):
-                if it is None:
-                    continue
-                decode(it, context, 8)  # compiles and captures
-                speeds = [decode(it, context, options.new) for _ in range(repetitions)]
-                rates, firsts = sorted(s[0] for s in speeds), sorted(s[1] for s in speeds)
-                median, limit = statistics.median(rates), bandwidth / nbytes
-                print(
-                    f"decode after {context}: {median:.1f} tok/s ({rates[0]:.1f}-{rates[-1]:.1f}), "
-                    f"{median / limit:.1%} of {limit:.1f}; first token {statistics.median(firsts) * 1e3:.1f} ms"
-                    + (" (several launches a layer)" if it is twin else ""),
-                    flush=True,
-                )
-            if not options.greedy_only:
-                sampled = sorted(decode(engine, context, options.new, SAMPLED)[0] for _ in range(repetitions))
-                print(f"sampled after {context}: {statistics.median(sampled):.1f} tok/s", flush=True)
-        for length in lengths[:1] if options.quick else lengths:
-            decode(engine, length, 1)
-            seconds = sorted(decode(engine, length, 1)[1] for _ in range(repetitions))
-            slowest, median, best = (length / s for s in (seconds[-1], statistics.median(seconds), seconds[0]))
-            limit = rate / sum(2 * parameters(module) for module in model.layers)
-            print(
-                f"prefill {length}: {median:.0f} tok/s ({slowest:.0f}-{best:.0f}), {median / limit:.1%} of {limit:.0f}",
-                flush=True,
-            )
-        del engine, model
-        gc.collect()
-        torch.cuda.empty_cache()
-    if options.peer == "transformers":
-        print(f"\ntransformers bf16 eager: {transformers_decode(options.size, options.layers, 128, 24):.1f} tok/s")
+    if options.new < 2 or options.repetitions < 1 or (options.layers is not None and options.layers < 1):
+        parser.error("--new takes 2 or more, --repetitions and --layers 1 or more")
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs an NVIDIA GPU and a torch build with CUDA")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    started = time.perf_counter()
+    limits = [(read_bandwidth(), product_rate())]
+    rows: list[Row] = []
+    for weights in options.weights:
+        rows += our_rows(weights, options)
+        free()
+    limits.append((read_bandwidth(), product_rate()))
+    beside = peers(options) if options.peer == "transformers" else {}
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    if beside:
+        import gpu_peer
+
+        versions += ", " + gpu_peer.versions()
+    bandwidths, rates = zip(*limits, strict=True)
+    layers = f", {options.layers} layers" if options.layers else ""
+    print(f"device {torch.cuda.get_device_name()}; {versions}")
+    print(f"Gemma 2 {options.size} shape{layers}, random weights, one user; {options.repetitions} requests a row,")
+    print(f"{options.new} tokens each ({PEER_TOKENS + 1} of the peer); {time.perf_counter() - started:.0f} s in all")
+    print(f"read bandwidth before and after {bandwidths[0] / 1e9:,.0f} and {bandwidths[1] / 1e9:,.0f} GB/s, ", end="")
+    print(f"bf16 product {rates[0] / 1e12:.0f} and {rates[1] / 1e12:.0f} TFLOP/s\n")
+    print_table(rows, beside, max(bandwidths), max(rates))
 
 
 if __name__ == "__main__":

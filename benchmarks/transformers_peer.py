@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
@@ -45,26 +46,28 @@ def as_transformers(model: Model) -> transformers.PreTrainedModel:
     return peer.eval()
 
 
-def cut_by_bitsandbytes(peer: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """``peer`` with every linear layer but the head as bitsandbytes' NF4 with double quantization, bf16 compute."""
-    import bitsandbytes
+def cut_by_bitsandbytes(
+    peer: transformers.PreTrainedModel, to: str = "nf4", device: str = "cpu"
+) -> transformers.PreTrainedModel:
+    """``peer`` with every linear layer but the head cut by bitsandbytes on ``device``.
 
-    for name, module in list(peer.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            cut = bitsandbytes.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                compress_statistics=True,
-                quant_type="nf4",
-            )
-            cut.weight = bitsandbytes.nn.Params4bit(
-                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
-            )
-            cut = cut.to("cpu")  # this is what quantizes
-            parent, _, leaf = name.rpartition(".")
-            setattr(peer.get_submodule(parent), leaf, cut)
+    "nf4" has double quantization and computes in bf16; "int8" is LLM.int8() with its usual threshold of 6.
+    """
+    import bitsandbytes.nn as cutters
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at each product otherwise
+    names = [name for name, module in peer.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    for name in names:  # one after another, so that the whole weights go as the cut ones come
+        module = peer.get_submodule(name)
+        size, weight = (module.in_features, module.out_features), module.weight.data
+        if to == "nf4":
+            cut = cutters.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+            cut.weight = cutters.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        else:
+            cut = cutters.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+            cut.weight = cutters.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(peer.get_submodule(parent), leaf, cut.to(device))  # moving it is what quantizes
     return peer.eval()
 
 
