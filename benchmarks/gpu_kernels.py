@@ -1,4 +1,7 @@
-"""Times the GPU's matrix products at 27B's shapes: `python benchmarks/gpu_kernels.py --formats nf4 --rows 1,64`.
+"""Times the GPU's kernels at 27B's shapes: `python benchmarks/gpu_kernels.py --formats nf4 --rows 1,64`.
+
+`--kernels attention,rows` times what stands between the products instead: attention of prompts and of single tokens;
+norms, GeGLU, rotation and embedding.
 
 Each figure is one product inside a CUDA graph of many, each with a weight of its own: together several times the L2
 cache, as in a real decode step. Random data. "ours" is what the engine would run for so many rows; beside it decoding
@@ -15,6 +18,8 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from gpu_layer_kernels import HEADER, decode_attentions, prefill_attention, row_kernels
+from gpu_timing import replay_seconds
 from torch import Tensor
 
 from gemcut.kernels import cuda_linear, nvrtc
@@ -32,6 +37,7 @@ SHAPES = {
     "k": (2048, 4608),
     "head": (256000, 4608),
 }
+GROUPS = ("products", "attention", "rows")
 LINEARS = "gate+up,down,qkv,o"
 ROTATED_BYTES = 600 << 20
 Product = Callable[[Tensor], object]
@@ -71,25 +77,8 @@ def products(name: str, n: int, k: int, head: bool) -> tuple[list[Product], list
 
 def time_products(runs: list[Product], x: Tensor, repetitions: int) -> list[float]:
     """Seconds a product, one figure for each replay of a graph over all weights."""
-    for run in runs[:2]:
-        run(x)
-    torch.cuda.synchronize()
     rounds = max(1, (16 if x.shape[0] < 256 else 4) // len(runs))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for run in runs:
-                run(x)
-    times = []
-    for repetition in range(repetitions + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if repetition >= 3:
-            times.append(start.elapsed_time(end) / 1000 / (rounds * len(runs)))
-    return times
+    return replay_seconds([functools.partial(run, x) for run in runs], repetitions, rounds)
 
 
 @functools.cache
@@ -102,19 +91,7 @@ def bf16_seconds(linear: str, m: int, repetitions: int) -> float:
     return statistics.median(time_products(runs, torch.randn(m, k, device="cuda").bfloat16(), repetitions))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the GPU's matrix products at Gemma 2 27B's shapes.")
-    parser.add_argument("--formats", default="nf4,fp4,nf4-flat,int8")
-    parser.add_argument("--linears", default=LINEARS, help=f"comma-separated: {', '.join(SHAPES)}")
-    parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,4096")
-    parser.add_argument("--repetitions", type=int, default=9)
-    options = parser.parse_args()
-    reason = nvrtc.unavailable_reason()
-    if reason is not None:
-        parser.exit(2, f"{reason}\n")
-    print(f"device {torch.cuda.get_device_name()}, torch {torch.__version__}, python {platform.python_version()}")
-    before = read_bandwidth()
-    print(f"read bandwidth {before / 1e9:.0f} GB/s (4 GiB, best); {options.repetitions} replays a figure, median, us")
+def print_products(options: argparse.Namespace, bandwidth: float) -> None:
     print(
         f"{'format':9}{'linear':8}{'m':>5}{'ours':>9}{'spread':>16}{'of m=1':>7}{'TFLOP/s':>8}{'% of read':>10}"
         f"{'decoded':>9}{'bf16 mm':>9}"
@@ -135,11 +112,40 @@ def main() -> None:
                 peer = bf16_seconds(linear, m, options.repetitions)
                 print(
                     f"{name:9}{linear:8}{m:5}{median * 1e6:9.1f}{spread:>16}{median / first:7.2f}"
-                    f"{2e-12 * m * n * k / median:8.0f}{moved / median / before * 100:9.1f}%"
+                    f"{2e-12 * m * n * k / median:8.0f}{moved / median / bandwidth * 100:9.1f}%"
                     f"{whole * 1e6:9.1f}{peer * 1e6:9.1f}",
                     flush=True,
                 )
             del ours, decoded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the GPU's kernels at Gemma 2 27B's shapes.")
+    parser.add_argument("--kernels", default="products", help=f"comma-separated: {', '.join(GROUPS)}")
+    parser.add_argument("--formats", default="nf4,fp4,nf4-flat,int8", help="of products")
+    parser.add_argument("--linears", default=LINEARS, help=f"of products, comma-separated: {', '.join(SHAPES)}")
+    parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,4096", help="of products")
+    parser.add_argument("--repetitions", type=int, default=9)
+    options = parser.parse_args()
+    unknown = [group for group in options.kernels.split(",") if group not in GROUPS]
+    if unknown:
+        parser.error(f"unknown kernels {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    reason = nvrtc.unavailable_reason()
+    if reason is not None:
+        parser.error(reason)
+    print(f"device {torch.cuda.get_device_name()}, torch {torch.__version__}, python {platform.python_version()}")
+    bandwidth = read_bandwidth()
+    print(
+        f"read bandwidth {bandwidth / 1e9:.0f} GB/s (4 GiB, best); {options.repetitions} replays a figure, median, us"
+    )
+    for group in options.kernels.split(","):
+        if group == "products":
+            print_products(options, bandwidth)
+            continue
+        print(HEADER)
+        for kinds in (prefill_attention, decode_attentions) if group == "attention" else (row_kernels,):
+            for timed in kinds(options.repetitions):
+                print(timed.line(bandwidth), flush=True)
     print(f"read bandwidth again {read_bandwidth() / 1e9:.0f} GB/s")
 
 

@@ -1,0 +1,132 @@
+"""Times what stands between a layer's products, for gpu_kernels.py: attention, norms, GeGLU, rotation, embedding."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from gpu_timing import replay_seconds
+from torch import Tensor
+
+from gemcut.kernels.decode_attention import DecodeSpec, decode_attention
+from gemcut.kernels.geglu import geglu
+from gemcut.kernels.norm import norm_add, norm_embed
+from gemcut.kernels.prefill_attention import VarlenSpec, triton_varlen
+from gemcut.kernels.rope_write import rope_write
+
+#: Query heads, key heads, values a head: 27B, 9B, 2B.
+HEADS = ((32, 16, 128), (16, 8, 256), (8, 4, 256))
+BLOCK = 16  # tokens of a cache block
+CACHE_BYTES = 200 << 20  # several times the L2 cache: what runs in turns over so much reads memory
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One line: bytes it must read and write, or the floating-point operations it does."""
+
+    name: str
+    seconds: list[float]
+    nbytes: int = 0
+    flop: float = 0.0
+    peer: float | None = None  # seconds
+
+    def line(self, bandwidth: float) -> str:
+        median = statistics.median(self.seconds)
+        reached = f"{self.flop / median / 1e12:.0f} TFLOP/s" if self.flop else f"{self.nbytes / median / bandwidth:.1%}"
+        spread = f"{min(self.seconds) * 1e6:.1f}-{max(self.seconds) * 1e6:.1f}"
+        peer = "" if self.peer is None else f"{self.peer * 1e6:9.1f}"
+        return f"{self.name:58}{median * 1e6:9.1f}{spread:>18}{reached:>14}{peer}"
+
+
+HEADER = f"{'kernel':58}{'us':>9}{'spread':>18}{'reached':>14}{'peer us':>9}"
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def prefill_attention(repetitions: int) -> Iterator[Timed]:
+    """Causal, one sequence. The peer is PyTorch's fused attention, which has neither soft-cap nor window."""
+    cases = [(HEADS[0], n, 50.0, window) for n, window in ((8192, None), (8192, 4096), (8192, 1024), (4096, None))]
+    cases += [(HEADS[0], 8192, None, None), (HEADS[1], 8192, 50.0, None), (HEADS[2], 8192, 50.0, None)]
+    for (heads, kv_heads, head_dim), tokens, cap, window in cases:
+        query, keys, values = bf16(tokens, heads, head_dim), *(bf16(tokens, kv_heads, head_dim) for _ in range(2))
+        query *= head_dim**-0.5
+        spec, runs = VarlenSpec(cap, window), ((0, tokens, 0, 0),)
+
+        def ours(q: Tensor = query, k: Tensor = keys, v: Tensor = values, s: VarlenSpec = spec, r=runs) -> Tensor:
+            return triton_varlen(q, k, v, r, s)
+
+        peer = None
+        if window is None:
+            parts = [x.transpose(0, 1)[None] for x in (query, keys, values)]
+
+            def torch_attention(p: list[Tensor] = parts) -> Tensor:
+                return F.scaled_dot_product_attention(*p, is_causal=True, scale=1.0, enable_gqa=True)
+
+            peer = statistics.median(replay_seconds([torch_attention], repetitions, 4))
+        seen = sum(min(i + 1, window or tokens) for i in range(tokens))
+        name = f"prefill attention {heads}/{kv_heads} x {head_dim}, {tokens} tokens, cap {cap}, window {window}"
+        yield Timed(name, replay_seconds([ours], repetitions, 4), flop=4 * seen * heads * head_dim, peer=peer)
+
+
+def decode_attentions(repetitions: int) -> Iterator[Timed]:
+    """One new token of each sequence over the paged cache, 27B's heads; rotation and cache write inside."""
+    heads, kv_heads, head_dim = HEADS[0]
+    rope = torch.randn(8192, head_dim, device="cuda")
+    for rows, context, window in (
+        (1, 8000, None),
+        (1, 8000, 4096),
+        (4, 8000, None),
+        (16, 8000, None),
+        (64, 1024, None),
+    ):
+        blocks = -(-(context + 1) // BLOCK)
+        table = torch.randperm(rows * blocks, device="cuda").int().view(rows, blocks)
+        positions = torch.full((rows,), context, dtype=torch.int32, device="cuda")
+        qkv = bf16(rows, (heads + 2 * kv_heads) * head_dim)
+        spec = DecodeSpec(heads, kv_heads, head_dim, head_dim**-0.5, 50.0, window)
+        nbytes = rows * min(context, window or context) * kv_heads * head_dim * 4
+        storages = [bf16(2, rows * blocks, BLOCK, kv_heads, head_dim) for _ in range(max(2, CACHE_BYTES // nbytes))]
+        runs: list[Callable[[], object]] = [
+            lambda s=s, q=qkv, t=table, p=positions, sp=spec: decode_attention(q, s, t, p, rope, sp)  # type: ignore[misc]
+            for s in storages
+        ]
+        name = f"decode attention {rows} x {context} tokens, window {window}"
+        yield Timed(name, replay_seconds(runs, repetitions, 4), nbytes=nbytes)
+
+
+def row_kernels(repetitions: int) -> Iterator[Timed]:
+    """Norms, GeGLU, rotation with the cache write, and embedding, at 27B's width."""
+    d, width = 4608, 36864
+    heads, kv_heads, head_dim = HEADS[0]
+    table, post = bf16(256000, d), torch.ones(d, device="cuda")
+    for m in (512, 4096):
+        y, residual, gate_up = bf16(m, d), torch.randn(m, d, device="cuda"), bf16(m, 2 * width)
+        qkv, ids = bf16(m, (heads + 2 * kv_heads) * head_dim), torch.randint(0, 256000, (m,), device="cuda").int()
+        rope = torch.randn(m, head_dim, device="cuda")
+        keys, values = (bf16(m // BLOCK, BLOCK, kv_heads, head_dim) for _ in range(2))
+        slots = torch.randperm(m, device="cuda")
+        cases: list[tuple[str, Callable[[], object], int]] = [
+            (
+                "residual += norm(y), norm",
+                lambda y=y, r=residual: norm_add(y, r, post, post, 1e-6),  # type: ignore[misc]
+                m * d * 12,
+            ),
+            ("GeGLU", lambda g=gate_up: geglu(g), m * width * 6),  # type: ignore[misc]
+            (
+                "rotation, cache write",
+                lambda q=qkv, r=rope, k=keys, v=values, s=slots: rope_write(q, r, k, v, s, 0.1),  # type: ignore[misc]
+                2 * qkv.nbytes + rope.nbytes,
+            ),
+            (
+                "embedding, norm",
+                lambda i=ids: norm_embed(i, table, None, 67.9, post, 1e-6),  # type: ignore[misc]
+                m * d * 8,
+            ),
+        ]
+        for name, run, nbytes in cases:
+            yield Timed(f"{name}, {m} rows", replay_seconds([run], repetitions, 8), nbytes=nbytes)
