@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from gpu_timing import replay_seconds
 from torch import Tensor
 
+from gemcut.engine.draw import Kind, draw
 from gemcut.kernels.decode_attention import DecodeSpec, decode_attention
+from gemcut.kernels.draw_tokens import draw_tokens
 from gemcut.kernels.geglu import geglu
 from gemcut.kernels.norm import norm_add, norm_embed
 from gemcut.kernels.prefill_attention import VarlenSpec, triton_varlen
@@ -130,3 +132,24 @@ def row_kernels(repetitions: int) -> Iterator[Timed]:
         ]
         for name, run, nbytes in cases:
             yield Timed(f"{name}, {m} rows", replay_seconds([run], repetitions, 8), nbytes=nbytes)
+
+
+def draws(repetitions: int) -> Iterator[Timed]:
+    """A token from one row of 256,000 logits. The peer is the same with PyTorch's operations, in a graph too."""
+    logits = torch.randn(1, 256000, device="cuda") * 3
+    ids, sure = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+    for name, kind, top_p in (
+        ("any token", Kind(0, filtered=False), 2.0),
+        ("top-k 64, top-p 0.95", Kind(64, filtered=True), 0.95),
+        ("top-p 0.5", Kind(0, filtered=True), 0.5),
+    ):
+        numbers = torch.tensor([[1.25, top_p, 0.0, 0.4]], dtype=torch.float64, device="cuda")
+
+        def ours(n: Tensor = numbers, k: Kind = kind) -> None:
+            draw_tokens(logits, n, ids, sure, filtered=k.filtered, top_k=k.top_k, softcap=30.0)
+
+        def plain(n: Tensor = numbers, k: Kind = kind) -> object:
+            return draw(logits[0].div(30).tanh_().mul_(30), k, n[0])
+
+        peer = statistics.median(replay_seconds([plain], repetitions, 8))
+        yield Timed(f"draw, {name}", replay_seconds([ours], repetitions, 8), nbytes=logits.nbytes, peer=peer)

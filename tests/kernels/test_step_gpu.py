@@ -229,10 +229,12 @@ def test_sampled_requests_in_graphs_give_the_same_tokens(weights: str) -> None:
         [{"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}],
         [{"temperature": 1.3, "seed": 5}, {"temperature": 0.7, "top_p": 0.8, "min_p": 0.02, "seed": 9}],
         [{"temperature": 0, "repetition_penalty": 1.3, "logprobs": 3}, {"temperature": 0, "logit_bias": {7: 3.0}}],
+        [{"temperature": 0.8, "top_k": 20, "seed": seed} for seed in range(11)],
+        [{"temperature": 0.8, "top_k": 70, "seed": seed} for seed in range(2)],
     ]
     generator = torch.Generator().manual_seed(6)
     for kinds in several:
-        prompts = [tuple(torch.randint(0, 1000, (n,), generator=generator).tolist()) for n in (20, 45)]
+        prompts = [tuple(torch.randint(0, 1000, (20 + n,), generator=generator).tolist()) for n in range(11)]
         outputs = []
         for it in (engine, twin):
             requests = [

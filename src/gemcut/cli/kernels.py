@@ -10,7 +10,7 @@ import torch
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import bf16_matvec, cuda_step, int8_matvec, nf4_matvec
+from gemcut.kernels import bf16_matvec, cuda_step, draw_tokens, int8_matvec, nf4_matvec
 from gemcut.kernels.cpu import step as cpu_step
 from gemcut.kernels.dispatch import LINEAR, LinearCase
 from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
@@ -63,6 +63,9 @@ def _decode(config: GemmaConfig, device: torch.device) -> list[str]:
         reason = decode_graph.step_supports(config, {storage}, BLOCK_SIZE, device)
         how = "all in one launch" if reason is None else f"several launches each ({reason})"
         lines.append(f"{name} layers, one sequence: {how}")
+    for what, top_k in ("draws", 0), ("draws with a top_k above 64", 65):
+        reason = draw_tokens.supports(config.vocab_size, top_k)
+        lines.append(f"{what}: " + ("one launch" if reason is None else f"PyTorch's operations ({reason})"))
     return lines
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import NUMBERS, Kind, draw
-from gemcut.kernels import argmax, decode_attention, decode_step, geglu, norm, nvrtc
+from gemcut.kernels import argmax, decode_attention, decode_step, draw_tokens, geglu, norm, nvrtc
 from gemcut.kernels.cuda_linear import FewRows
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.decode_step import DecodeStep, StepLayer, StepShape
@@ -30,8 +30,8 @@ from gemcut.quantization.weights import Int8Weight
 #: Rows a graph has: a batch takes the smallest that holds it.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _AHEAD = 2  # steps in flight at most
-#: Rows up to which tokens are drawn in a graph, one row after another.
-MOST_DRAWS = 8
+# Rows up to which tokens are drawn in a graph by PyTorch's operations, one row after another.
+_MOST_PLAIN_DRAWS = 8
 
 
 def supports(model: Model, block_size: int, device: torch.device) -> str | None:
@@ -55,6 +55,11 @@ def supports(model: Model, block_size: int, device: torch.device) -> str | None:
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, block_size
         )
     )
+
+
+def most_draws(kind: Kind, vocabulary: int) -> int:
+    """Sequences up to which tokens are drawn in a graph."""
+    return SIZES[-1] if draw_tokens.supports(vocabulary, kind.top_k) is None else _MOST_PLAIN_DRAWS
 
 
 def step_supports(config: GemmaConfig, storages: set[Storage], block_size: int, device: torch.device) -> str | None:
@@ -267,6 +272,12 @@ class DecodeGraph:
 
     def _draw_rows(self, kind: Kind, count: int) -> None:
         cap = self.model.config.final_logit_softcapping
+        if draw_tokens.supports(self.logits.shape[1], kind.top_k) is None:
+            draw_tokens.draw_tokens(
+                self.logits, self._numbers[:count], self.ids, self._sure,
+                filtered=kind.filtered, top_k=kind.top_k, softcap=cap,
+            )  # fmt: skip
+            return
         for row in range(count):
             logits = self.logits[row]
             token, sure = draw(logits if cap is None else logits.div(cap).tanh_().mul_(cap), kind, self._numbers[row])

@@ -37,7 +37,9 @@ class Runner:
         """
         graphs = self._graphs_for(batch)
         params = [scheduled.sequence.request.params for scheduled in batch]
-        kind = same_kind(params) if len(batch) <= decode_graph.MOST_DRAWS else None
+        kind = same_kind(params)
+        if kind is not None and len(batch) > decode_graph.most_draws(kind, self.model.config.vocab_size):
+            kind = None
         if graphs is None or not all(map(_wants_tokens, batch)) or (kind is None and not all(p.greedy for p in params)):
             if self._graphs is not None:
                 self._graphs.forget()

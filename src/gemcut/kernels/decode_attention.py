@@ -65,6 +65,17 @@ def _processors(device: int) -> int:
 
 
 @functools.cache
+def runs_of(heads: int, places: int) -> int:
+    """Into how many runs each of ``heads`` cached heads (of all sequences) is cut, ``places`` blocks running at once.
+
+    Blocks take equally long, so what counts is rounds a run: two heads of three in a second round cost as much as all.
+    A round costs something by itself, so few are better.
+    """
+    cost = {runs: -(-heads * runs // places) * (1 / runs + 0.08) for runs in range(1, MOST_RUNS + 1)}
+    return min(cost, key=cost.__getitem__)
+
+
+@functools.cache
 def _kernel(head_dim: int, group: int, device: int) -> CudaKernel:
     sources = read_sources("launch.cuh", "rope.cuh", "decode_attention.cu")
     defines = (("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", WARPS), ("RESIDENT", _resident(group)))
@@ -101,8 +112,7 @@ def decode_attention(
     """
     m, device = qkv.shape[0], qkv.device
     group, index = spec.heads // spec.kv_heads, device.index or 0
-    # All blocks run at once: a second round of a few would take as long as the first.
-    runs = max(1, min(MOST_RUNS, _resident(group) * _processors(index) // (m * spec.kv_heads)))
+    runs = runs_of(m * spec.kv_heads, _resident(group) * _processors(index))
     out = torch.empty((m, spec.heads * spec.head_dim), dtype=qkv.dtype, device=device)
     partial = torch.empty(m * spec.heads * runs * (spec.head_dim + 2), dtype=torch.float32, device=device)
     task = _Attention(
