@@ -1,4 +1,4 @@
-"""What each format costs in quality, on the real Gemma 3 270M: KL divergence, perplexity and size.
+"""What each format costs in quality, on the real Gemma 3 270M: KL divergence, perplexity, size and speed.
 
     python benchmarks/quantization_quality.py --articles boolq/dev.jsonl.gz --plot docs/quantization.png
 
@@ -7,7 +7,8 @@ manual (``pydoc_data.topics``) and its standard library's source code, which eve
 encyclopedia articles: the passages of BoolQ's dev.jsonl(.gz) (CC BY-SA 3.0; ``--articles``, left out if not given).
 
 Every variant runs with bf16 arithmetic on decoded weights, which is what all kernels approximate; the reference is the
-bf16 network. ``--cache`` keeps finished rows, so that an interrupted run goes on.
+bf16 network. Speed is that of the packed weights with the kernels that the engine takes. ``--cache`` keeps finished
+rows, so that an interrupted run goes on. ``--speed-only`` measures nothing but each format's speed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import random
+import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +38,11 @@ from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import to_hf
 from gemcut.checkpoint.source import Source, resolve
 from gemcut.divergence import Divergence, Reference
+from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
+from gemcut.kernels.memory import weight_allocator
 from gemcut.model import Model
+from gemcut.model.bind import bind_kernels
+from gemcut.network import build_network
 from gemcut.quantization.decode import decode
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
@@ -119,6 +125,26 @@ def cut(source: Source, variant: Variant, sets: dict[str, list[Documents]]) -> I
     return calibrate(source, variant.spec, documents, dtype=DTYPE)
 
 
+def decode_speed(source: Source, spec: Quantization | None, tensors: dict[str, Weight]) -> float:
+    """tok/s of one request on this machine's CPU: 48 tokens after a prompt of 128, median of five."""
+    cpu = torch.device("cpu")
+    model = build_network(source.config(), dtype=DTYPE, device=cpu, quantization=spec)
+    load_model_weights(model, iter(tensors.items()), dtype=DTYPE, device=cpu, allocate=weight_allocator(cpu))
+    bind_kernels(model, cpu)
+    engine = Engine(model, cpu, EngineConfig(max_context=256, sequences=1))
+    speeds = []
+    for _ in range(5):
+        params = SamplingParams(max_new_tokens=49, temperature=0, ignore_eos=True)
+        sequence = engine.submit(Request(prompt_ids=tuple(range(1000, 1128)), params=params))
+        while sequence.output_length == 0:
+            engine.step()
+        start = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        speeds.append(48 / (time.perf_counter() - start))
+    return statistics.median(speeds)
+
+
 def measure(source: Source, variant: Variant, sets: dict[str, list[Documents]], whole: dict[str, Reference]) -> Any:
     """Size, seconds, and what each kind of held-out text says."""
     start = time.perf_counter()
@@ -130,6 +156,7 @@ def measure(source: Source, variant: Variant, sets: dict[str, list[Documents]], 
         "linear_bytes": sum(weight.nbytes for weight in linear),
         "bytes": sum(weight.nbytes for weight in tensors.values()),
         "seconds": seconds,
+        "speed": decode_speed(source, variant.spec, tensors),
         "held_out": {kind: dataclasses.asdict(reference.compare(model)) for kind, reference in whole.items()},
     }
 
@@ -156,8 +183,13 @@ def variants(kinds: list[str]) -> list[Variant]:
 def table(rows: dict[str, Any], kinds: list[str]) -> str:
     """Markdown: one line a variant, KL / perplexity / agreement for each kind of text."""
     plain = rows["NF4"]["held_out"]
-    head = "| | MB | " + " | ".join(f"KL {k}" for k in kinds) + " | 99 % | " + " | ".join(f"PPL {k}" for k in kinds)
-    lines = [head + " | same top token | seconds |", "|---" * (len(kinds) * 2 + 5) + "|"]
+    head = (
+        "| | MB | tok/s | "
+        + " | ".join(f"KL {k}" for k in kinds)
+        + " | 99 % | "
+        + " | ".join(f"PPL {k}" for k in kinds)
+    )
+    lines = [head + " | same top token | seconds |", "|---" * (len(kinds) * 2 + 6) + "|"]
     for name, row in rows.items():
         each = [Divergence(**row["held_out"][kind]) for kind in kinds]
         cells = []
@@ -167,7 +199,8 @@ def table(rows: dict[str, Any], kinds: list[str]) -> str:
         cells.append(f"{max(one.kl_p99 for one in each):.2f}")
         cells += [f"{one.perplexity:.2f}" for one in each]
         top = sum(one.same_top * one.tokens for one in each) / sum(one.tokens for one in each)
-        lines.append(f"| {name} | {row['bytes'] / 1e6:.0f} | {' | '.join(cells)} | {top:.1%} | {row['seconds']:.0f} |")
+        size = f"{row['bytes'] / 1e6:.0f} | {row['speed']:.1f}"
+        lines.append(f"| {name} | {size} | {' | '.join(cells)} | {top:.1%} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
 
@@ -213,8 +246,14 @@ def main() -> None:
     parser.add_argument("--only", help="variants whose name contains this")
     parser.add_argument("--cache", type=Path, default=Path("quality-cache.json"), help="finished rows are kept here")
     parser.add_argument("--plot", type=Path, help="write the plot to this PNG file")
+    parser.add_argument("--speed-only", action="store_true")
     args = parser.parse_args()
     source = resolve("gemma-3-270m")
+    if args.speed_only:
+        for spec in dict.fromkeys(variant.spec for variant in variants([])):
+            tensors = dict(cut(source, Variant("", spec), {}))
+            print(f"{spec}: {decode_speed(source, spec, tensors):.1f} tok/s", flush=True)
+        return
     tokenizer = source.tokenizer()
 
     def encode(text: str) -> list[int]:
@@ -227,7 +266,7 @@ def main() -> None:
         print(
             f"{kind}: {sum(map(len, calibration))} tokens to calibrate, {sum(map(len, held_out))} held out", flush=True
         )
-    key = f"{gemcut.__version__} {args.tokens} {args.calibration} {kinds}"
+    key = f"{gemcut.__version__} with speed {args.tokens} {args.calibration} {kinds}"
     cache = json.loads(args.cache.read_text()) if args.cache.is_file() else {}
     rows: dict[str, Any] = cache.setdefault(key, {})
     whole: dict[str, Reference] = {}
