@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from gemcut.errors import UnsupportedError
+from gemcut.kernels import cubin_cache
 
 SOURCES = Path(__file__).parent / "cuda"
 
@@ -163,7 +164,11 @@ def compile_kernel(source: str, name: str, defines: tuple[tuple[str, int], ...],
     properties = torch.cuda.get_device_properties(device)
     feature = "a" if (properties.major, properties.minor) == (9, 0) else ""  # wgmma is a feature of 9.0 alone
     options = [f"--gpu-architecture=sm_{properties.major}{properties.minor}{feature}", "--std=c++17"]
-    cubin = compile_cubin(source, options + [f"-D{key}={value}" for key, value in defines])
+    options += [f"-D{key}={value}" for key, value in defines]
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    key = "\0".join((f"nvrtc {major.value}.{minor.value}", *options, source))
+    cubin = cubin_cache.cached(key, functools.partial(compile_cubin, source, options))
     module, handle, static = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes torch's context current on this thread
