@@ -8,16 +8,15 @@ sliding block its first query can see is still there; older ones may be missing.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gemcut.config import GemmaConfig
 from gemcut.engine.blocks import BlockKey, BlockPool, block_key
+from gemcut.kernels.cpu.memory import huge_zeros
 
 ROOT_KEY: BlockKey = b"gemcut"
 FREED = -1  # stands in a table for a sliding block that was given back
@@ -93,14 +92,14 @@ def shape_for_bytes(
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU in memory that is not touched before it is used, so that a large cache costs nothing at first.
+    """Zeros; on a CPU in memory that is not touched before it is used, so that a large cache costs nothing at first,
+    and on huge pages: a head's keys lie far enough apart for the search of ordinary ones to cost as much as reading.
 
     Zeros rather than anything, since attention multiplies the unused places of a block by a weight of 0.
     """
     if device.type != "cpu" or 0 in size:  # a small network may have layers of one kind alone
         return torch.zeros(size, dtype=dtype, device=device)
-    raw = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(size)
+    return huge_zeros(size, dtype)
 
 
 class PagedCache:

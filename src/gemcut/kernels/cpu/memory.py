@@ -42,6 +42,13 @@ def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(region, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
 
+def huge_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """``huge_empty`` filled with zeros, which on most systems touches none of the memory before it is used."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return huge_empty(shape, dtype)  # fresh mappings are zero
+
+
 def _from_arena(size: int) -> tuple[mmap.mmap, int]:
     """(mapping, offset) of ``size`` bytes in the current arena, or in a new one if it is full."""
     global _arena, _arena_used

@@ -117,14 +117,6 @@ inline Vector multiply_add(const Element* weights, Vector x, Vector sum) {
 inline Vector load_inputs(const Element* x) { return load(x); }
 #endif
 
-inline void store(float* p, Vector v) {
-#if defined(__AVX512F__)
-    _mm512_storeu_ps(p, v);
-#else
-    _mm256_storeu_ps(p, v);
-#endif
-}
-
 // R rows of weights by V vectors of rows of x, which stand x_step apart and whose sums stand sum_step apart.
 template <int R, int V>
 inline void rows_by_vectors(const Element* weights, const Element* const (&x)[V], int64_t count, bool fresh,

@@ -29,6 +29,12 @@ inline Vector load(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+// The even and the odd ones of 2 W values.
+inline void load_pairs(const uint16_t* p, Vector& even, Vector& odd) {
+    const __m512i words = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
+}
 inline Words load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Table make_table(const float* values) { return {_mm512_loadu_ps(values)}; }
 // The values of the nibbles at bit `shift` of each word; the permutation looks at four bits only.
@@ -112,6 +118,11 @@ inline Vector load(const uint16_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
+inline void load_pairs(const uint16_t* p, Vector& even, Vector& odd) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))));
+}
 inline Words load_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Table make_table(const float* values) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
 // The permutation looks at three bits; the fourth, moved to the sign, chooses the half of the table.
@@ -145,6 +156,11 @@ inline Vector load(const int8_t* p) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(word))))));
 }
 inline Vector load(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline void load_pairs(const uint16_t* p, Vector& even, Vector& odd) {
+    const uint32x4_t words = vreinterpretq_u32_u16(vld1q_u16(p));
+    even = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
+    odd = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000)));
+}
 inline Words load_words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 inline Table make_table(const float* values) {
     return {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4)),
@@ -170,6 +186,8 @@ inline void decode_nested(const uint8_t* codes, int64_t count, const float* map,
     for (int64_t i = 0; i < count; ++i) out[i] = map[codes[i]] * scale + offset;
 }
 #endif
+
+inline void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
 
 // Bytes and values that load_words takes at once.
 constexpr int UNIT_BYTES = 4 * W, UNIT = 8 * W;

@@ -8,8 +8,6 @@
 
 namespace {
 
-inline void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
-
 // 1 / sqrt(mean of squares + eps).
 float inverse_rms(const float* x, int64_t n, float eps) {
     Vector total[4] = {zero(), zero(), zero(), zero()};
