@@ -129,11 +129,27 @@ def test_parts_in_different_formats(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("form", ["nf4", "int8", "whole"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_four_bit_rows_by_the_hundred(m: int, nested: bool, variant: str) -> None:
+    # Statistics are decoded for many rows in advance: in one piece's middle, at its end and at a matrix's.
+    for rows, k in ((301, 1152), (62, 2304), (41, 9216), (70, 1088)):
+        check((pack(rows, k, "nf4", 64, nested), pack(rows // 3, k, "fp4", 64, nested)), m, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("m", [1, 2])
+def test_parts_in_different_block_sizes(m: int, variant: str) -> None:
+    check(tuple(pack(9, 1024, "nf4", block, block != 128) for block in (64, 256, 32, 128)), m, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", ["nf4", "nf4-nested", "int8", "whole"])
 def test_results_do_not_depend_on_threads_nor_on_the_other_rows_of_x(
     form: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = (pack(301, 640, form), pack(77, 640, form))
+    form, nested = form.removesuffix("-nested"), form.endswith("-nested")
+    weights = (pack(301, 640, form, nested=nested), pack(77, 640, form, nested=nested))
     kernel = few_rows(LinearCase(weights, BF16, FP32), variant)
     x = torch.randn(5, 640).to(BF16)
     monkeypatch.setattr(linear.cpu, "threads", lambda: 1)

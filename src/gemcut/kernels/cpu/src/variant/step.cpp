@@ -110,7 +110,7 @@ GEMCUT_ENTRY(void, add_norm)
 // out[rows, width] = gelu(gate) * up, where gate_up [rows, 2 width] is contiguous; bf16.
 GEMCUT_ENTRY(void, geglu)(const uint16_t* gate_up, uint16_t* out, int64_t rows, int64_t width, int threads) {
     Geglu call{gate_up, out, width};
-    gemcut_parallel(geglu_pieces, &call, rows * ((width + GEGLU_PIECE - 1) / GEGLU_PIECE), 8, threads);
+    gemcut_parallel(geglu_pieces, &call, rows * ((width + GEGLU_PIECE - 1) / GEGLU_PIECE), 4, threads);
 }
 
 // values = cap * tanh(values / cap), fp32.
