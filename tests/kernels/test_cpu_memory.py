@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemcut.kernels.cpu import memory
-from gemcut.kernels.cpu.memory import huge_empty
+from gemcut.kernels.cpu.memory import huge_empty, huge_zeros
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bfloat16, torch.float32])
@@ -20,6 +20,15 @@ def test_shape_dtype_and_values(shape: tuple[int, ...], dtype: torch.dtype) -> N
     assert tensor.is_contiguous()
     assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert torch.equal(tensor.fill_(3), torch.full(shape, 3, dtype=dtype))
+
+
+def test_zeros_are_zero_with_and_without_mappings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        for shape in ((0, 5), (3, 7), (1000, 4096)):
+            dirty = huge_empty(shape, torch.bfloat16).fill_(3)
+            assert torch.equal(huge_zeros(shape, torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
+            del dirty
+        monkeypatch.delattr(memory.mmap, "MAP_ANONYMOUS", raising=False)
 
 
 def test_small_tensors_do_not_overlap_and_are_aligned() -> None:
