@@ -173,7 +173,7 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
     files, name = ["launch.cuh", "matvec.cuh", f"{storage.kernel}.cu"], storage.kernel
     if layout.fixed and storage.fixed_kernel is not None:
         name = storage.fixed_kernel
-        files.append(f"{name}.cu")
+        files += ["fixed.cuh", f"{name}.cu"]
     return compile_kernel(read_sources(*files), name, defines, device)
 
 
