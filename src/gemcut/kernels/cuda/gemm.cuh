@@ -5,16 +5,16 @@
 // tiles are cut along k into units of four blocks of 64 columns, and all units of all tiles, in order, are dealt out to the
 // thread blocks in equal contiguous runs. A tile that several thread blocks share is summed at the end in the order of k, each
 // of them adding up an equal part of it: the same sum whatever the timing. They wait for each other, but not for long: where
-// another kernel keeps some of them from running, those that waited PATIENCE clocks leave their parts to the one that comes
-// last, and make room. The grid is at most one thread block a processor, so that this is the exception.
+// another kernel keeps some of them from running, those that waited PATIENCE clocks leave their parts to those that see all
+// of them come, and make room. The grid is at most one thread block a processor, so that this is the exception.
 //
 // W comes through a ring of asynchronous copies per warp, as in matvec.cuh. Packed W has the columns of a block of 64 in the
 // order that 16-byte reads give: lane quad q of matrix instruction i multiplies columns 16 q + 4 i ... + 3. x comes in that
 // order (ordered.cuh) and into the form that wgmma reads, so that the bulk copy engine fetches it without passing through
 // registers. One warpgroup does nothing but ask for it: whoever multiplies as well holds up its whole warpgroup each time.
 //
-// p.arrivals of a tile's first thread block counts those that have come (the low half) and those that have left (the high
-// half); from LEFT_PARTS on it has a flag for each thread block and place that left its part. All are zero between launches.
+// p.arrivals of a tile's first thread block counts those that have come, in its low bits, those that are done, and those that
+// left their parts, in its high ones; from FLAGS on there is a flag for each such part. All are zero between launches.
 //
 // Of struct Problem, x is the ordered x, x_stride the bytes of one block of 64 columns of it, tiles counts 16 rows of W each,
 // steps the units of a tile, slice_steps the tiles along m. launch.cuh, matvec.cuh, the format's matvec file and the generated
@@ -28,7 +28,7 @@ constexpr int CHUNK = ROWS <= 64 ? BLOCKS : 1;      // blocks of x that arrive t
 constexpr int SLOTS = BLOCKS * X_UNITS / CHUNK, CHUNK_BYTES = CHUNK * BLOCK_BYTES;
 constexpr bool TWO_HALVES = GEMM_TWO_HALVES;        // registers for two decoded blocks
 constexpr long long PATIENCE = GEMM_PATIENCE;
-constexpr u32 LEAVING = 1u << 16, LEFT_PARTS = 2048;
+constexpr u32 DONE = 1u << 11, LEFT = 1u << 22, FLAGS = 2048;
 
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -76,8 +76,7 @@ template <class Operand, class Format>
 __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   constexpr int STAGE_BLOCKS = Format::STEP / 64, UNIT_STAGES = BLOCKS / STAGE_BLOCKS;
   extern __shared__ __align__(128) u8 shared[];
-  __shared__ u32 came_before[2];   // what the counters of the two tiles this thread block shares had counted when it came
-  __shared__ bool adds_part[2];
+  __shared__ bool adds_part[2], others_left[2];   // of the two tiles this thread block can share
   u8* const tables = shared;
   u8* const xs = tables + Format::TABLE_BYTES;
   u8* const ring_all = xs + SLOTS * CHUNK_BYTES;
@@ -274,7 +273,7 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
       multipliers_meet();
       if (threadIdx.x == 0) {
         __threadfence();
-        came_before[begin < from] = atomicAdd(p.arrivals + run_owner(from, all_units, gridDim.x), 1u);
+        atomicAdd(p.arrivals + run_owner(from, all_units, gridDim.x), 1u);
       }
     }
     unit = 0;
@@ -291,29 +290,29 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
     const u32 sharers = last - first + 1;
     u32* const counter = p.arrivals + first;
     auto place_of = [&](int c) { return c * 2 + (run_begin(c, all_units, gridDim.x) < from); };
-    auto leave = [&] {
-      const u32 count = atomicAdd(counter, LEAVING);
-      if (count == (sharers - 1) * LEAVING + sharers) *counter = 0;   // the last to leave
-      return count % LEAVING;
+    auto done = [&](u32 how) {   // how many had come
+      const u32 count = atomicAdd(counter, how);
+      if (count / DONE % DONE == sharers - 1) {
+        for (int c = first; c <= last; ++c) p.arrivals[FLAGS + place_of(c)] = 0;
+        *counter = 0;
+      }
+      return count % DONE;
     };
     const int place = begin < from;
-    bool has_left = false;
+    bool is_done = false;
     if (threadIdx.x == 0) {
       const long long give_up = clock64() + PATIENCE;
-      u32 came;
+      u32 count;
       do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(came) : "l"(counter) : "memory");
-        came %= LEAVING;
-      } while (came < sharers && clock64() < give_up);
-      adds_part[place] = true;
-      if (came < sharers) {
-        u32* const left = p.arrivals + LEFT_PARTS + place_of(blockIdx.x);
-        *left = 1;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+      } while (count % DONE < sharers && clock64() < give_up);
+      adds_part[place] = true, others_left[place] = count >= LEFT;
+      if (count % DONE < sharers) {
+        p.arrivals[FLAGS + place_of(blockIdx.x)] = 1;
         __threadfence();
-        has_left = true;
-        adds_part[place] = leave() == sharers;   // they all came after all
+        is_done = true, others_left[place] = false;
+        adds_part[place] = done(DONE + LEFT) == sharers;   // they all came after all
         __threadfence();
-        if (adds_part[place]) *left = 0;
       }
     }
     multipliers_meet();
@@ -345,17 +344,13 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
         }
       }
     };
-    // The last to come has the parts of those that left before, too. (One that is leaving just then adds its part up itself as
-    // well: the same values twice.)
-    const u32 before = came_before[place];
-    const bool has_more = before % LEAVING == sharers - 1 && before >= LEAVING;
-    for (int c = has_more ? first : (int)blockIdx.x; c <= (has_more ? last : (int)blockIdx.x); ++c) {
-      u32* const left = p.arrivals + LEFT_PARTS + place_of(c);
-      if (c == blockIdx.x ? adds_part[place] : __ldcg(left) != 0) add_part(c - first);
-      if (c == blockIdx.x) continue;
-      multipliers_meet();   // all have read the flag
-      if (threadIdx.x == 0) *left = 0;
+    if (adds_part[place]) add_part(blockIdx.x - first);
+    if (others_left[place]) {   // all who see this add up the same values
+      for (int c = first; c <= last; ++c) {
+        if (c != blockIdx.x && __ldcg(p.arrivals + FLAGS + place_of(c)) != 0) add_part(c - first);
+      }
+      multipliers_meet();   // all have read the flags
     }
-    if (threadIdx.x == 0 && !has_left) leave();
+    if (threadIdx.x == 0 && !is_done) done(DONE);
   }
 }
