@@ -59,6 +59,8 @@ def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str) -
                 sliding = [-1] * first + blocks[at + first : at + need]
                 tables.append(Tables(blocks[at : at + need], sliding, first))
                 at += need
+            caches[1].full_storage.copy_(caches[0].full_storage)
+            caches[1].sliding_storage.copy_(caches[0].sliding_storage)
             torch.full((512, 512), torch.nan, device=CUDA)  # poison what is allocated next
             got = graphs.hidden(ids, positions, spans, tables)
             kv = PagedKeyValues(model.config, caches[1], tables, spans)
@@ -72,7 +74,7 @@ def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str) -
                 (caches[0].full_storage, caches[1].full_storage),
                 (caches[0].sliding_storage, caches[1].sliding_storage),
             ):
-                assert relative_error(ours, theirs.double()) <= (1e-4 if exact else 0.01), parts
+                assert relative_error(ours, theirs.double()) <= (0 if exact else 0.01), parts
             captured = sum(graph._graph is not None for graph in graphs._sizes.values())
     assert captured >= 3
 
