@@ -292,8 +292,8 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
     auto place_of = [&](int c) { return c * 2 + (run_begin(c, all_units, gridDim.x) < from); };
     auto done = [&](u32 how) {   // how many had come
       const u32 count = atomicAdd(counter, how);
-      if (count / DONE % DONE == sharers - 1) {
-        for (int c = first; c <= last; ++c) p.arrivals[FLAGS + place_of(c)] = 0;
+      if (count / DONE % DONE == sharers - 1) {   // the last
+        for (int c = first; count + how >= LEFT && c <= last; ++c) p.arrivals[FLAGS + place_of(c)] = 0;
         *counter = 0;
       }
       return count % DONE;
@@ -344,13 +344,12 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
         }
       }
     };
-    if (adds_part[place]) add_part(blockIdx.x - first);
-    if (others_left[place]) {   // all who see this add up the same values
-      for (int c = first; c <= last; ++c) {
-        if (c != blockIdx.x && __ldcg(p.arrivals + FLAGS + place_of(c)) != 0) add_part(c - first);
-      }
-      multipliers_meet();   // all have read the flags
+    // Its own part, and those that were left: all who see these add up the same values. One loop, so that the code is there once.
+    const bool more = others_left[place];
+    for (int c = more ? first : (int)blockIdx.x; c <= (more ? last : (int)blockIdx.x); ++c) {
+      if (c == blockIdx.x ? adds_part[place] : __ldcg(p.arrivals + FLAGS + place_of(c)) != 0) add_part(c - first);
     }
+    if (more) multipliers_meet();   // all have read the flags
     if (threadIdx.x == 0 && !is_done) done(DONE);
   }
 }
