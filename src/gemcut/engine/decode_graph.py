@@ -9,9 +9,10 @@ wrote is one place in its own sequences' blocks, beyond what they have computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
@@ -190,7 +191,8 @@ class DecodeGraph:
         eps = config.rms_norm_eps
         if self.step is not None:
             return self._head(self.step())
-        scale, pre, groups = model.embed_scale, layers[0].input_norm.scale, self._groups(layers[0].attention.qkv_proj)
+        groups_of = partial(order_groups, m=self.rows)  # in which the products want their rows put in order
+        scale, pre, groups = model.embed_scale, layers[0].input_norm.scale, groups_of(layers[0].attention.qkv_proj)
         residual, x = norm.norm_embed(self.ids, table, absmax, scale, pre, eps, groups)
         counts = {FULL: 0, "": 0}
         for index, (layer, kind) in enumerate(zip(layers, config.layer_types, strict=True)):
@@ -211,19 +213,15 @@ class DecodeGraph:
             counts[group] += 1
             post, pre = layer.post_attention_norm.scale, layer.pre_feedforward_norm.scale
             mlp, attended = layer.mlp, attention.o_proj(attended)
-            y = norm.norm_add(attended, residual, post, pre, eps, self._groups(mlp.gate_up_proj))
-            gated = geglu.geglu(product(mlp.gate_up_proj, y), self._groups(mlp.down_proj))
+            y = norm.norm_add(attended, residual, post, pre, eps, groups_of(mlp.gate_up_proj))
+            gated = geglu.geglu(product(mlp.gate_up_proj, y), groups_of(mlp.down_proj))
             after, groups = model.norm, 0
             if index + 1 < len(layers):
-                after, groups = layers[index + 1].input_norm, self._groups(layers[index + 1].attention.qkv_proj)
+                after, groups = layers[index + 1].input_norm, groups_of(layers[index + 1].attention.qkv_proj)
             post = layer.post_feedforward_norm.scale
             x = norm.norm_add(product(mlp.down_proj, gated), residual, post, after.scale, eps, groups)
         assert isinstance(x, Tensor)
         return self._head(x)
-
-    def _groups(self, linear: nn.Module) -> int:
-        """Groups that the product wants its rows put in order by."""
-        return order_groups(linear, self.rows)
 
     def _head(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model.embed.logits(x)

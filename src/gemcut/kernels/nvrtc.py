@@ -110,7 +110,7 @@ def compile_cubin(source: str, options: Sequence[str]) -> bytes:
 
 
 def current_stream(device: int) -> int:
-    """Torch's current stream of ``device``, as the driver knows it; a tenth of the time that a Stream object takes."""
+    """Torch's current stream of ``device``, as the driver knows it, without making an object of it."""
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
