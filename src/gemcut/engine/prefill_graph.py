@@ -88,11 +88,13 @@ class _Graph:
     def run(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> Tensor:
         """Hidden states of all rows, fp32 [rows, d]; the next run overwrites them."""
         self._load(ids, positions, spans, tables)
-        self._runs += 1
-        if self._runs == 2:  # where this fails, out of memory say, the error passes through and no graph is made
+        if self._runs == 1:
+            self._runs += 1  # where a capture fails, out of memory say, its error passes through; none is tried again
             self._capture()
         if self._graph is None or self._hidden is None:
-            return self._alone()
+            hidden = self._alone()
+            self._runs += 1
+            return hidden
         self._graph.replay()
         return self._hidden
 
