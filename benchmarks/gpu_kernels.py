@@ -4,8 +4,9 @@
 norms, GeGLU, rotation, embedding and the draw of a token.
 
 Each figure is one product inside a CUDA graph of many, each with a weight of its own: together several times the L2
-cache, as in a real decode step. Random data. "ours" is what the engine would run for so many rows; beside it decoding
-to bf16 and cuBLAS, and torch.mm of bf16 weights, the peer. Bytes are what a product must read and write once; "% of
+cache, as in a real decode step. Random data. "ours" is what the engine would run for so many rows, given x as it gives
+it: in order where norms and GeGLU write it so (all but o and the head). Beside it decoding to bf16 and cuBLAS, and
+torch.mm of bf16 weights, the peer. Bytes are what a product must read and write once; "% of
 read" compares with the read bandwidth measured in the same run.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from gemcut.kernels import cuda_linear, nvrtc
 from gemcut.kernels.bandwidth import read_bandwidth
 from gemcut.kernels.case import LinearCase
+from gemcut.kernels.ordered import Ordered, order_x
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
 
 SHAPES = {
@@ -40,7 +42,7 @@ SHAPES = {
 GROUPS = ("products", "attention", "rows")
 LINEARS = "gate+up,down,qkv,o"
 ROTATED_BYTES = 600 << 20
-Product = Callable[[Tensor], object]
+Product = Callable[[Tensor | Ordered], object]
 
 
 def random_weight(name: str, n: int, k: int) -> Weight:
@@ -75,9 +77,16 @@ def products(name: str, n: int, k: int, head: bool) -> tuple[list[Product], list
     return ours, decoded, nbytes
 
 
-def time_products(runs: list[Product], x: Tensor, repetitions: int) -> list[float]:
+def as_given(product: Product, linear: str, x: Tensor) -> Tensor | Ordered:
+    """x as the kernel before this product leaves it."""
+    groups = 0 if linear in ("o", "head") else product.groups(len(x))  # type: ignore[attr-defined]
+    return order_x(x, groups) if groups else x
+
+
+def time_products(runs: list[Product], x: Tensor | Ordered, repetitions: int) -> list[float]:
     """Seconds a product, one figure for each replay of a graph over all weights."""
-    rounds = max(1, (16 if x.shape[0] < 256 else 4) // len(runs))
+    rows = x.m if isinstance(x, Ordered) else len(x)
+    rounds = max(1, (16 if rows < 256 else 4) // len(runs))
     return replay_seconds([functools.partial(run, x) for run in runs], repetitions, rounds)
 
 
@@ -103,7 +112,7 @@ def print_products(options: argparse.Namespace, bandwidth: float) -> None:
             first = None
             for m in (int(rows) for rows in options.rows.split(",")):
                 x = torch.randn(m, k, device="cuda").bfloat16()
-                times = time_products(ours, x, options.repetitions)
+                times = time_products(ours, as_given(ours[0], linear, x), options.repetitions)
                 median = statistics.median(times)
                 first = first or median
                 moved = nbytes + m * k * 2 + m * n * (4 if linear == "head" else 2)

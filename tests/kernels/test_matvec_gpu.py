@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 
-from four_bit_reference import FP4, NF4, dequantize, quantize
+from four_bit_reference import NF4, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec
+from gpu_products import FORMATS, case
+from gpu_support import relative_error
 
 pytestmark = pytest.mark.gpu
 
-FORMATS = ["bf16", "int8", "nf4", "nf4-nested", "fp4", "fp4-nested"]
 SHAPES = [
     (1, 64),
     (16, 256),
@@ -32,44 +31,6 @@ SHAPES = [
 ]
 
 
-@dataclass
-class Case:
-    dense: torch.Tensor  # fp64 [n, k]: what the weight stands for
-    run: Callable[..., torch.Tensor]
-    plain: Callable[[torch.Tensor], torch.Tensor]
-
-
-def case(name: str, n: int, k: int) -> Case:
-    weight = torch.randn(n, k, device="cuda") * torch.rand(n, 1, device="cuda") * 0.1
-    if name == "bf16":
-        bf16 = weight.bfloat16()
-        return Case(
-            bf16.double(),
-            lambda x, **kw: bf16_matvec.bf16_matvec(x, bf16, **kw),
-            lambda x: bf16_matvec.bf16_matvec_plain(x, bf16),
-        )
-    if name == "int8":
-        scales = weight.abs().amax(dim=1) / 127
-        int8 = int8_matvec.Int8Rows((weight / scales[:, None]).round().to(torch.int8), scales)
-        int8.values.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
-        return Case(
-            int8.values.double() * scales.double()[:, None],
-            lambda x, **kw: int8_matvec.int8_matvec(x, int8, **kw),
-            lambda x: int8_matvec.int8_matvec_plain(x, int8),
-        )
-    four = quantize(weight, NF4 if name.startswith("nf4") else FP4, nested=name.endswith("nested"))
-    packed = nf4_matvec.pack([four])
-    return Case(
-        dequantize(four),
-        lambda x, **kw: nf4_matvec.nf4_matvec(x, packed, **kw),
-        lambda x: nf4_matvec.nf4_matvec_plain(x, [four]),
-    )
-
-
-def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((out.double() - reference).norm() / reference.norm()).item()
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_row_count_against_float64(name: str, n: int, k: int) -> None:
@@ -77,12 +38,12 @@ def test_every_row_count_against_float64(name: str, n: int, k: int) -> None:
     for m in range(1, 9):
         x = torch.randn(m, k, device="cuda").bfloat16()
         out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
-        assert it.run(x, out=out) is out
+        assert it.matvec(x, out=out) is out
         reference = x.double() @ it.dense.T
         error, twin = relative_error(out, reference), relative_error(it.plain(x), reference)
         # Both round the output to bf16 (0.17 % rms). With few outputs the two errors are one draw each.
         assert error <= (1.1 * twin if m * n > 500 else 4e-3), (m, error, twin)
-        assert torch.equal(out, it.run(x)), "the same inputs gave another sum"
+        assert torch.equal(out, it.matvec(x)), "the same inputs gave another sum"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -94,7 +55,7 @@ def test_each_output_uses_its_own_row_and_column(name: str) -> None:
         for row in range(m):
             x[row, begin + row] = 1
         reference = it.dense[:, begin : begin + m].T
-        difference = (it.run(x).double() - reference).abs()
+        difference = (it.matvec(x).double() - reference).abs()
         assert bool((difference <= 0.008 * reference.abs() + 1e-12).all())
 
 
@@ -103,14 +64,14 @@ def test_strided_and_misaligned_inputs(name: str) -> None:
     it = case(name, 100, 512)
     wide = torch.randn(5, 1024, device="cuda").bfloat16()
     for x in (wide[:, :512], wide[:, 512:], wide[:, 3:515], wide[::2, :512], wide.flatten()[1:513].view(1, 512)):
-        assert torch.equal(it.run(x), it.run(x.clone().contiguous()))
+        assert torch.equal(it.matvec(x), it.matvec(x.clone().contiguous()))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_values_beyond_fp16_do_not_overflow(name: str) -> None:
     it = case(name, 64, 512)
     x = torch.randn(2, 512, device="cuda").bfloat16() * 1e6
-    out = it.run(x)
+    out = it.matvec(x)
     assert bool(out.isfinite().all())
     assert out.abs().max().item() > 65504
     assert relative_error(out, x.double() @ it.dense.T) < 4e-3
@@ -154,7 +115,7 @@ def test_a_graph_of_many_products_replays_the_same_sums() -> None:
         y = x
         for _ in range(20):
             for it in cases:
-                y = it.run(y)
+                y = it.matvec(y)
                 y = y / y.float().norm().to(y.dtype)
             y = y[:, :4096].contiguous()
         return y
@@ -177,10 +138,10 @@ def test_back_to_back_products_without_anything_between() -> None:
     y = torch.randn(1, 4608, device="cuda").bfloat16()
     values = [y]
     for _ in range(30):
-        values.append(square.run(values[-1]))
+        values.append(square.matvec(values[-1]))
     torch.cuda.synchronize()
     for before, after in itertools.pairwise(values):
-        assert torch.equal(square.run(before.clone()), after)
+        assert torch.equal(square.matvec(before.clone()), after)
         torch.cuda.synchronize()
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
 
-from four_bit_reference import FP4, NF4, dequantize, quantize
+from four_bit_reference import NF4, dequantize, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels import cuda_linear, int8_matvec, nf4_matvec, packed_gemm
 from gemcut.kernels.case import LinearCase
 from gemcut.kernels.dispatch import choose_linear
+from gemcut.kernels.matvec import arrivals
+from gemcut.kernels.ordered import Ordered, order_x
 from gemcut.quantization.int8 import quantize_int8
+from gpu_products import PACKED, Case, case
 from gpu_support import relative_error
 
 pytestmark = pytest.mark.gpu
-
-FORMATS = ["int8", "nf4", "nf4-nested", "fp4", "fp4-nested"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,39 +28,11 @@ def hopper() -> None:
         pytest.skip(reason)
 
 
-@dataclass
-class Case:
-    dense: torch.Tensor  # fp64 [n, k]: what the weight stands for
-    run: Callable[..., torch.Tensor]
-    plain: Callable[[torch.Tensor], torch.Tensor]
-
-
-def case(name: str, n: int, k: int) -> Case:
-    weight = torch.randn(n, k, device="cuda") * torch.rand(n, 1, device="cuda") * 0.1
-    if name == "int8":
-        scales = weight.abs().amax(dim=1) / 127
-        int8 = int8_matvec.Int8Rows((weight / scales[:, None]).round().to(torch.int8), scales)
-        int8.values.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
-        return Case(
-            int8.values.double() * scales.double()[:, None],
-            lambda x, **kw: packed_gemm.gemm(int8_matvec.STORAGE, int8_matvec.argument(int8), x, n, **kw),
-            lambda x: int8_matvec.int8_matvec_plain(x, int8),
-        )
-    four = quantize(weight, NF4 if name.startswith("nf4") else FP4, nested=name.endswith("nested"))
-    packed = nf4_matvec.pack([four])
-    storage = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT
-    return Case(
-        dequantize(four),
-        lambda x, **kw: packed_gemm.gemm(storage, packed.argument, x, n, **kw),
-        lambda x: nf4_matvec.nf4_matvec_plain(x, [four]),
-    )
-
-
 def check(it: Case, m: int) -> None:
     n, k = it.dense.shape
     x = torch.randn(m, k, device="cuda").bfloat16()
     out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
-    assert it.run(x, out=out) is out
+    assert it.gemm(x, out=out) is out
     reference = x.double() @ it.dense.T
     error, twin = relative_error(out, reference), relative_error(it.plain(x), reference)
     # Both round the output to bf16 (0.17 % rms), the twin each weight too. From 96 rows on four-bit weights are rounded
@@ -68,10 +40,10 @@ def check(it: Case, m: int) -> None:
     # With few outputs the two errors are one draw each.
     bound = 1.01 * twin if m * n > 20_000 else 1.1 * twin if m * n > 500 else 4e-3
     assert error <= bound, (m, error, twin)
-    assert torch.equal(out, it.run(x)), "the same inputs gave another sum"
+    assert torch.equal(out, it.gemm(x)), "the same inputs gave another sum"
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize(("n", "k"), [(1, 64), (17, 192), (1000, 640), (2049, 4608)])
 def test_every_row_count_from_1_to_70_against_float64(name: str, n: int, k: int) -> None:
     it = case(name, n, k)
@@ -79,7 +51,7 @@ def test_every_row_count_from_1_to_70_against_float64(name: str, n: int, k: int)
         check(it, m)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize(("n", "k"), [(33, 2304), (300, 36864), (4608, 4096), (40000, 4608)])
 def test_many_rows_against_float64(name: str, n: int, k: int) -> None:
     it = case(name, n, k)
@@ -87,7 +59,7 @@ def test_many_rows_against_float64(name: str, n: int, k: int) -> None:
         check(it, m)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("m", [9, 40, 70, 150])
 def test_each_output_uses_its_own_row_and_column(name: str, m: int) -> None:
     it = case(name, 300, 640)
@@ -95,24 +67,24 @@ def test_each_output_uses_its_own_row_and_column(name: str, m: int) -> None:
         x = torch.zeros(m, 640, device="cuda", dtype=torch.bfloat16)
         x[torch.arange(m), begin + torch.arange(m)] = 1
         reference = it.dense[:, begin : begin + m].T
-        difference = (it.run(x).double() - reference).abs()
+        difference = (it.gemm(x).double() - reference).abs()
         assert bool((difference <= 0.008 * reference.abs() + 1e-12).all())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PACKED)
 def test_strided_and_misaligned_inputs(name: str) -> None:
     it = case(name, 100, 512)
     wide = torch.randn(90, 1024, device="cuda").bfloat16()
     for x in (wide[:, :512], wide[:, 512:], wide[:, 3:515], wide[::2, :512], wide.t().contiguous().t()[:, :512]):
-        assert torch.equal(it.run(x), it.run(x.clone(memory_format=torch.contiguous_format)))
+        assert torch.equal(it.gemm(x), it.gemm(x.clone(memory_format=torch.contiguous_format)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("m", [20, 100])
 def test_values_beyond_fp16_do_not_overflow(name: str, m: int) -> None:
     it = case(name, 64, 512)
     x = torch.randn(m, 512, device="cuda").bfloat16() * 1e6
-    out = it.run(x)
+    out = it.gemm(x)
     assert bool(out.isfinite().all())
     assert out.abs().max().item() > 65504
     assert relative_error(out, x.double() @ it.dense.T) < 4e-3
@@ -123,7 +95,7 @@ def test_values_beyond_fp16_do_not_overflow(name: str, m: int) -> None:
 def test_float32_logits_of_an_int8_head(m: int, softcap: float | None) -> None:
     it = case("int8", 4097, 2304)
     x = torch.randn(m, 2304, device="cuda").bfloat16() * 10
-    out = it.run(x, out_dtype="float32", softcap=softcap)
+    out = it.gemm(x, out_dtype="float32", softcap=softcap)
     reference = x.double() @ it.dense.T
     if softcap is not None:
         reference = softcap * torch.tanh(reference / softcap)
@@ -140,7 +112,7 @@ def test_products_in_a_graph_replay_the_same_sums() -> None:
         y = x
         for _ in range(5):
             for it in cases:
-                y = it.run(y)
+                y = it.gemm(y)
                 y = y / y.float().norm().to(y.dtype)
         return y
 
@@ -173,11 +145,61 @@ def test_dispatch_serves_every_row_count_and_decodes_no_matrix_for_few(name: str
         assert relative_error(out, x.double() @ dense.T) < 2.9e-3
 
 
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(("n", "k"), [(17, 192), (1000, 640), (4608, 4096), (300, 36864)])
+def test_rows_in_order_give_the_same_products(name: str, n: int, k: int) -> None:
+    it = case(name, n, k)
+    for m in (9, 16, 33, 100, 260):
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        ordered = order_x(x, packed_gemm.order_groups(m))
+        assert torch.equal(ordered.rows(), x)
+        spoilt = Ordered.empty(ordered.groups * 8, k, ordered.groups, x.device)
+        spoilt = order_x(torch.cat((x, x.new_full((spoilt.m - m, k), torch.nan))), ordered.groups)
+        want = it.gemm(x)
+        for given in (ordered, Ordered(spoilt.values, m, k)):  # rows past m may hold anything
+            assert torch.equal(it.gemm(given), want)
+    with pytest.raises(ParameterError, match="groups"):
+        it.gemm(order_x(x, 2))
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4-nested"])
+@pytest.mark.parametrize(("n", "k"), [(16, 36864), (4608, 4096), (4608, 36864), (40000, 4608)])
+def test_blocks_that_do_not_wait_for_each_other_give_the_same_sums(name: str, n: int, k: int) -> None:
+    """Without patience a block leaves its part of a shared tile unless all others have come."""
+    it = case(name, n, k)
+    storage = int8_matvec.STORAGE if name == "int8" else nf4_matvec.NESTED
+    for m in (9, 64, 100, 200):
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        want, hasty = it.gemm(x), replace(packed_gemm.choose_variant(storage, m, n, k), patience=0)
+        for _ in range(20):
+            out = torch.full_like(want, torch.nan)
+            assert torch.equal(it.gemm(x, out=out, variant=hasty), want)
+    counters = arrivals(x.device, torch.cuda.current_stream().cuda_stream)
+    assert not counters.any()
+
+
+def test_products_on_several_streams_at_once_come_to_an_end() -> None:
+    """Each product's blocks wait for each other, and those of another stream's keep some of them from starting."""
+    cases = [case("nf4-nested", 16, 36864), case("int8", 16, 36864), case("nf4-nested", 256, 36864)]
+    x = torch.randn(40, 36864, device="cuda").bfloat16()
+    want = [it.gemm(x) for it in cases]
+    streams = [torch.cuda.Stream() for _ in range(6)]
+    torch.cuda.synchronize()
+    results: list[tuple[int, torch.Tensor]] = []
+    for _ in range(30):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results.append((index % 3, cases[index % 3].gemm(x)))
+    torch.cuda.synchronize()
+    for index, out in results:
+        assert torch.equal(out, want[index])
+
+
 def test_wrong_inputs_are_refused() -> None:
     it = case("nf4", 32, 64)
     for x in (torch.zeros(9, 64, device="cuda"), torch.zeros(0, 64, device="cuda", dtype=torch.bfloat16)):
         with pytest.raises(ParameterError, match="bf16"):
-            it.run(x)
+            it.gemm(x)
     x = torch.zeros(9, 64, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ParameterError, match="out must be"):
-        it.run(x, out=torch.zeros(9, 31, device="cuda", dtype=torch.bfloat16))
+        it.gemm(x, out=torch.zeros(9, 31, device="cuda", dtype=torch.bfloat16))

@@ -15,7 +15,7 @@ from gemcut.engine.cache import CacheShape, PagedCache, Tables
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.errors import UnsupportedError
 from gemcut.kernels import prefill_attention
-from gemcut.kernels.prefill_attention import Run, VarlenSpec, flash_attn_varlen, fresh_runs, plain_varlen
+from gemcut.kernels.prefill_attention import Run, VarlenSpec, flash_attn_varlen, fresh_runs, plain_varlen, tiles
 from gemcut.model.attention import AttentionSpec, Span, attend, choose_attention, eager_attention, varlen_attention
 from support import tiny_config
 
@@ -123,7 +123,7 @@ def test_flash_attention_2_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> No
 
 INTERPRETED = """
 import torch
-from gemcut.kernels.prefill_attention import Tiling, VarlenSpec, plain_varlen, triton_varlen
+from gemcut.kernels.prefill_attention import Tiling, VarlenSpec, plain_varlen, tiles, triton_varlen
 runs = ((0, 37, 0, 0), (37, 1, 40, 20), (38, 21, 70, 64))
 for heads, kv_heads, head_dim in ((4, 2, 16), (3, 1, 32)):
     for window in (None, 1, 5, 33):
@@ -135,7 +135,20 @@ for heads, kv_heads, head_dim in ((4, 2, 16), (3, 1, 32)):
             out = triton_varlen(query, keys, values, runs, spec, shape=Tiling(16 if heads == 4 else 32, 16, 4, 1))
             want = plain_varlen(query.double(), keys.double(), values.double(), runs, spec)
             assert (out - want).abs().max() < 1e-4, (heads, window, softcap)
+            rows = 16 if heads == 4 else 32
+            cut = torch.tensor([*tiles(runs, rows // (heads // kv_heads)), (0, 0, 0, 0)], dtype=torch.int32)
+            again = triton_varlen(query, keys, values, cut, spec, shape=Tiling(rows, 16, 4, 1))
+            assert torch.equal(again, out)
 """
+
+
+def test_tiles_hold_every_query_once_and_those_that_see_most_come_first() -> None:
+    runs = ((0, 37, 0, 0), (37, 1, 40, 20), (38, 21, 70, 64))
+    cut = tiles(runs, 8)
+    assert all(1 <= count <= 8 for _, count, _, _ in cut)
+    assert [offset for *_, offset in cut] == sorted((offset for *_, offset in cut), reverse=True)
+    queries = sorted((row + i, key, offset + i) for row, count, key, offset in cut for i in range(count))
+    assert queries == [(row + i, key, offset + i) for row, count, key, offset in runs for i in range(count)]
 
 
 def test_the_kernel_in_tritons_interpreter() -> None:

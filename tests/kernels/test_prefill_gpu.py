@@ -134,6 +134,12 @@ def test_rope_write(heads: int, kv_heads: int, head_dim: int, norms: bool) -> No
     rest[slots] = False
     assert bool(keys[rest].isnan().all())
     assert bool(values[rest].isnan().all())
+    kept = storage.clone()
+    alone, _ = rope_write.rope_write(
+        qkv, table[positions], storage[0], storage[1], torch.full_like(slots, -1), 0.3, **weights, eps=1e-6
+    )
+    assert torch.equal(alone, query)
+    assert torch.equal(storage.nan_to_num(), kept.nan_to_num()), "rows without a place were stored"
     again, none = rope_write.rope_write(
         qkv, table[positions], keys.view(9, 8, kv_heads, head_dim), storage[1], slots, 0.3, **weights, eps=1e-6
     )

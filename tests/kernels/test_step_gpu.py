@@ -13,6 +13,7 @@ from gemcut.engine.decode_graph import DecodeGraph
 from gemcut.kernels import argmax, cuda_linear, decode_attention, geglu, norm
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.dispatch import LinearCase, choose_linear
+from gemcut.kernels.ordered import Ordered
 from gemcut.kernels.plain import plain_linear
 from gemcut.model.rope import RotaryTable
 from gemcut.quantization.int8 import dequantize_int8, quantize_int8, quantize_int8_rows
@@ -32,6 +33,33 @@ def test_norm_add(m: int, d: int) -> None:
     x = norm.norm_add(y, residual, post, pre, 1e-6)
     assert relative_error(residual, want) < 1e-6
     assert relative_error(x, rms(want, 1e-6) * pre.double()) < 2.5e-3
+
+
+@pytest.mark.parametrize("d", [8, 192, 640, 2304, 4608, 8192])
+@pytest.mark.parametrize("m", [1, 9, 70])
+def test_norms_and_gated_products_write_rows_in_order(m: int, d: int) -> None:
+    """The same values as in plain rows, at their places, with zeros behind each row's end."""
+    y, residual = (torch.randn(m, d, device="cuda") * 3).bfloat16(), torch.randn(m, d, device="cuda") * 100
+    post, pre = torch.randn(d, device="cuda"), torch.randn(d, device="cuda")
+    gate_up = torch.randn(m, 2 * d, device="cuda").bfloat16()
+    table, ids = torch.randn(50, d, device="cuda").bfloat16(), torch.arange(m, device="cuda", dtype=torch.int32) % 50
+    groups, other = -(-m // 16) * 2, residual.clone()
+
+    def both(groups: int, residual: torch.Tensor) -> list[Any]:
+        return [
+            norm.norm_add(y, residual, post, pre, 1e-6, groups),
+            norm.norm(residual, pre, 1e-6, groups),
+            norm.norm_embed(ids, table, None, 25.25, pre, 1e-6, groups)[1],
+            geglu.geglu(gate_up, groups),
+        ]
+
+    torch.full((groups * 8, -(-d // 256) * 256), torch.nan, device="cuda", dtype=torch.bfloat16)  # what is reused
+    for plain, ordered in zip(both(0, residual), both(groups, other), strict=True):
+        assert isinstance(ordered, Ordered)
+        assert torch.equal(ordered.rows(), plain)
+        whole = Ordered(ordered.values, m, ordered.values.shape[0] * 64).rows()
+        assert not whole[:, d:].any()
+    assert torch.equal(residual, other)
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -9,6 +9,7 @@ wrote is one place in its own sequences' blocks, beyond what they have computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import NUMBERS, Kind, draw
 from gemcut.kernels import argmax, decode_attention, decode_step, draw_tokens, geglu, norm, nvrtc
-from gemcut.kernels.cuda_linear import FewRows
+from gemcut.kernels.cuda_linear import FewRows, order_groups, product
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.decode_step import DecodeStep, StepLayer, StepShape
 from gemcut.kernels.matvec import Storage
@@ -190,7 +191,9 @@ class DecodeGraph:
         eps = config.rms_norm_eps
         if self.step is not None:
             return self._head(self.step())
-        residual, x = norm.norm_embed(self.ids, table, absmax, model.embed_scale, layers[0].input_norm.scale, eps)
+        groups_of = partial(order_groups, m=self.rows)  # in which the products want their rows put in order
+        scale, pre, groups = model.embed_scale, layers[0].input_norm.scale, groups_of(layers[0].attention.qkv_proj)
+        residual, x = norm.norm_embed(self.ids, table, absmax, scale, pre, eps, groups)
         counts = {FULL: 0, "": 0}
         for index, (layer, kind) in enumerate(zip(layers, config.layer_types, strict=True)):
             group = FULL if kind == FULL else ""
@@ -198,7 +201,7 @@ class DecodeGraph:
             rope = (model.rope_full if group else model.rope_sliding).table(self.ids.device)
             attention = layer.attention
             attended = decode_attention.decode_attention(
-                attention.qkv_proj(x),
+                product(attention.qkv_proj, x),
                 storage[counts[group]],
                 self.full if group else self.sliding,
                 self.positions,
@@ -209,10 +212,15 @@ class DecodeGraph:
             )
             counts[group] += 1
             post, pre = layer.post_attention_norm.scale, layer.pre_feedforward_norm.scale
-            y = norm.norm_add(attention.o_proj(attended), residual, post, pre, eps)
-            down = layer.mlp.down_proj(geglu.geglu(layer.mlp.gate_up_proj(y)))
-            after = layers[index + 1].input_norm if index + 1 < len(layers) else model.norm
-            x = norm.norm_add(down, residual, layer.post_feedforward_norm.scale, after.scale, eps)
+            mlp, attended = layer.mlp, attention.o_proj(attended)
+            y = norm.norm_add(attended, residual, post, pre, eps, groups_of(mlp.gate_up_proj))
+            gated = geglu.geglu(product(mlp.gate_up_proj, y), groups_of(mlp.down_proj))
+            after, groups = model.norm, 0
+            if index + 1 < len(layers):
+                after, groups = layers[index + 1].input_norm, groups_of(layers[index + 1].attention.qkv_proj)
+            post = layer.post_feedforward_norm.scale
+            x = norm.norm_add(product(mlp.down_proj, gated), residual, post, after.scale, eps, groups)
+        assert isinstance(x, Tensor)
         return self._head(x)
 
     def _head(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, ceil_div
-from gemcut.kernels.prefill_attention import Run
+from gemcut.kernels.prefill_attention import Run, fresh_runs
 from gemcut.model.attention import Span
 
 
@@ -21,16 +21,38 @@ class Pages:
 
     Attributes:
         keys, values: the layer's storage [blocks, block_size, kv_heads, head_dim].
-        slots: where each new token goes, int64 [T], counted in tokens of the storage.
-        blocks: each sequence's live blocks, int64 [B, longest], padded with block 0.
-        lengths: tokens in them, the new one included, int64 [B].
+        slots: where each new token goes, int64 [T], counted in tokens of the storage; -1: nowhere.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
-    blocks: Tensor
-    lengths: Tensor
+
+
+def token_slots(table: list[int], span: Span, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Where a sequence's new tokens go, given its block ``table``: int64 [length], counted in tokens."""
+    positions = np.arange(span.context_length - span.length, span.context_length)
+    return np.asarray(table, dtype=np.int64)[positions // size] * size + positions % size
+
+
+def live_blocks(table: list[int], first: int, span: Span, size: int) -> list[int]:
+    """A sequence's blocks from ``first`` on up to the one its last new token is in."""
+    return table[first : ceil_div(span.context_length, size)]
+
+
+def gathered_runs(spans: Sequence[Span], lives: Sequence[list[int]], first: list[int], size: int) -> tuple[Run, ...]:
+    """The runs of a batch whose sequences' live blocks, from their ``first`` on, stand one after another."""
+    runs, start = [], 0
+    for span, live, block in zip(spans, lives, first, strict=True):
+        runs.append((span.start, span.length, start, span.context_length - span.length - block * size))
+        start += len(live) * size
+    return tuple(runs)
+
+
+def gather(storage: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(keys, values [L, kv_heads, head_dim]): copies of a layer's ``blocks``, one after another."""
+    keys, values = (part.index_select(0, blocks).flatten(0, 1) for part in storage)
+    return keys, values
 
 
 class _Group:
@@ -42,21 +64,16 @@ class _Group:
         device, self.size = storage.device, size
         self.storage = storage
         self.first_positions = [block * size for block in first]
-        live = [
-            table[start : ceil_div(span.context_length, size)]
-            for table, start, span in zip(tables, first, spans, strict=True)
-        ]
-        slots = []
-        for table, span in zip(tables, spans, strict=True):
-            positions = np.arange(span.context_length - span.length, span.context_length)
-            slots.append(np.asarray(table, dtype=np.int64)[positions // size] * size + positions % size)
+        live = [live_blocks(*each, size) for each in zip(tables, first, spans, strict=True)]
+        slots = [token_slots(table, span, size) for table, span in zip(tables, spans, strict=True)]
+        self._runs = gathered_runs(spans, live, first, size)
         self.slots = torch.from_numpy(np.concatenate(slots)).to(device)
         self.blocks = [torch.tensor(blocks, dtype=torch.long, device=device) for blocks in live]
         self.lengths = [span.context_length - start for span, start in zip(spans, self.first_positions, strict=True)]
         self._decode: tuple[Tensor, Tensor, int] | None = None
-        self._tables, self._spans = tables, spans
+        self._tables = tables
         self._table: Tensor | None = None
-        self._all: tuple[Tensor, tuple[Run, ...]] | None = None
+        self._all: Tensor | None = None
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         keys, values = self.storage[layer].flatten(1, 2)
@@ -79,9 +96,8 @@ class _Group:
         return self._decode
 
     def pages(self, layer: int) -> Pages:
-        padded, lengths, _ = self._padded()
         keys, values = self.storage[layer]
-        return Pages(keys, values, self.slots, padded, lengths)
+        return Pages(keys, values, self.slots)
 
     def block_table(self) -> Tensor:
         """int32 [B, longest]: each sequence's block of each run of block-size tokens; 0 where it has none any more."""
@@ -93,14 +109,8 @@ class _Group:
 
     def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[Run, ...]]:
         if self._all is None:
-            runs, start = [], 0
-            for span, blocks, first in zip(self._spans, self.blocks, self.first_positions, strict=True):
-                runs.append((span.start, span.length, start, span.context_length - span.length - first))
-                start += len(blocks) * self.size
-            self._all = (torch.cat(self.blocks), tuple(runs))
-        blocks, runs_ = self._all
-        keys, values = (part.index_select(0, blocks).flatten(0, 1) for part in self.storage[layer])
-        return keys, values, runs_
+            self._all = torch.cat(self.blocks)
+        return *gather(self.storage[layer], self._all), self._runs
 
     def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         padded, lengths, longest = self._padded()
@@ -116,6 +126,8 @@ class PagedKeyValues:
 
     def __init__(self, config: GemmaConfig, cache: PagedCache, tables: list[Tables], spans: Sequence[Span]) -> None:
         self.spans: Sequence[Span] = spans
+        #: The runs of a batch that holds all the keys there are; None: some are in the cache only.
+        self.fresh = fresh_runs(spans)
         size = self.block_size = cache.block_size
         full = _Group(cache.full_storage, [t.full for t in tables], [0] * len(tables), spans, size)
         first = [t.first_sliding for t in tables]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemcut.engine import decode_graph
+from gemcut.engine import decode_graph, prefill_graph
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import numbers, same_kind
 from gemcut.engine.paged import PagedKeyValues
@@ -28,6 +28,9 @@ class Runner:
         #: Whether a single sequence's layers run in one launch where they can; set it before the first step.
         self.one_launch = True
         self._graphs: decode_graph.DecodeGraphs | None = None
+        #: Why short prompts do not run as CUDA graphs; None: they do.
+        self.prefill_refusal = prefill_graph.supports(model, self.graph_refusal)
+        self._prefills: prefill_graph.PrefillGraphs | None = None
 
     @torch.inference_mode()
     def tokens(self, batch: list[Scheduled], tables: list[Tables]) -> list[int] | None:
@@ -92,13 +95,26 @@ class Runner:
             spans.append(Span(len(ids), scheduled.length, end))
             ids += sequence.tokens[start:end]
             positions += range(start, end)
-        kv = PagedKeyValues(self.model.config, self.cache, tables, spans)
-        hidden = self.model(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv)
+        hidden = self._hidden(ids, positions, spans, tables)
         for scheduled, span in zip(batch, spans, strict=True):
             if scheduled.sequence.request.prompt_logprobs:
                 self._prompt_logprobs(scheduled, hidden[span.start : span.start + span.length])
         last = [span.start + span.length - 1 for s, span in zip(batch, spans, strict=True) if s.completes]
         return self.model.head(hidden[torch.tensor(last, dtype=torch.long, device=self.device)])
+
+    def _hidden(self, ids: list[int], positions: list[int], spans: list[Span], tables: list[Tables]) -> Tensor:
+        """Hidden states before the final norm, fp32 [T, d]; the next step may overwrite them."""
+        if self.prefill_refusal is None:
+            if self._prefills is None:
+                self._prefills = prefill_graph.PrefillGraphs(self.model, self.cache, self.device)
+            hidden = self._prefills.hidden(ids, positions, spans, tables)
+            if hidden is not None:
+                return hidden
+        kv = PagedKeyValues(self.model.config, self.cache, tables, spans)
+        rows: Tensor = self.model(
+            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv
+        )
+        return rows
 
     def _prompt_logprobs(self, scheduled: Scheduled, hidden: Tensor) -> None:
         """Append log P(token i + 1 | tokens 0 … i) for this chunk's positions i that have a next prompt token."""

@@ -12,16 +12,18 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gemcut.errors import ParameterError
 from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, nvrtc, packed_gemm
 from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.int8_matvec import Int8Rows
 from gemcut.kernels.matvec import MAX_ROWS, SMALL_BYTES, TILE, matvec
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
+from gemcut.kernels.ordered import Ordered
 from gemcut.kernels.plain import dense_product
 from gemcut.quantization.tables import code_table
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
@@ -76,7 +78,7 @@ Rows = nf4_matvec.PackedFourBit | Int8Rows | Tensor
 class FewRows:
     """Up to ``most_few`` rows of x through ``few``, up to ``most_some`` through ``some``, more through ``many``.
 
-    ``rows`` is what they read.
+    ``rows`` is what they read; ``ordered``: whether ``some`` takes x in order (gemcut.kernels.ordered), too.
     """
 
     def __init__(
@@ -85,19 +87,28 @@ class FewRows:
         few: Callable[[Tensor], Tensor],
         many: Callable[[Tensor], Tensor],
         most_few: int,
-        some: Callable[[Tensor], Tensor] | None = None,
+        some: Callable[[Tensor], Tensor] | Callable[[Tensor | Ordered], Tensor] | None = None,
         most_some: int = 0,
+        ordered: bool = False,
     ) -> None:
         self.rows, self.few, self.some, self.many = rows, few, some, many
-        self.most_few, self.most_some = most_few, most_some
+        self.most_few, self.most_some, self.ordered = most_few, most_some, ordered
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Ordered) -> Tensor:
+        if isinstance(x, Ordered):
+            if not self.groups(x.m):
+                raise ParameterError(f"a product of {x.m} rows reads them as they are, not in order")
+            return self.some(x)  # type: ignore[misc, arg-type]
         rows = x.shape[0]
         if 0 < rows <= self.most_few:
             return self.few(x)
         if self.some is not None and 0 < rows <= self.most_some:
             return self.some(x)
         return self.many(x)
+
+    def groups(self, m: int) -> int:
+        """Groups of eight rows that ``m`` rows of x are best put in order by; 0: they are read as they are."""
+        return packed_gemm.order_groups(m) if self.ordered and self.most_few < m <= self.most_some else 0
 
 
 class _Packed(FewRows):
@@ -109,13 +120,13 @@ class _Packed(FewRows):
 def _packed_kernel(
     rows: Rows,
     few: Callable[[Tensor], Tensor],
-    fused: Callable[[Tensor], Tensor],
+    fused: Callable[[Tensor | Ordered], Tensor],
     many: Callable[[Tensor], Tensor],
     codes: Tensor,
     most_few: int = MAX_ROWS,
 ) -> _Packed:
     if packed_gemm.unavailable_reason(codes.device.index or 0) is None:
-        return _Packed(rows, few, many, most_few, fused, FUSED_ROWS[codes.numel() > SMALL_BYTES])
+        return _Packed(rows, few, many, most_few, fused, FUSED_ROWS[codes.numel() > SMALL_BYTES], ordered=True)
 
     def passes(x: Tensor) -> Tensor:
         return torch.cat([few(part) for part in torch.split(x, MAX_ROWS)])
@@ -181,6 +192,18 @@ def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
 
 
 CUDA = LinearImplementation("cuda", supports, prepare)
+
+
+def order_groups(linear: Any, m: int) -> int:
+    """Groups that a layer (gemcut.model) wants ``m`` rows of x put in order by; 0: as they are."""
+    kernel = linear.kernel
+    return kernel.groups(m) if isinstance(kernel, FewRows) else 0
+
+
+def product(linear: Any, x: Tensor | Ordered) -> Tensor:
+    """A layer's product, also of rows in order where ``order_groups`` asked for them."""
+    out: Tensor = linear.kernel(x) if isinstance(x, Ordered) else linear(x)
+    return out
 
 
 @functools.cache

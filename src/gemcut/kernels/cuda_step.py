@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.kernels import decode_attention, geglu, norm, nvrtc, rope_write
+from gemcut.kernels.cuda_linear import order_groups, product
 from gemcut.kernels.decode_attention import DecodeSpec
-from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec, fresh_runs
+from gemcut.kernels.ordered import Ordered
+from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec
 
 
 def supports(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -41,23 +43,25 @@ class CudaStep:
 
     def __init__(self, model: Any, varlen: VarlenAttention | None) -> None:
         config: GemmaConfig = model.config
-        self._config, self._varlen = config, varlen
+        self._config, self.varlen = config, varlen
         self._tables = [(model.rope_full if kind == FULL else model.rope_sliding) for kind in config.layer_types]
 
     def layers(self, layers: Any, residual: Tensor, rotations: list[tuple[Tensor, Tensor]], kv: Any) -> Tensor:
         """All ``layers`` (gemcut.model.gemma.Layer), each with its rotation, on ``residual`` fp32 [T, d], in place."""
-        eps = self._config.rms_norm_eps
+        eps, m = self._config.rms_norm_eps, len(residual)
         positions = self._decode_positions(kv, residual.device)
-        x = norm.norm(residual, layers[0].input_norm.scale, eps)
+        x = norm.norm(residual, layers[0].input_norm.scale, eps, order_groups(layers[0].attention.qkv_proj, m))
         for index, (layer, rotation) in enumerate(zip(layers, rotations, strict=True)):
+            mlp = layer.mlp
             attended = layer.attention.o_proj(self._attend(layer.attention, x, rotation, kv, positions))
-            x = norm.norm_add(
-                attended, residual, layer.post_attention_norm.scale, layer.pre_feedforward_norm.scale, eps
-            )
-            transformed = layer.mlp.down_proj(geglu.geglu(layer.mlp.gate_up_proj(x)))
-            post = layer.post_feedforward_norm.scale
+            post, pre = layer.post_attention_norm.scale, layer.pre_feedforward_norm.scale
+            x = norm.norm_add(attended, residual, post, pre, eps, order_groups(mlp.gate_up_proj, m))
+            gated = geglu.geglu(product(mlp.gate_up_proj, x), order_groups(mlp.down_proj, m))
+            transformed, post = product(mlp.down_proj, gated), layer.post_feedforward_norm.scale
             if index + 1 < len(layers):
-                x = norm.norm_add(transformed, residual, post, layers[index + 1].input_norm.scale, eps)
+                after = layers[index + 1]
+                groups = order_groups(after.attention.qkv_proj, m)
+                x = norm.norm_add(transformed, residual, post, after.input_norm.scale, eps, groups)
             else:
                 norm.add_norm(transformed, residual, post, eps)
         return residual
@@ -69,7 +73,7 @@ class CudaStep:
     def _decode_positions(self, kv: Any, device: torch.device) -> Tensor | None:
         """int32 [B]: each sequence's new position where all have one new token and the decode kernel serves them."""
         config = self._config
-        if self._varlen is None or not hasattr(kv, "pages") or any(span.length != 1 for span in kv.spans):
+        if self.varlen is None or not hasattr(kv, "pages") or any(span.length != 1 for span in kv.spans):
             return None
         shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         if decode_attention.supports(*shape, kv.block_size) is not None:
@@ -77,11 +81,11 @@ class CudaStep:
         return torch.tensor([span.context_length - 1 for span in kv.spans], dtype=torch.int32, device=device)
 
     def _attend(
-        self, attention: Any, x: Tensor, rotation: tuple[Tensor, Tensor], kv: Any, positions: Tensor | None
+        self, attention: Any, x: Tensor | Ordered, rotation: tuple[Tensor, Tensor], kv: Any, positions: Tensor | None
     ) -> Tensor:
         """bf16 [T, heads · head_dim] of the layer's input; the cache gets the new keys and values."""
-        qkv = attention.qkv_proj(x)
-        if self._varlen is None or not hasattr(kv, "pages"):
+        qkv = product(attention.qkv_proj, x)
+        if self.varlen is None or not hasattr(kv, "pages"):
             out: Tensor = attention.mix(qkv, rotation, kv)
             return out
         config, spec, layer = self._config, attention.spec, attention.layer
@@ -98,15 +102,14 @@ class CudaStep:
                 q_norm=q_norm,
                 k_norm=k_norm,
             )
-        runs = fresh_runs(kv.spans)
-        pages = kv.pages(layer)
+        runs, pages = kv.fresh, kv.pages(layer)
         cos, _ = rotation  # a view of rows that hold cosines, then sines
         query, key = rope_write.rope_write(
             qkv, cos, pages.keys, pages.values, pages.slots, attention.scale,
             q_norm=q_norm, k_norm=k_norm, eps=config.rms_norm_eps, want_key=runs is not None,
         )  # fmt: skip
         if runs is not None and key is not None:  # nothing older: the batch itself has all keys and values
-            value = qkv[:, (heads + kv_heads) * head_dim :].unflatten(1, (kv_heads, head_dim))
-            return self._varlen(query, key, value, runs, VarlenSpec(spec.softcap, spec.window))
+            value = qkv[:, (heads + kv_heads) * head_dim :].view(len(qkv), kv_heads, head_dim)
+            return self.varlen(query, key, value, runs, VarlenSpec(spec.softcap, spec.window))
         keys, values, runs = kv.gathered(layer)
-        return self._varlen(query, keys, values, runs, VarlenSpec(spec.softcap, spec.window))
+        return self.varlen(query, keys, values, runs, VarlenSpec(spec.softcap, spec.window))

@@ -10,17 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
+from gemcut.kernels.ordered import Ordered
 
 _MOST_ROWS = 65535  # a grid's second dimension
 
 
 class _Geglu(ctypes.Structure):
-    _fields_ = (("gate_up", ctypes.c_void_p), ("out", ctypes.c_void_p), ("width", ctypes.c_int))
+    _fields_ = (
+        ("gate_up", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("width", "m", "groups")),
+    )
 
 
 @functools.cache
-def _kernel(device: int) -> CudaKernel:
-    return compile_kernel(read_sources("launch.cuh", "geglu.cu"), "geglu", (), device)
+def _kernel(name: str, device: int) -> CudaKernel:
+    return compile_kernel(read_sources("launch.cuh", "ordered.cuh", "geglu.cu"), name, (), device)
 
 
 def supports(width: int) -> str | None:
@@ -28,13 +33,22 @@ def supports(width: int) -> str | None:
     return None if width % 8 == 0 else f"the GeGLU kernel takes widths that are a multiple of 8, not {width}"
 
 
-def geglu(gate_up: Tensor) -> Tensor:
-    """bf16 [m, 2 · width], gate before up, contiguous -> bf16 [m, width]; fp32 inside."""
-    m, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((m, width), dtype=gate_up.dtype, device=gate_up.device)
-    kernel = _kernel(gate_up.device.index or 0)
+def geglu(gate_up: Tensor, groups: int = 0) -> Tensor | Ordered:
+    """bf16 [m, 2 · width], gate before up, contiguous -> bf16 [m, width]; fp32 inside.
+
+    With ``groups`` the result is in order, in so many groups of eight rows.
+    """
+    m, width, device = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.device
+    if groups:
+        ordered = Ordered.empty(m, width, groups, device)
+        task = _Geglu(gate_up.data_ptr(), ordered.values.data_ptr(), width, m, groups)
+        pieces = ordered.values.shape[0] * groups
+        _kernel("geglu_ordered", device.index or 0).launch((-(-pieces // 8), 1), 256, 0, (task,))
+        return ordered
+    out = torch.empty((m, width), dtype=gate_up.dtype, device=device)
+    kernel = _kernel("geglu", device.index or 0)
     for start in range(0, m, _MOST_ROWS):
-        task = _Geglu(gate_up[start:].data_ptr(), out[start:].data_ptr(), width)
+        task = _Geglu(gate_up[start:].data_ptr(), out[start:].data_ptr(), width, m - start, 0)
         kernel.launch((-(-width // 2048), min(_MOST_ROWS, m - start)), 256, 0, (task,))
     return out
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, shared_memory_limit
+from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, current_stream, read_sources, shared_memory_limit
 
 MAX_ROWS = 8
 TILE = 16
@@ -39,9 +39,9 @@ class Layout:
     rows: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Storage:
-    """What the launch must know of a weight format: the constants of its `struct Format`.
+    """What the launch must know of a weight format: the constants of its `struct Format`. There is one of each format.
 
     `small` serves products of up to SMALL_BYTES whose block leaves room for the next kernel's, `large` all others.
     """
@@ -160,7 +160,6 @@ def limits(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_properties(device).multi_processor_count, shared_memory_limit(device) - 2048
 
 
-@functools.cache
 def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -> CudaKernel:
     defines = (
         *storage.defines,
@@ -174,8 +173,22 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
     files, name = ["launch.cuh", "matvec.cuh", f"{storage.kernel}.cu"], storage.kernel
     if layout.fixed and storage.fixed_kernel is not None:
         name = storage.fixed_kernel
-        files.append(f"{name}.cu")
+        files += ["fixed.cuh", f"{name}.cu"]
     return compile_kernel(read_sources(*files), name, defines, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    storage: Storage, m: int, n: int, k: int, float_output: bool, device: int
+) -> tuple[CudaKernel, Split, int, int]:
+    """(kernel, split, tiles, column steps) of a product."""
+    processors, shared_limit = limits(device)
+    tiles, steps = -(-n // TILE), -(-k // storage.step)
+    split = plan_split(storage, tiles, steps, m, processors, shared_limit)
+    if storage.fixed_kernel is not None:
+        of_one = plan_split(storage, tiles, steps, 1, processors, shared_limit)
+        split = plan_fixed(storage, of_one, tiles, steps, m, shared_limit) or split
+    return _kernel(storage, split.layout, float_output, device), split, tiles, steps
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
@@ -183,6 +196,18 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         return x.contiguous().clone() if x.data_ptr() % 16 else x.contiguous()
     return x
+
+
+def output(
+    m: int, n: int, out_dtype: Literal["bfloat16", "float32"], out: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Where a product's [m, n] goes: ``out`` where given. ParameterError where that has another shape or dtype."""
+    dtype = torch.float32 if out_dtype == "float32" else torch.bfloat16
+    if out is None:
+        return torch.empty((m, n), dtype=dtype, device=device)
+    if out.shape != (m, n) or out.dtype != dtype or not out.is_contiguous():
+        raise ParameterError(f"out must be contiguous {dtype} {(m, n)}, not {out.dtype} {tuple(out.shape)}")
+    return out
 
 
 def matvec(
@@ -206,23 +231,13 @@ def matvec(
         )
     x = aligned_rows(x)
     m, k = x.shape
-    dtype = torch.float32 if out_dtype == "float32" else torch.bfloat16
-    y = torch.empty((m, n), dtype=dtype, device=x.device) if out is None else out
-    if y.shape != (m, n) or y.dtype != dtype or not y.is_contiguous():
-        raise ParameterError(f"out must be contiguous {dtype} {(m, n)}, not {y.dtype} {tuple(y.shape)}")
-    device = x.device.index or 0
-    processors, shared_limit = limits(device)
-    tiles, steps = -(-n // TILE), -(-k // storage.step)
-    split = plan_split(storage, tiles, steps, m, processors, shared_limit)
-    if storage.fixed_kernel is not None:
-        of_one = plan_split(storage, tiles, steps, 1, processors, shared_limit)
-        split = plan_fixed(storage, of_one, tiles, steps, m, shared_limit) or split
+    y = output(m, n, out_dtype, out, x.device)
+    kernel, split, tiles, steps = _launch(storage, m, n, k, y.dtype == torch.float32, x.device.index or 0)
     partial = torch.empty(split.slices * tiles * TILE * m if split.slices > 1 else 0, device=x.device)
-    counters = arrivals(x.device, torch.cuda.current_stream().cuda_stream)
+    counters = arrivals(x.device, current_stream(kernel.device))
     problem = Problem(
         x.data_ptr(), y.data_ptr(), partial.data_ptr(), counters.data_ptr(), softcap or 0.0,
         m, n, k, x.stride(0) * 2, tiles, steps, split.slice_steps,
     )  # fmt: skip
-    kernel = _kernel(storage, split.layout, dtype == torch.float32, device)
     kernel.launch((split.chunks, split.slices), split.layout.warps * 32, split.shared_bytes, (problem, weight))
     return y

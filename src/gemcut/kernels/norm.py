@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
+from gemcut.kernels.ordered import UNIT, Ordered
 
 MOST_COLUMNS = 8192
 
@@ -23,6 +24,7 @@ class _Norm(ctypes.Structure):
         ("embed_scale", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("d", ctypes.c_int),
+        ("groups", ctypes.c_int),
     )
 
 
@@ -35,57 +37,70 @@ def supports(columns: int) -> str | None:
 
 @functools.cache
 def _kernel(name: str, device: int) -> CudaKernel:
-    return compile_kernel(read_sources("launch.cuh", "norm.cu"), name, (), device)
+    return compile_kernel(read_sources("launch.cuh", "ordered.cuh", "norm.cu"), name, (), device)
 
 
-def _threads(columns: int) -> int:
-    return -(-columns // 256) * 32
+def _run(
+    name: str,
+    residual: Tensor,
+    eps: float,
+    *,
+    y: Tensor | None = None,
+    post: Tensor | None = None,
+    pre: Tensor | None = None,
+    x: Tensor | Ordered | None = None,
+    table: tuple[Tensor, Tensor, Tensor | None, float] | None = None,
+) -> None:
+    """``table``: ids, the table, its rows' largest magnitudes, the scale."""
+    m, d = residual.shape
+    target, groups = (x.values, x.groups) if isinstance(x, Ordered) else (x, 0)
+    ids, rows, absmax, embed_scale = (None, None, None, 0.0) if table is None else table
+    pointers = (None if t is None else t.data_ptr() for t in (y, residual, post, pre, target, ids, rows, absmax))
+    task = _Norm(*pointers, embed_scale, eps, d, groups)
+    _kernel(name, residual.device.index or 0).launch((m, 1), -(-d // UNIT) * 32, 0, (task,))
 
 
-def norm_add(y: Tensor, residual: Tensor, post: Tensor, pre: Tensor, eps: float) -> Tensor:
+def _empty(like: Tensor, groups: int) -> Tensor | Ordered:
+    m, d = like.shape
+    if groups:
+        return Ordered.empty(m, d, groups, like.device)
+    return torch.empty((m, d), dtype=torch.bfloat16, device=like.device)
+
+
+def norm_add(y: Tensor, residual: Tensor, post: Tensor, pre: Tensor, eps: float, groups: int = 0) -> Tensor | Ordered:
     """``residual += rms(y) · post``; returns ``rms(residual) · pre`` in bf16.
 
-    y bf16 [m, d]; residual fp32 [m, d], changed in place; post and pre fp32 [d]. All contiguous.
+    y bf16 [m, d]; residual fp32 [m, d], changed in place; post and pre fp32 [d]. All contiguous. With ``groups`` the
+    result is in order, in so many groups of eight rows.
     """
-    m, d = y.shape
-    x = torch.empty_like(y)
-    task = _Norm(
-        y.data_ptr(), residual.data_ptr(), post.data_ptr(), pre.data_ptr(), x.data_ptr(), None, None, None, 0.0, eps, d,
-    )  # fmt: skip
-    _kernel("norm_add", y.device.index or 0).launch((m, 1), _threads(d), 0, (task,))
+    x = _empty(residual, groups)
+    _run("norm_add", residual, eps, y=y, post=post, pre=pre, x=x)
     return x
 
 
-def norm(residual: Tensor, pre: Tensor, eps: float) -> Tensor:
-    """``rms(residual) · pre`` in bf16 of fp32 [m, d], contiguous."""
-    x = torch.empty(residual.shape, dtype=torch.bfloat16, device=residual.device)
-    task = _Norm(None, residual.data_ptr(), None, pre.data_ptr(), x.data_ptr(), None, None, None, 0.0, eps, x.shape[1])
-    _kernel("norm_add", x.device.index or 0).launch((len(x), 1), _threads(x.shape[1]), 0, (task,))
+def norm(residual: Tensor, pre: Tensor, eps: float, groups: int = 0) -> Tensor | Ordered:
+    """``rms(residual) · pre`` in bf16 of fp32 [m, d], contiguous; ``groups`` as in ``norm_add``."""
+    x = _empty(residual, groups)
+    _run("norm_add", residual, eps, pre=pre, x=x)
     return x
 
 
 def add_norm(y: Tensor, residual: Tensor, post: Tensor, eps: float) -> None:
     """``residual += rms(y) · post``, as in ``norm_add``, where no sublayer follows."""
-    m, d = y.shape
-    task = _Norm(y.data_ptr(), residual.data_ptr(), post.data_ptr(), None, None, None, None, None, 0.0, eps, d)
-    _kernel("norm_add", y.device.index or 0).launch((m, 1), _threads(d), 0, (task,))
+    _run("norm_add", residual, eps, y=y, post=post)
 
 
 def norm_embed(
-    ids: Tensor, table: Tensor, absmax: Tensor | None, embed_scale: float, pre: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    ids: Tensor, table: Tensor, absmax: Tensor | None, embed_scale: float, pre: Tensor, eps: float, groups: int = 0
+) -> tuple[Tensor, Tensor | Ordered]:
     """(residual fp32 [m, d], ``rms(residual) · pre`` bf16): the rows ``ids`` int32 [m] of the table, times a scale.
 
-    The table is bf16 [vocabulary, d], or int8 with fp32 ``absmax`` [vocabulary].
+    The table is bf16 [vocabulary, d], or int8 with fp32 ``absmax`` [vocabulary]; ``groups`` as in ``norm_add``.
     """
     m, d = ids.shape[0], table.shape[1]
     residual = torch.empty((m, d), dtype=torch.float32, device=ids.device)
-    x = torch.empty((m, d), dtype=torch.bfloat16, device=ids.device)
-    task = _Norm(
-        None, residual.data_ptr(), None, pre.data_ptr(), x.data_ptr(), ids.data_ptr(), table.data_ptr(),
-        absmax.data_ptr() if absmax is not None else None, embed_scale, eps, d,
-    )  # fmt: skip
-    _kernel("norm_embed", ids.device.index or 0).launch((m, 1), _threads(d), 0, (task,))
+    x = _empty(residual, groups)
+    _run("norm_embed", residual, eps, pre=pre, x=x, table=(ids, table, absmax, embed_scale))
     return residual, x
 
 

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,12 +109,32 @@ def compile_cubin(source: str, options: Sequence[str]) -> bytes:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def current_stream(device: int) -> int:
+    """Torch's current stream of ``device``, as the driver knows it, without making an object of it."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch_config(grid: tuple[int, ...], threads: int, shared_bytes: int, stream: int, attribute: int) -> Any:
+    """A reference to the driver's description of a launch, kept since most come again; ``attribute`` 0: none."""
+    config = _LaunchConfig(
+        (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
+        (ctypes.c_uint * 3)(threads, 1, 1),
+        shared_bytes,
+        stream,
+        ctypes.pointer(_LaunchAttribute(attribute, 0, 1, b"")),
+        1 if attribute else 0,
+    )
+    return ctypes.byref(config)
+
+
 @dataclass(frozen=True)
 class CudaKernel:
     """One loaded kernel of one device."""
 
     handle: ctypes.c_void_p
     overlaps: bool
+    device: int
 
     def launch(
         self,
@@ -128,17 +149,12 @@ class CudaKernel:
 
         ``cooperative`` kernels have blocks that wait for each other: none starts before there is room for all.
         """
-        attribute = _LaunchAttribute(_COOPERATIVE if cooperative else _PROGRAMMATIC_LAUNCH, 0, 1, b"")
-        config = _LaunchConfig(
-            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
-            (ctypes.c_uint * 3)(threads, 1, 1),
-            shared_bytes,
-            torch.cuda.current_stream().cuda_stream,
-            ctypes.pointer(attribute),
-            1 if self.overlaps or cooperative else 0,
-        )
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), "a kernel launch")
+        attribute = _COOPERATIVE if cooperative else _PROGRAMMATIC_LAUNCH if self.overlaps else 0
+        config = _launch_config(grid, threads, shared_bytes, current_stream(self.device), attribute)
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        status = _driver().cuLaunchKernelEx(config, self.handle, pointers, None)
+        if status:
+            _check(status, "a kernel launch")
 
 
 def shared_memory_limit(device: int) -> int:
@@ -177,4 +193,4 @@ def compile_kernel(source: str, name: str, defines: tuple[tuple[str, int], ...],
         _check(_driver().cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, handle), "reading a kernel's size")
         dynamic = shared_memory_limit(device) - static.value
         _check(_driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, dynamic), "reserving shared memory")
-    return CudaKernel(handle, overlaps=properties.major >= 9)
+    return CudaKernel(handle, properties.major >= 9, device)

@@ -14,20 +14,20 @@ from typing import Literal
 import torch
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.matvec import SMALL_BYTES, TILE, Problem, Storage, aligned_rows, arrivals, limits
-from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
+from gemcut.kernels.matvec import SMALL_BYTES, TILE, Problem, Storage, aligned_rows, arrivals, limits, output
+from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, current_stream, read_sources
+from gemcut.kernels.ordered import UNIT, Ordered, order_x
 
 #: Rows of x a tile can have.
 TILE_ROWS = (16, 32, 64, 96, 128)
-#: Columns that the work is dealt out in.
-UNIT = 256
 
 
 @dataclass(frozen=True)
 class Variant:
     """A kernel: rows of x and warpgroups (64 rows of W each) a tile; units of x (256 columns), stages of W in flight.
 
-    `two_halves`: with registers for two decoded blocks; four warpgroups have enough for up to 32 rows.
+    `two_halves`: with registers for two decoded blocks; four warpgroups have enough for up to 32 rows. `patience`:
+    clocks that a block waits for those it shares a tile with.
     """
 
     rows: int
@@ -35,6 +35,7 @@ class Variant:
     x_units: int
     w_stages: int = 3
     two_halves: bool = True
+    patience: int = 200_000
 
     @property
     def threads(self) -> int:
@@ -49,13 +50,21 @@ def shared_bytes(storage: Storage, variant: Variant) -> int:
     return storage.table_bytes + slots * (variant.rows * 128 + 16) + ring
 
 
-def choose_variant(storage: Storage, m: int, n: int, k: int) -> Variant:
-    """The kernel for ``m`` rows: as few tiles along m as there can be, each as small as then suffices.
-
-    Tiles of 128 rows of W deal small products out more evenly (measured on an H100).
-    """
+def tile_rows(m: int) -> tuple[int, int]:
+    """(rows of a tile, tiles) for ``m`` rows: as few tiles as there can be, each as small as then suffices."""
     tiles = -(-m // TILE_ROWS[-1])
-    rows = next(rows for rows in TILE_ROWS if rows * tiles >= m)
+    return next(rows for rows in TILE_ROWS if rows * tiles >= m), tiles
+
+
+def order_groups(m: int) -> int:
+    """Groups of eight rows that ``gemm`` wants ``m`` rows of x put in order by."""
+    rows, tiles = tile_rows(m)
+    return rows * tiles // 8
+
+
+def choose_variant(storage: Storage, m: int, n: int, k: int) -> Variant:
+    """The kernel for ``m`` rows. Tiles of 128 rows of W deal small products out more evenly (measured on an H100)."""
+    rows, _ = tile_rows(m)
     x_units = 2 if rows <= 64 else 1
     if -(-n // TILE) * -(-k // storage.step) * storage.stage_bytes <= SMALL_BYTES:
         return Variant(rows, 2, x_units)
@@ -79,7 +88,34 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], const u32* a, u64 x, 
 """
 
 
-@functools.cache
+@dataclass(frozen=True)
+class _Launch:
+    """How a product is launched: the problem's sizes in tiles, the grid, what the blocks need."""
+
+    kernel: CudaKernel
+    groups: int
+    tiles: int
+    units: int
+    m_tiles: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    partial: int  # values
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    storage: Storage, m: int, n: int, k: int, variant: Variant | None, float_output: bool, device: int
+) -> _Launch:
+    chosen = variant or choose_variant(storage, m, n, k)
+    tiles, m_tiles, units = -(-n // TILE), -(-m // chosen.rows), -(-k // UNIT)
+    blocks = min(limits(device)[0], -(-tiles // (chosen.warpgroups * 4)) * m_tiles * units)
+    # Two shared tiles a block; without any (units that divide evenly) it is not touched.
+    partial = blocks * chosen.warpgroups * 128 * chosen.rows
+    kernel, nbytes = _kernel(storage, chosen, float_output, device), shared_bytes(storage, chosen)
+    return _Launch(kernel, m_tiles * chosen.rows // 8, tiles, units, m_tiles, blocks, chosen.threads, nbytes, partial)
+
+
 def _kernel(storage: Storage, variant: Variant, float_output: bool, device: int) -> CudaKernel:
     defines = (
         *storage.defines,
@@ -89,29 +125,12 @@ def _kernel(storage: Storage, variant: Variant, float_output: bool, device: int)
         ("GEMM_X_UNITS", variant.x_units),
         ("GEMM_TWO_HALVES", int(variant.two_halves)),
         ("GEMM_W_STAGES", variant.w_stages),
+        ("GEMM_PATIENCE", variant.patience),
     )
     name = storage.kernel.replace("matvec", "gemm")
     frame = read_sources("launch.cuh", "matvec.cuh", f"{storage.kernel}.cu")
     source = "\n".join((frame, wgmma_source(variant.rows), read_sources("gemm.cuh", f"{name}.cu")))
     return compile_kernel(source, name, defines, device)
-
-
-class _Order(ctypes.Structure):
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("ordered", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("m", "k", "x_stride", "blocks", "groups")),
-    )
-
-
-def order_x(x: torch.Tensor, blocks: int, groups: int) -> torch.Tensor:
-    """x bf16 [m, k] -> bf16 [blocks, groups, 8, 8, 8] with zeros where x ends: see cuda/order_x.cu."""
-    ordered = torch.empty((blocks, groups, 8, 8, 8), dtype=x.dtype, device=x.device)
-    m, k = x.shape
-    task = _Order(x.data_ptr(), ordered.data_ptr(), m, k, x.stride(0) * 2, blocks, groups)
-    kernel = compile_kernel(read_sources("launch.cuh", "order_x.cu"), "order_x", (), x.device.index or 0)
-    kernel.launch((-(-blocks * groups // 8), 1), 256, 0, (task,))
-    return ordered
 
 
 @functools.cache
@@ -126,7 +145,7 @@ def unavailable_reason(device: int) -> str | None:
 def gemm(
     storage: Storage,
     weight: ctypes.Structure,
-    x: torch.Tensor,
+    x: torch.Tensor | Ordered,
     n: int,
     *,
     out: torch.Tensor | None = None,
@@ -136,32 +155,25 @@ def gemm(
 ) -> torch.Tensor:
     """x [m, k] bf16, any m from 1 on -> [m, n], summed in fp32. The sum's order does not depend on timing.
 
-    `weight` is the kernel's `struct Format`; `out`, where given, is contiguous.
-    Raises ParameterError on a wrong shape or dtype.
+    `weight` is the kernel's `struct Format`; `out`, where given, is contiguous. Rows that are not in order yet are put
+    in order first. Raises ParameterError on a wrong shape or dtype.
     """
-    if x.dim() != 2 or x.dtype != torch.bfloat16 or x.shape[0] < 1:
-        raise ParameterError(f"x must be bf16 [1…, k], not {x.dtype} {tuple(x.shape)}")
-    x = aligned_rows(x)
-    m, k = x.shape
-    dtype = torch.float32 if out_dtype == "float32" else torch.bfloat16
-    y = torch.empty((m, n), dtype=dtype, device=x.device) if out is None else out
-    if y.shape != (m, n) or y.dtype != dtype or not y.is_contiguous():
-        raise ParameterError(f"out must be contiguous {dtype} {(m, n)}, not {y.dtype} {tuple(y.shape)}")
-    device = x.device.index or 0
-    chosen = variant or choose_variant(storage, m, n, k)
-    tiles, m_tiles = -(-n // TILE), -(-m // chosen.rows)
-    units = -(-k // UNIT)
-    all_units = -(-tiles // (chosen.warpgroups * 4)) * m_tiles * units
-    blocks = min(limits(device)[0], all_units)
-    # Two shared tiles a block; without any (units that divide evenly) it is not touched.
-    partial = torch.empty(blocks * chosen.warpgroups * 128 * chosen.rows, dtype=torch.float32, device=x.device)
-    counters = arrivals(x.device, torch.cuda.current_stream().cuda_stream)
-    groups = m_tiles * chosen.rows // 8
-    ordered = order_x(x, units * UNIT // 64, groups)
+    if isinstance(x, Ordered):
+        m, k, device = x.m, x.k, x.values.device
+    else:
+        if x.dim() != 2 or x.dtype != torch.bfloat16 or x.shape[0] < 1:
+            raise ParameterError(f"x must be bf16 [1…, k], not {x.dtype} {tuple(x.shape)}")
+        (m, k), device = x.shape, x.device
+    y = output(m, n, out_dtype, out, device)
+    how = _launch(storage, m, n, k, variant, y.dtype == torch.float32, device.index or 0)
+    ordered = x if isinstance(x, Ordered) else order_x(aligned_rows(x), how.groups)
+    if ordered.groups != how.groups:
+        raise ParameterError(f"{m} rows of x are read in {how.groups} groups of eight, not in {ordered.groups}")
+    partial = torch.empty(how.partial, dtype=torch.float32, device=device)
+    counters = arrivals(device, current_stream(how.kernel.device))
     problem = Problem(
-        ordered.data_ptr(), y.data_ptr(), partial.data_ptr(), counters.data_ptr(), softcap or 0.0,
-        m, n, k, groups * 1024, tiles, units, m_tiles,
+        ordered.values.data_ptr(), y.data_ptr(), partial.data_ptr(), counters.data_ptr(), softcap or 0.0,
+        m, n, k, how.groups * 1024, how.tiles, how.units, how.m_tiles,
     )  # fmt: skip
-    kernel = _kernel(storage, chosen, dtype == torch.float32, device)
-    kernel.launch((blocks, 1), chosen.threads, shared_bytes(storage, chosen), (problem, weight))
+    how.kernel.launch((how.blocks, 1), how.threads, how.shared_bytes, (problem, weight))
     return y

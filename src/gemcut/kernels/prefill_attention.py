@@ -85,14 +85,22 @@ def shape_reason(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
 
 
 def triton_varlen(
-    query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run], spec: VarlenSpec, *, shape: Tiling | None = None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    runs: Sequence[Run] | Tensor,
+    spec: VarlenSpec,
+    *,
+    shape: Tiling | None = None,
 ) -> Tensor:
     """Attention through the Triton kernel.
 
     Args:
         query: bf16 or fp16 [T, heads, D], scaled; rows in any stride.
         keys, values: [L, kv_heads, D], heads side by side; rows in any stride that is a multiple of 16 bytes.
-        runs: the sequences. Query i of one sits at index ``offset + i`` of its keys and sees none after it.
+        runs: the sequences. Query i of one sits at index ``offset + i`` of its keys and sees none after it. Or, where
+            they are to change from replay to replay of a graph, int32 [n, 4] what ``tiles`` made of them; tiles
+            without queries may stand among them.
         spec: soft-cap and window.
         shape: how to cut the work; None takes what suits the GPU.
 
@@ -107,15 +115,15 @@ def triton_varlen(
     kv_heads, on_gpu = keys.shape[1], query.is_cuda
     shape = shape or tiling(head_dim, torch.cuda.get_device_capability(query.device)[0] if on_gpu else 9)
     group = heads // kv_heads
-    tiles = _tiles(tuple(runs), shape.rows // group, query.device)
+    cut = runs if isinstance(runs, Tensor) else _tiles(tuple(runs), shape.rows // group, query.device)
     out = torch.empty((query.shape[0], heads * head_dim), dtype=query.dtype, device=query.device)
     block = [shape.keys, head_dim]
     cap = spec.softcap
-    prefill[(kv_heads, len(tiles))](
+    prefill[(kv_heads, len(cut))](
         query,
         out,
         *(TensorDescriptor.from_tensor(part.flatten(1), block) for part in (keys, values)),
-        tiles,
+        cut,
         query.stride(0),
         out.stride(0),
         spec.window or 0,
@@ -136,16 +144,24 @@ def triton_varlen(
     return out
 
 
-@functools.lru_cache(maxsize=16)
-def _tiles(runs: tuple[Run, ...], queries: int, device: torch.device) -> Tensor:
-    """int32 [tiles, 4]: each run cut into tiles of ``queries``; those that see most come first, to end together."""
-    tiles = [
+def tile_queries(heads: int, kv_heads: int, head_dim: int, device: torch.device) -> int:
+    """Queries of a tile on a GPU, where its ``tiling`` is taken."""
+    return tiling(head_dim, torch.cuda.get_device_capability(device)[0]).rows // (heads // kv_heads)
+
+
+def tiles(runs: Sequence[Run], queries: int) -> list[Run]:
+    """Each run cut into runs of up to ``queries``; those that see most come first, to end together."""
+    cut = [
         (row + start, min(queries, count - start), first_key, offset + start)
         for row, count, first_key, offset in runs
         for start in range(0, count, queries)
     ]
-    tiles.sort(key=lambda tile: -tile[3])
-    return torch.tensor(tiles, dtype=torch.int32, device=device)
+    return sorted(cut, key=lambda tile: -tile[3])
+
+
+@functools.lru_cache(maxsize=16)
+def _tiles(runs: tuple[Run, ...], queries: int, device: torch.device) -> Tensor:
+    return torch.tensor(tiles(runs, queries), dtype=torch.int32, device=device)
 
 
 def flash_attn_reason() -> str | None:

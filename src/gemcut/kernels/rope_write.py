@@ -53,7 +53,7 @@ def rope_write(
         qkv: bf16 [T, (heads + 2 · kv_heads) · D], contiguous.
         rope: fp32 [T, D], contiguous: each token's cosines, then its sines.
         keys, values: a layer's storage, bf16 [blocks, block size, kv_heads, D], contiguous; gets the new ones.
-        slots: int64 [T], each token's place in the storage, counted in tokens.
+        slots: int64 [T], each token's place in the storage, counted in tokens; a negative one: nothing is stored.
         scale: of the scores; it goes into the queries.
         q_norm, k_norm: fp32 [D], Gemma 3's norm of each head, with ``eps``. Normalised values are rounded to bf16.
         want_key: whether the keys are wanted in order of the rows, too.

@@ -2,16 +2,13 @@
 
 struct Geglu {
   const u16* gate_up;
-  u16* out;
-  int width;
+  void* out;             // rows, or the order of ordered.cuh in `groups` groups
+  int width, m, groups;
 };
 
-extern "C" __global__ void __launch_bounds__(256) geglu(Geglu p) {
-  const int column = (blockIdx.x * 256 + threadIdx.x) * 8;
-  next_kernel_may_start();
-  previous_kernels_done();
-  if (column >= p.width) return;
-  const u16* const from = p.gate_up + (size_t)blockIdx.y * 2 * p.width + column;
+// Eight columns of one row.
+__device__ __forceinline__ uint4 gated8(const Geglu& p, size_t row, int column) {
+  const u16* const from = p.gate_up + row * 2 * p.width + column;
   float gate[8], up[8];
   unpack8(__ldcs(reinterpret_cast<const uint4*>(from)), gate);
   unpack8(__ldcs(reinterpret_cast<const uint4*>(from + p.width)), up);
@@ -21,5 +18,28 @@ extern "C" __global__ void __launch_bounds__(256) geglu(Geglu p) {
     const float g = gate[i], u = 0.7978845608028654f * (g + 0.044715f * g * g * g);
     gate[i] = g / (1.f + __expf(-2.f * u)) * up[i];
   }
-  *reinterpret_cast<uint4*>(p.out + (size_t)blockIdx.y * p.width + column) = pack8(gate);
+  return pack8(gate);
+}
+
+extern "C" __global__ void __launch_bounds__(256) geglu(Geglu p) {
+  const int column = (blockIdx.x * 256 + threadIdx.x) * 8;
+  next_kernel_may_start();
+  previous_kernels_done();
+  if (column >= p.width) return;
+  *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + (size_t)blockIdx.y * p.width + column) = gated8(p, blockIdx.y, column);
+}
+
+extern "C" __global__ void __launch_bounds__(256) geglu_ordered(Geglu p) {
+  const OrderedPiece at = ordered_piece((p.width + 255) / 256 * 4, p.groups);
+  next_kernel_may_start();
+  previous_kernels_done();
+  if (!at.inside || at.row >= p.m) return;
+  uint4 v[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = at.column + half * 8;
+    v[half] = column < p.width ? gated8(p, at.row, column) : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) store_ordered(static_cast<u32*>(p.out), p.groups, at.row, at.column + half * 8, v[half]);
 }

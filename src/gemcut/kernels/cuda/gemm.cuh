@@ -4,13 +4,17 @@
 // no decoded weight is ever stored. x is the side in shared memory. A tile is WARPGROUPS * 64 rows of W by ROWS rows of x;
 // tiles are cut along k into units of four blocks of 64 columns, and all units of all tiles, in order, are dealt out to the
 // thread blocks in equal contiguous runs. A tile that several thread blocks share is summed at the end in the order of k, each
-// of them adding up an equal part of it: the same sum whatever the timing. They wait for each other, so all must be resident:
-// the grid is at most one thread block a processor.
+// of them adding up an equal part of it: the same sum whatever the timing. They wait for each other, but not for long: where
+// another kernel keeps some of them from running, those that waited PATIENCE clocks leave their parts to those that see all
+// of them come, and make room. The grid is at most one thread block a processor, so that this is the exception.
 //
 // W comes through a ring of asynchronous copies per warp, as in matvec.cuh. Packed W has the columns of a block of 64 in the
-// order that 16-byte reads give: lane quad q of matrix instruction i multiplies columns 16 q + 4 i ... + 3. order_x() puts x
-// into that order and into the form that wgmma reads, so that the bulk copy engine fetches it without passing through
+// order that 16-byte reads give: lane quad q of matrix instruction i multiplies columns 16 q + 4 i ... + 3. x comes in that
+// order (ordered.cuh) and into the form that wgmma reads, so that the bulk copy engine fetches it without passing through
 // registers. One warpgroup does nothing but ask for it: whoever multiplies as well holds up its whole warpgroup each time.
+//
+// p.arrivals of a tile's first thread block counts those that have come, in its low bits, those that are done, and those that
+// left their parts, in its high ones; from FLAGS on there is a flag for each such part. All are zero between launches.
 //
 // Of struct Problem, x is the ordered x, x_stride the bytes of one block of 64 columns of it, tiles counts 16 rows of W each,
 // steps the units of a tile, slice_steps the tiles along m. launch.cuh, matvec.cuh, the format's matvec file and the generated
@@ -23,6 +27,8 @@ constexpr int BLOCKS = 4, BLOCK_BYTES = ROWS * 128; // of a unit; of x in a bloc
 constexpr int CHUNK = ROWS <= 64 ? BLOCKS : 1;      // blocks of x that arrive together
 constexpr int SLOTS = BLOCKS * X_UNITS / CHUNK, CHUNK_BYTES = CHUNK * BLOCK_BYTES;
 constexpr bool TWO_HALVES = GEMM_TWO_HALVES;        // registers for two decoded blocks
+constexpr long long PATIENCE = GEMM_PATIENCE;
+constexpr u32 DONE = 1u << 11, LEFT = 1u << 22, FLAGS = 2048;
 
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -70,6 +76,7 @@ template <class Operand, class Format>
 __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   constexpr int STAGE_BLOCKS = Format::STEP / 64, UNIT_STAGES = BLOCKS / STAGE_BLOCKS;
   extern __shared__ __align__(128) u8 shared[];
+  __shared__ bool adds_part[2], others_left[2];   // of the two tiles this thread block can share
   u8* const tables = shared;
   u8* const xs = tables + Format::TABLE_BYTES;
   u8* const ring_all = xs + SLOTS * CHUNK_BYTES;
@@ -280,41 +287,69 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
     const u32 from = (u32)shared_tile * units;
     if (from >= begin && from + units <= end) continue;
     const int first = run_owner(from, all_units, gridDim.x), last = run_owner(from + units - 1, all_units, gridDim.x);
-    const u32 sharers = last - first + 1, mine = blockIdx.x - first;
+    const u32 sharers = last - first + 1;
     u32* const counter = p.arrivals + first;
+    auto place_of = [&](int c) { return c * 2 + (run_begin(c, all_units, gridDim.x) < from); };
+    auto done = [&](u32 how) {   // how many had come
+      const u32 count = atomicAdd(counter, how);
+      if (count / DONE % DONE == sharers - 1) {   // the last
+        for (int c = first; count + how >= LEFT && c <= last; ++c) p.arrivals[FLAGS + place_of(c)] = 0;
+        *counter = 0;
+      }
+      return count % DONE;
+    };
+    const int place = begin < from;
+    bool is_done = false;
     if (threadIdx.x == 0) {
-      u32 arrived;
+      const long long give_up = clock64() + PATIENCE;
+      u32 count;
       do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-      } while (arrived < sharers);
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+      } while (count % DONE < sharers && clock64() < give_up);
+      adds_part[place] = true, others_left[place] = count >= LEFT;
+      if (count % DONE < sharers) {
+        p.arrivals[FLAGS + place_of(blockIdx.x)] = 1;
+        __threadfence();
+        is_done = true, others_left[place] = false;
+        adds_part[place] = done(DONE + LEFT) == sharers;   // they all came after all
+        __threadfence();
+      }
     }
     multipliers_meet();
     constexpr u32 VALUES = GROUPS * THREADS, TOGETHER = GROUPS < 4 ? 2 : 4;   // of four sums; loads in flight
     const float4* const parts = reinterpret_cast<const float4*>(p.partial);
-    const u32 to = VALUES * (mine + 1) / sharers;
-    for (u32 at = VALUES * mine / sharers + threadIdx.x; at < to; at += THREADS * TOGETHER) {
-      float total[TOGETHER][4] = {};
+    auto add_part = [&](u32 part) {
+      const u32 to = VALUES * (part + 1) / sharers;
+      for (u32 at = VALUES * part / sharers + threadIdx.x; at < to; at += THREADS * TOGETHER) {
+        float total[TOGETHER][4] = {};
 #pragma unroll 2
-      for (int c = first; c <= last; ++c) {
-        const float4* const part = parts + (size_t)(c * 2 + (run_begin(c, all_units, gridDim.x) < from)) * VALUES;
-        float4 v[TOGETHER];
+        for (int c = first; c <= last; ++c) {
+          const float4* const from_c = parts + (size_t)place_of(c) * VALUES;
+          float4 v[TOGETHER];
 #pragma unroll
-        for (int j = 0; j < TOGETHER; ++j) v[j] = __ldcg(part + min(at + j * THREADS, VALUES - 1));
+          for (int j = 0; j < TOGETHER; ++j) v[j] = __ldcg(from_c + min(at + j * THREADS, VALUES - 1));
 #pragma unroll
-        for (int j = 0; j < TOGETHER; ++j) total[j][0] += v[j].x, total[j][1] += v[j].y, total[j][2] += v[j].z, total[j][3] += v[j].w;
-      }
+          for (int j = 0; j < TOGETHER; ++j) total[j][0] += v[j].x, total[j][1] += v[j].y, total[j][2] += v[j].z, total[j][3] += v[j].w;
+        }
 #pragma unroll
-      for (int j = 0; j < TOGETHER; ++j) {
-        const u32 i = at + j * THREADS;
-        const int thread = i % THREADS;
+        for (int j = 0; j < TOGETHER; ++j) {
+          const u32 i = at + j * THREADS;
+          const int thread = i % THREADS;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int row = (shared_tile / m_tiles * WARPS + thread / 32) * TILE + thread % 32 / 4 + (c & 2) * 4;
-          const int column = shared_tile % m_tiles * ROWS + i / THREADS * 8 + thread % 4 * 2 + (c & 1);
-          if (i < to && row < p.n && column < p.m) store_output(p, row, column, format.finish(row, total[j][c]));
+          for (int c = 0; c < 4; ++c) {
+            const int row = (shared_tile / m_tiles * WARPS + thread / 32) * TILE + thread % 32 / 4 + (c & 2) * 4;
+            const int column = shared_tile % m_tiles * ROWS + i / THREADS * 8 + thread % 4 * 2 + (c & 1);
+            if (i < to && row < p.n && column < p.m) store_output(p, row, column, format.finish(row, total[j][c]));
+          }
         }
       }
+    };
+    // Its own part, and those that were left: all who see these add up the same values. One loop, so that the code is there once.
+    const bool more = others_left[place];
+    for (int c = more ? first : (int)blockIdx.x; c <= (more ? last : (int)blockIdx.x); ++c) {
+      if (c == blockIdx.x ? adds_part[place] : __ldcg(p.arrivals + FLAGS + place_of(c)) != 0) add_part(c - first);
     }
-    if (threadIdx.x == 0 && atomicAdd(counter, 1u) == 2 * sharers - 1) *counter = 0;   // the last to leave
+    if (more) multipliers_meet();   // all have read the flags
+    if (threadIdx.x == 0 && !is_done) done(DONE);
   }
 }

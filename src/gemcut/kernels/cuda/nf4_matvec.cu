@@ -122,21 +122,34 @@ struct Format {
                  pair<3>(tables, lane4, q.w), xb.z, xb.w);
   }
 
+  // Adds the product with block b; `scales` are those of the lane's own quarter.
+  __device__ __forceinline__ static void add_block(const Fragment& f, int b, const float2& scales, const uint4& xa, const uint4& xb,
+                                                   const u8* tables, const Lane& lane, float (&sum)[4]) {
+    float d[4];
+    multiply_block(f.codes[b], xa, xb, tables, lane.id * 4, d);
+    const float low = __shfl_sync(0xffffffffu, scales.x, (lane.id & 28) + b);
+    const float high = __shfl_sync(0xffffffffu, scales.y, (lane.id & 28) + b);
+    sum[0] += d[0] * low, sum[1] += d[1] * low, sum[2] += d[2] * high, sum[3] += d[3] * high;
+  }
+
   __device__ __forceinline__ void multiply(const Fragment& f, const Scale& group, const u8* tables, const u8* x, bool has_x,
                                            const Lane& lane, float (&sum)[4]) const {
     const float2 scales = expand(f, group, tables);
-    const u32 lane4 = lane.id * 4;
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       uint4 xa = make_uint4(0, 0, 0, 0), xb = xa;
       fetch_x(xa, x + b * 128, has_x);
       fetch_x(xb, x + b * 128 + 16, has_x);
-      float d[4];
-      multiply_block(f.codes[b], xa, xb, tables, lane4, d);
-      const float low = __shfl_sync(0xffffffffu, scales.x, (lane.id & 28) + b);
-      const float high = __shfl_sync(0xffffffffu, scales.y, (lane.id & 28) + b);
-      sum[0] += d[0] * low, sum[1] += d[1] * low, sum[2] += d[2] * high, sum[3] += d[3] * high;
+      add_block(f, b, scales, xa, xb, tables, lane, sum);
     }
+  }
+
+  // The same with x in registers.
+  __device__ __forceinline__ void multiply_held(const Fragment& f, const Scale& group, const uint4 (&xa)[4], const uint4 (&xb)[4],
+                                                const u8* tables, const Lane& lane, float (&sum)[4]) const {
+    const float2 scales = expand(f, group, tables);
+#pragma unroll
+    for (int b = 0; b < 4; ++b) add_block(f, b, scales, xa[b], xb[b], tables, lane, sum);
   }
 
   // One row of x, at `x` for this step: column 2b of the matrix instruction holds its block b, which is where the lanes of

@@ -9,12 +9,12 @@ struct Norm {
   float* residual;       // [m, d]
   const float* post;     // [d]
   const float* pre;      // [d]
-  u16* x;                // bf16 [m, d] or null
+  void* x;               // bf16 [m, d] or null; with `groups`, in the order of ordered.cuh
   const int* ids;        // norm_embed: [m]
   const u8* table;       // norm_embed: bf16 or int8 [vocabulary, d]
   const float* absmax;   // int8 tables: [vocabulary]
   float embed_scale, eps;
-  int d;
+  int d, groups;
 };
 
 __device__ __forceinline__ void write_normed(const Norm& p, const float (&residual)[8], const float (&pre)[8], bool mine, size_t at,
@@ -26,7 +26,9 @@ __device__ __forceinline__ void write_normed(const Norm& p, const float (&residu
   float x[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = residual[i] * scale * pre[i];
-  if (mine) *reinterpret_cast<uint4*>(p.x + at) = pack8(x);
+  // Threads past the row's end hold zeros, which the order is padded with.
+  if (p.groups > 0) store_ordered(static_cast<u32*>(p.x), p.groups, blockIdx.x, threadIdx.x * 8, pack8(x));
+  else if (mine) *reinterpret_cast<uint4*>(static_cast<u16*>(p.x) + at) = pack8(x);
 }
 
 extern "C" __global__ void __launch_bounds__(1024) norm_add(Norm p) {

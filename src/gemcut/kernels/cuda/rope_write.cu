@@ -6,7 +6,7 @@ struct RopeWrite {
   u16* key;              // bf16 [t, kv_heads * HEAD_DIM]: what goes to `keys`, in order of the rows; null: not wanted
   u16* keys;             // [places, kv_heads, HEAD_DIM]
   u16* values;
-  const long long* slots;   // [t]: each token's place
+  const long long* slots;   // [t]: each token's place; negative: it has none
   const float* rope;     // [t, HEAD_DIM]: each token's cosines, then its sines
   const float* q_norm;   // [HEAD_DIM] or null, k_norm too
   const float* k_norm;
@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256) rope_write(RopeWrite p) {
   next_kernel_may_start();
   previous_kernels_done();
   const float* const rope = p.rope + row * HEAD_DIM;
-  const size_t slot = p.slots[row];
+  const long long slot = p.slots[row];
   const int heads_up = (all_heads * LANES + 31) / 32 * 32 / LANES;   // whole warps: lanes exchange values
   for (int head = threadIdx.x / LANES; head < heads_up; head += 256 / LANES) {
     const int real = min(head, all_heads - 1);
@@ -32,10 +32,10 @@ extern "C" __global__ void __launch_bounds__(256) rope_write(RopeWrite p) {
     rotated8<LANES>(from, is_key ? p.k_norm : p.q_norm, p.eps, rope, part, rotated);
     if (is_value) {
       const size_t at = (slot * p.kv_heads + real - p.heads - p.kv_heads) * HEAD_DIM + part * 8;
-      *reinterpret_cast<uint4*>(p.values + at) = *reinterpret_cast<const uint4*>(from + part * 8);
+      if (slot >= 0) *reinterpret_cast<uint4*>(p.values + at) = *reinterpret_cast<const uint4*>(from + part * 8);
     } else if (is_key) {
       const uint4 packed = pack8(rotated);
-      *reinterpret_cast<uint4*>(p.keys + (slot * p.kv_heads + real - p.heads) * HEAD_DIM + part * 8) = packed;
+      if (slot >= 0) *reinterpret_cast<uint4*>(p.keys + (slot * p.kv_heads + real - p.heads) * HEAD_DIM + part * 8) = packed;
       if (p.key != nullptr) *reinterpret_cast<uint4*>(p.key + (row * p.kv_heads + real - p.heads) * HEAD_DIM + part * 8) = packed;
     } else {
 #pragma unroll

@@ -1,0 +1,183 @@
+"""Prompts of up to some hundred tokens through the network's layers as one CUDA graph, for their first token's sake.
+
+Launching the layers takes the host longer than a GPU needs for so few tokens. A graph has a fixed number of rows; a
+batch takes the smallest that holds it, and the rows left over are a sequence of their own that is stored nowhere. No
+row's result depends on another sequence's rows, so it is the same as without a graph.
+
+A size's first batch runs as it is, since most sizes are needed once only; the second is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gemcut.config import FULL
+from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.paged import Pages, gather, gathered_runs, live_blocks, token_slots
+from gemcut.kernels.cuda_step import CudaStep
+from gemcut.kernels.prefill_attention import fresh_runs, tile_queries, tiles, triton_varlen
+from gemcut.model import Model
+from gemcut.model.attention import Span
+
+#: Rows a graph has: where a product's tiles end (kernels/packed_gemm.py), so that its kernel is the batch's own.
+SIZES = (16, 32, 64, 96, 128, 192, 256, 288, 384, 512)
+#: Tokens of older context, the batch's own included, that a graph has room to gather; 0: a batch without any.
+CONTEXTS = (0, 512, 2048, 8192)
+MOST_SEQUENCES = 8
+
+
+def supports(model: Model, decode_refusal: str | None) -> str | None:
+    """None where prefill graphs serve, else one line that says why not; ``decode_refusal``: that of decode graphs."""
+    if decode_refusal is not None:
+        return decode_refusal
+    if not isinstance(model.step, CudaStep) or model.step.varlen is not triton_varlen:
+        return "needs the Triton attention kernel"
+    return None
+
+
+class _KeyValues:
+    """What the layers ask of a batch's keys and values (gemcut.engine.paged), at fixed places."""
+
+    def __init__(self, model: Model, cache: PagedCache, rows: int, inputs: dict[str, Tensor]) -> None:
+        self.spans, self.block_size = (Span(0, rows, rows),), cache.block_size
+        kinds = [kind == FULL for kind in model.config.layer_types]
+        self._layers = []  # of each layer: its group's name, its storage
+        for layer, full in enumerate(kinds):
+            storage = cache.full_storage if full else cache.sliding_storage
+            self._layers.append(("full" if full else "sliding", storage[kinds[:layer].count(full)]))
+        self._inputs = inputs
+        context = len(inputs["full blocks"]) > 0
+        self.fresh = None if context else self._tiles("full")
+
+    def _tiles(self, group: str) -> Tensor:
+        return self._inputs[f"{group} tiles"].view(torch.int32).view(-1, 4)
+
+    def pages(self, layer: int) -> Pages:
+        group, storage = self._layers[layer]
+        return Pages(storage[0], storage[1], self._inputs[f"{group} slots"])
+
+    def gathered(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        group, storage = self._layers[layer]
+        return *gather(storage, self._inputs[f"{group} blocks"]), self._tiles(group)
+
+
+class _Graph:
+    """The layers for ``rows`` tokens with room for ``context`` older ones and their own; captured at the second run."""
+
+    def __init__(self, graphs: PrefillGraphs, rows: int, context: int) -> None:
+        self._graphs, self.rows, self.context = graphs, rows, context
+        blocks = context // graphs.cache.block_size
+        count = 2 * (-(-rows // graphs.queries) + MOST_SEQUENCES)  # of tiles: 16 bytes each, two of the buffer's values
+        sizes = {"ids": rows, "positions": rows}
+        for group in ("full", "sliding"):
+            sizes |= {f"{group} slots": rows, f"{group} blocks": blocks, f"{group} tiles": count}
+        self._host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=True)
+        self._device = torch.zeros_like(self._host, device=graphs.device)
+        names = list(sizes)
+        self._written = dict(zip(names, torch.split(self._host, list(sizes.values())), strict=True))
+        self._inputs = dict(zip(names, torch.split(self._device, list(sizes.values())), strict=True))
+        self._kv = _KeyValues(graphs.model, graphs.cache, rows, self._inputs)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._hidden: Tensor | None = None
+        self._runs = 0
+
+    def run(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> Tensor:
+        """Hidden states of all rows, fp32 [rows, d]; the next run overwrites them."""
+        self._load(ids, positions, spans, tables)
+        if self._runs == 1:
+            self._runs += 1  # where a capture fails, out of memory say, its error passes through; none is tried again
+            self._capture()
+        if self._graph is None or self._hidden is None:
+            hidden = self._alone()
+            self._runs += 1
+            return hidden
+        self._graph.replay()
+        return self._hidden
+
+    def _load(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> None:
+        self._copied.synchronize()  # the last upload has left the page-locked memory
+        size, used = self._graphs.cache.block_size, len(ids)
+        self._host.zero_()
+        host = {name: part.numpy() for name, part in self._written.items()}
+        host["ids"][:used], host["positions"][:used] = ids, positions
+        rest = [(used, self.rows - used, 0 if self.context else used, 0)] if used < self.rows else []
+        fresh = fresh_runs(spans)
+        firsts = [0] * len(tables), [table.first_sliding for table in tables]
+        for group, first in zip(("full", "sliding"), firsts, strict=True):
+            lists = [getattr(table, group) for table in tables]
+            slots, at = host[f"{group} slots"], 0
+            slots[used:] = -1
+            lives = []
+            for table, start, span in zip(lists, first, spans, strict=True):
+                slots[span.start : span.start + span.length] = token_slots(table, span, size)
+                lives.append(live_blocks(table, start, span, size))
+                if self.context:
+                    host[f"{group} blocks"][at : at + len(lives[-1])] = lives[-1]
+                    at += len(lives[-1])
+            runs = gathered_runs(spans, lives, first, size) if self.context or fresh is None else fresh
+            cut = tiles([*runs, *rest], self._graphs.queries)
+            self._written[f"{group} tiles"].view(torch.int32)[: len(cut) * 4] = torch.tensor(cut).flatten()
+        self._device.copy_(self._host, non_blocking=True)
+        self._copied.record()
+
+    def _forward(self) -> Tensor:
+        hidden: Tensor = self._graphs.model(self._inputs["ids"], self._inputs["positions"], self._kv)
+        return hidden
+
+    def _alone(self) -> Tensor:
+        """Without a graph, on the stream of captures: kernels are compiled and make their counters for it."""
+        stream, current = self._graphs.stream, torch.cuda.current_stream(self._graphs.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            hidden = self._forward()
+        current.wait_stream(stream)
+        hidden.record_stream(current)
+        return hidden
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graphs.pool, stream=self._graphs.stream):
+            self._hidden = self._forward()
+        self._graph = graph
+
+
+class PrefillGraphs:
+    """Graphs of the sizes that were needed so far; they share their memory, since one runs at a time."""
+
+    def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
+        config = model.config
+        self.model, self.cache, self.device = model, cache, device
+        self.queries = tile_queries(config.num_attention_heads, config.num_key_value_heads, config.head_dim, device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        self._sizes: dict[tuple[int, int], _Graph] = {}
+
+    def hidden(
+        self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]
+    ) -> Tensor | None:
+        """Hidden states before the final norm, fp32 [T, d], which the next call overwrites.
+
+        Args:
+            ids: token ids of all sequences, one after another.
+            positions: each token's position in its sequence.
+            spans: which tokens form which sequence.
+            tables: the sequences' blocks, with room for the new tokens.
+
+        Returns:
+            None where no graph is large enough.
+        """
+        size = self.cache.block_size
+        context = 0
+        if fresh_runs(spans) is None:
+            context = sum(-(-span.context_length // size) * size for span in spans)
+        rows = next((rows for rows in SIZES if rows >= len(ids)), None)
+        room = next((room for room in CONTEXTS if room >= context), None)
+        if rows is None or room is None or len(spans) >= MOST_SEQUENCES:
+            return None
+        if (rows, room) not in self._sizes:
+            self._sizes[rows, room] = _Graph(self, rows, room)
+        return self._sizes[rows, room].run(ids, positions, spans, tables)[: len(ids)]

@@ -1,0 +1,53 @@
+"""What the GPU tests of products share: a random weight in each format, what it stands for, its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from four_bit_reference import FP4, NF4, dequantize, quantize
+from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, packed_gemm
+
+PACKED = ["int8", "nf4", "nf4-nested", "fp4", "fp4-nested"]
+FORMATS = ["bf16", *PACKED]
+
+
+@dataclass
+class Case:
+    dense: torch.Tensor  # fp64 [n, k]: what the weight stands for
+    matvec: Callable[..., torch.Tensor]
+    gemm: Callable[..., torch.Tensor]  # not for bf16
+    plain: Callable[[torch.Tensor], torch.Tensor]
+
+
+def case(name: str, n: int, k: int) -> Case:
+    weight = torch.randn(n, k, device="cuda") * torch.rand(n, 1, device="cuda") * 0.1
+    if name == "bf16":
+        bf16 = weight.bfloat16()
+        return Case(
+            bf16.double(),
+            lambda x, **kw: bf16_matvec.bf16_matvec(x, bf16, **kw),
+            lambda x, **kw: None,
+            lambda x: bf16_matvec.bf16_matvec_plain(x, bf16),
+        )
+    if name == "int8":
+        scales = weight.abs().amax(dim=1) / 127
+        int8 = int8_matvec.Int8Rows((weight / scales[:, None]).round().to(torch.int8), scales)
+        int8.values.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
+        return Case(
+            int8.values.double() * scales.double()[:, None],
+            lambda x, **kw: int8_matvec.int8_matvec(x, int8, **kw),
+            lambda x, **kw: packed_gemm.gemm(int8_matvec.STORAGE, int8_matvec.argument(int8), x, n, **kw),
+            lambda x: int8_matvec.int8_matvec_plain(x, int8),
+        )
+    four = quantize(weight, NF4 if name.startswith("nf4") else FP4, nested=name.endswith("nested"))
+    packed = nf4_matvec.pack([four])
+    storage = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT
+    return Case(
+        dequantize(four),
+        lambda x, **kw: nf4_matvec.nf4_matvec(x, packed, **kw),
+        lambda x, **kw: packed_gemm.gemm(storage, packed.argument, x, n, **kw),
+        lambda x: nf4_matvec.nf4_matvec_plain(x, [four]),
+    )
