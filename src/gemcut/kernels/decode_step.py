@@ -190,7 +190,7 @@ def _static_bytes(shape: StepShape, slots: int, most_tiles: int) -> int:
     """What struct Shared of step_shares.cuh takes at most."""
     group = shape.heads // shape.kv_heads
     unit = 32 // (shape.head_dim // 8) * _loads(group)  # tokens a warp reads at a time
-    run = 48 + 4 * shape.head_dim + 4 * (WARPS * unit + 1)
+    run = 48 + 4 * shape.head_dim + 4 * WARPS * unit
     shares = 1024 + _KINDS * (12 * WARPS + 2 * most_tiles)  # sums and the like are less than 1 KB
     return shares + WARPS * slots * TILE * 4 + 2 * run
 

@@ -157,20 +157,28 @@ struct Softmax {
 };
 
 // Four neighbouring columns d of query head g, summed over WARP_COUNT stored warps: `score` is the largest score, `weights` the
-// sum of weights relative to it, as the values' are.
+// sum of weights relative to it, as the values' are. WARP_COUNT is a multiple of four, `tops` and `totals` stand at such ones.
 template <int WARP_COUNT>
 __device__ __forceinline__ float4 joined_warps(const float* values, const float* tops, const float* totals, int g, int d, float& score,
                                                float& weights) {
-  float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
-  score = MINUS_INFINITY, weights = 0.f;
+  float top[WARP_COUNT], total[WARP_COUNT];
 #pragma unroll
-  for (int w = 0; w < WARP_COUNT; ++w) score = fmaxf(score, tops[g * WARP_COUNT + w]);
+  for (int w = 0; w < WARP_COUNT; w += 4) {
+    const float4 a = *reinterpret_cast<const float4*>(tops + g * WARP_COUNT + w), b = *reinterpret_cast<const float4*>(totals + g * WARP_COUNT + w);
+    top[w] = a.x, top[w + 1] = a.y, top[w + 2] = a.z, top[w + 3] = a.w;
+    total[w] = b.x, total[w + 1] = b.y, total[w + 2] = b.z, total[w + 3] = b.w;
+  }
+  score = top[0];
+#pragma unroll
+  for (int w = 1; w < WARP_COUNT; ++w) score = fmaxf(score, top[w]);
+  float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
+  weights = 0.f;
 #pragma unroll
   for (int w = 0; w < WARP_COUNT; ++w) {
-    const float weight = weight_of(tops[g * WARP_COUNT + w], score);
+    const float weight = __expf(top[w] - score);   // some warp has a token, so `score` is a number
     const float4 v = *reinterpret_cast<const float4*>(values + (w * GROUP + g) * HEAD_DIM + d);
     value.x += weight * v.x, value.y += weight * v.y, value.z += weight * v.z, value.w += weight * v.w;
-    weights += weight * totals[g * WARP_COUNT + w];
+    weights += weight * total[w];
   }
   return value;
 }

@@ -27,7 +27,7 @@ constexpr int MOST_RUNS = 64, STATE = HEAD_DIM + 2;
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 decode_attention(Attention p) {
   __shared__ __align__(16) float states[WARPS * GROUP * HEAD_DIM];
-  __shared__ float tops[GROUP * WARPS], totals[GROUP * WARPS];
+  __shared__ __align__(16) float tops[GROUP * WARPS], totals[GROUP * WARPS];
   __shared__ float run_weight[GROUP][MOST_RUNS];
   __shared__ bool is_last;
   const int run = blockIdx.x, kv = blockIdx.y, row = blockIdx.z;

@@ -94,8 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     if (kind == QKV && product < products) {   // what this layer reads late: behind the weights in flight it would come too late
       const Run& run = s.runs[layers[layer].sliding];
       if (run.unit + warp < run.unit_end) {
-        ask_for_unit(layers[layer].keys, layers[layer].values, p.block_tables[layers[layer].sliding], run, run.unit + warp, position,
-                     p.kv_heads, p.block_shift, lane.id);
+        ask_for(layers[layer].keys, layers[layer].values, run.places[warp * UNIT + asked_token(lane.id)], p.kv_heads, lane.id);
       }
       const int line = thread * gridDim.x + blockIdx.x;   // of four norms, 32 values each
       if (line < p.hidden / 8) asm volatile("prefetch.global.L2 [%0];" ::"l"(norm + line * 32));
@@ -156,6 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
       const bool tile_done = step + 1 == steps;
       const typename Format::Scale next_scale = format.scale(lane, place_of(p, kind, tile + tile_done), tile_done ? 0 : step + 1);
       format.multiply_row(fragment, scale, tables, xs + step * (Format::STEP * 2), lane, sum);
+      //@mark M
       scale = next_scale;
       ++step;
       if (tile_done || i == 1) {

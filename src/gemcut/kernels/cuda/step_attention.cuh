@@ -30,9 +30,9 @@ struct Run {
   int index, count;                  // which of its head's runs, if it is less than their count
   int pieces;                        // of `out` that are to be joined
   int first, origin, unit, unit_end;   // the first token attended to; where units are counted from; the block's units
-  int first_block;                   // of those that `blocks` has
+  u32 new_place;                     // the new token's place in the cache
   __align__(16) float rope[HEAD_DIM];   // the position's cosines, then its sines
-  int blocks[WARPS * UNIT + 1];      // cache blocks of each warp's first unit
+  u32 places[WARPS * UNIT];          // of the tokens of each warp's first unit
 };
 
 // The attention's shared memory.
@@ -40,7 +40,7 @@ struct States {
   float values[WARPS * GROUP * HEAD_DIM];   // of each warp
   float query[GROUP * HEAD_DIM];            // the new token's, rotated and scaled
   u16 fresh[2 * HEAD_DIM];                  // its key and value
-  float tops[GROUP * WARPS], totals[GROUP * WARPS];
+  __align__(16) float tops[GROUP * WARPS], totals[GROUP * WARPS];
   float4 runs[WARPS * 32];                  // a column's value, largest score and weights over some runs
 };
 
@@ -54,43 +54,50 @@ __device__ __forceinline__ void plan_run(Run& run, int position, int window, int
   const int over = units <= few * WARPS * FEW_UNITS ? few : most;
   const int each = max((units + over - 1) / over, WARPS);
   const int begin = index * each, end = min(units, begin + each), count = (units + each - 1) / each;
-  const int first_block = max(origin + begin * UNIT, first) >> block_shift;
+  auto place = [&](int token) { return ((u32)table[token >> block_shift] << block_shift) + (token & ((1 << block_shift) - 1)); };
   if (threadIdx.x == 0) {
     run.index = index, run.count = count, run.pieces = count <= FEW_RUNS ? count : 1;
-    run.first = first, run.origin = origin, run.unit = begin, run.unit_end = end, run.first_block = first_block;
+    run.first = first, run.origin = origin, run.unit = begin, run.unit_end = end, run.new_place = place(position);
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < WARPS * UNIT + 1; i += WARPS * 32) {
-    if (first_block + i <= position >> block_shift) run.blocks[i] = table[first_block + i];
+  for (int i = threadIdx.x; i < WARPS * UNIT; i += WARPS * 32) {
+    run.places[i] = place(min(max(origin + begin * UNIT + i, first), position));   // of a real token
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < HEAD_DIM; i += WARPS * 32) run.rope[i] = rope[i];
 }
 
-// Asks the second-level cache for the keys and values of a unit: half a warp's lanes for each, one line a lane.
-__device__ __forceinline__ void ask_for_unit(const u16* keys, const u16* values, const int* table, const Run& run, int unit, int position,
-                                             int kv_heads, int block_shift, int lane) {
-  constexpr int LINES = HEAD_DIM > 64 ? HEAD_DIM / 64 : 1;   // of a row
-  const int token = min(max(run.origin + unit * UNIT + lane % 16 / LINES, run.first), position);
-  const size_t place = ((size_t)__ldg(table + (token >> block_shift)) << block_shift) + (token & ((1 << block_shift) - 1));
-  const size_t at = (place * kv_heads + blockIdx.x % kv_heads) * HEAD_DIM + lane % LINES * 64;
+// Asks the second-level cache for a key or a value at one of a unit's places: half a warp's lanes for each, one line a lane.
+constexpr int LINES = HEAD_DIM > 64 ? HEAD_DIM / 64 : 1;   // of a row
+__device__ __forceinline__ int asked_token(int lane) { return min(lane % 16 / LINES, UNIT - 1); }
+__device__ __forceinline__ void ask_for(const u16* keys, const u16* values, u32 place, int kv_heads, int lane) {
+  const size_t at = ((size_t)place * kv_heads + blockIdx.x % kv_heads) * HEAD_DIM + lane % LINES * 64;
   asm volatile("prefetch.global.L2 [%0];" ::"l"((lane < 16 ? keys : values) + at));
 }
 
-// The new token's query heads, key and value: from words, normalised where wanted and rotated, to shared memory; the last run's
-// block writes the cache. LANES lanes have a head, each fours of its two halves.
-__device__ __forceinline__ void take_token(const Attention& p, const Run& run, States& s, int kv, int thread) {
-  const int head = min(thread / LANES, GROUP + 1), column = thread % LANES * 4;   // the last lanes may repeat the value
-  const int row = head < GROUP ? kv * GROUP + head : head * p.kv_heads + kv;
-  auto at = [&](int half) { return p.qkv + row * HEAD_DIM + half * (HEAD_DIM / 2) + column; };
-  uint4 words[2] = {load_words(at(0)), load_words(at(1))};
+// Where LANES lanes find one of the new token's heads (queries, key, value; the last lanes may repeat the value): each takes fours
+// of its two halves.
+struct Place {
+  int head, column;
+  const u32* from;
+  __device__ __forceinline__ Place(const Attention& p, int kv, int thread) {
+    head = min(thread / LANES, GROUP + 1), column = thread % LANES * 4;
+    from = p.qkv + (head < GROUP ? kv * GROUP + head : head * p.kv_heads + kv) * HEAD_DIM + column;
+  }
+  __device__ __forceinline__ const u32* operator()(int half) const { return from + half * (HEAD_DIM / 2); }
+};
+
+// The new token, whose words were asked for, normalised where wanted and rotated, to shared memory; the last run's block writes
+// the cache.
+__device__ __forceinline__ void take_token(const Attention& p, const Run& run, States& s, int kv, const Place& place, uint4 (&words)[2]) {
+  const int head = place.head, column = place.column;
   float4 scales[2] = {};
   if (p.norms != nullptr) {
     const float* const norm = p.norms + (head == GROUP ? HEAD_DIM : 0) + column;
     scales[0] = read4(norm), scales[1] = read4(norm + HEAD_DIM / 2);
   }
   const float4 cosine = read4(run.rope + column), sine = read4(run.rope + HEAD_DIM / 2 + column);
-  await_words(words, p.tag, 3, at);
+  await_words(words, p.tag, 3, place);
   float4 low = value4(words[0]), high = value4(words[1]);
   if (p.norms != nullptr) {
     __syncwarp();
@@ -111,8 +118,7 @@ __device__ __forceinline__ void take_token(const Attention& p, const Run& run, S
   };
   put(s.fresh + (head - GROUP) * HEAD_DIM);
   if (run.index == run.count - 1) {
-    const size_t place = ((size_t)__ldg(p.table + (p.position >> p.block_shift)) << p.block_shift) + (p.position & ((1 << p.block_shift) - 1));
-    put((head == GROUP ? p.keys : p.values) + (place * p.kv_heads + kv) * HEAD_DIM);
+    put((head == GROUP ? p.keys : p.values) + ((size_t)run.new_place * p.kv_heads + kv) * HEAD_DIM);
   }
 }
 
@@ -170,52 +176,58 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
   const int heads_size = GROUP * p.kv_heads * HEAD_DIM;
   // Places of `out` that no run fills are written all the same: a place keeps its tag until it is written again, so one that
   // is not written in every layer could look new (words.cuh).
+  const int idle = run.index < run.pieces ? run.index + most_runs : run.index;
 #pragma unroll 1
-  for (int piece = run.index; piece < FEW_RUNS; piece += most_runs) {
-    if (piece < run.pieces) continue;
+  for (int piece = idle; piece < FEW_RUNS; piece += most_runs) {
     u32* const to = p.out + piece * heads_size + kv * GROUP * HEAD_DIM;
     if (thread < GROUP * HEAD_DIM / 4) publish4(to + thread * 4, make_float4(0.f, 0.f, 0.f, 0.f), p.tag);
     if (thread < GROUP) publish(p.shares + (kv * GROUP + thread) * FEW_RUNS + piece, 0.f, p.tag);
   }
   if (run.index >= runs) return;
+  const bool takes = warp < ((GROUP + 2) * LANES + 31) / 32;   // whole warps
+  const Place fresh(p, kv, thread);
+  uint4 words[2] = {};
+  if (takes) words[0] = load_words(fresh(0)), words[1] = load_words(fresh(1));
   //@mark A0
   const int first = run.first, origin = run.origin, unit_end = run.unit_end, last_unit = (p.position - origin) / UNIT;
-  const size_t token_stride = (size_t)p.kv_heads * HEAD_DIM, lane_at = (size_t)kv * HEAD_DIM + part * 8;
-  const int block_mask = (1 << p.block_shift) - 1;
+  const u32 row_bytes = p.kv_heads * HEAD_DIM * 2;
+  const u8* const keys = reinterpret_cast<const u8*>(p.keys + kv * HEAD_DIM + part * 8);
+  const u8* const cached_values = reinterpret_cast<const u8*>(p.values + kv * HEAD_DIM + part * 8);
   const float cap_factor = 2.f / p.softcap;
 
   // Keys of the next unit are fetched as soon as scores are known, values as soon as they are added up; their places a unit
   // earlier still. All of it but the new token was written by earlier launches, so the first unit is fetched before the wait.
   uint4 k[LOADS] = {}, v[LOADS] = {};   // zero: a register that is set in one branch only would be kept from the kernel's start
   u32 places[LOADS] = {};
-  auto token_of = [&](int unit, int j) { return min(max(origin + unit * UNIT + j * TOKENS + sub, first), p.position); };
-  auto place = [&](int block, int token) { return ((u32)block << p.block_shift) + (token & block_mask); };
+  auto place = [&](int token) {
+    token = min(max(token, first), p.position);   // a real one
+    return ((u32)__ldg(p.table + (token >> p.block_shift)) << p.block_shift) + (token & ((1 << p.block_shift) - 1));
+  };
   auto find = [&](int unit) {
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) places[j] = place(__ldg(p.table + (token_of(unit, j) >> p.block_shift)), token_of(unit, j));
+    for (int j = 0; j < LOADS; ++j) places[j] = place(origin + unit * UNIT + j * TOKENS + sub);
   };
-  auto fetch = [&](const u16* from, uint4 (&to)[LOADS]) {
+  auto fetch = [&](const u8* from, uint4 (&to)[LOADS]) {
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) to[j] = __ldcg(reinterpret_cast<const uint4*>(from + places[j] * token_stride + lane_at));
+    for (int j = 0; j < LOADS; ++j) to[j] = __ldcg(reinterpret_cast<const uint4*>(from + (u64)places[j] * row_bytes));
   };
   auto ask = [&](int unit) {
-    if (unit < unit_end) ask_for_unit(p.keys, p.values, p.table, run, unit, p.position, p.kv_heads, p.block_shift, lane);
+    if (unit < unit_end) ask_for(p.keys, p.values, place(origin + unit * UNIT + asked_token(lane)), p.kv_heads, lane);
   };
   int unit = run.unit + warp;
   if (unit < unit_end) {
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) {
-      const int token = token_of(unit, j);
-      places[j] = place(run.blocks[(token >> p.block_shift) - run.first_block], token);
-    }
-    fetch(p.keys, k), fetch(p.values, v);
+    for (int j = 0; j < LOADS; ++j) places[j] = run.places[warp * UNIT + j * TOKENS + sub];
+    fetch(keys, k), fetch(cached_values, v);
   }
-  if (unit + WARPS < unit_end) find(unit + WARPS);
-#pragma unroll
-  for (int i = 1; i <= UNITS_AHEAD; ++i) ask(unit + i * WARPS);
+  if (unit + WARPS < unit_end) {
+    find(unit + WARPS);
+#pragma unroll 1
+    for (int i = 1; i <= UNITS_AHEAD; ++i) ask(unit + i * WARPS);
+  }
   //@mark A1
 
-  if (warp < ((GROUP + 2) * LANES + 31) / 32) take_token(p, run, s, kv, thread);
+  if (takes) take_token(p, run, s, kv, fresh, words);
   //@mark A2
   __syncthreads();
   __syncwarp();   // see block_sums in step_stream.cuh
@@ -240,11 +252,11 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
     Softmax::multiply(query, k, score);
     //@mark A3
     const bool more = unit + WARPS < unit_end;
-    if (more) fetch(p.keys, k);
-    ask(unit + (1 + UNITS_AHEAD) * WARPS);
+    if (more) fetch(keys, k);
+    if (more) ask(unit + (1 + UNITS_AHEAD) * WARPS);
     mixture.weigh(score, token0, first, p.position, p.softcap, cap_factor, lane);
     mixture.add(score, v);
-    if (more) fetch(p.values, v);
+    if (more) fetch(cached_values, v);
     unit += WARPS;
     if (unit + WARPS < unit_end) find(unit + WARPS);
   }
@@ -281,43 +293,44 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
   }
 }
 
-// x = the attention's result, `columns` of it, joined from the pieces of `out`.
+// x = the attention's result, `columns` of it, joined from the pieces of `out`. What runs weigh is awaited first: few words, so
+// that blocks that have long to wait leave the second-level cache to those that work.
 __device__ __forceinline__ void gather_runs(u8* xs, const u32* out, const u32* shares, int pieces, int columns, u32 tag) {
   constexpr int BATCH = 3;
   const int thread = this_thread();
 #pragma unroll 1
   for (int first = 0; first * 4 < columns; first += WARPS * 32 * BATCH) {
-    uint4 words[BATCH * (FEW_RUNS + 1)] = {};
-    u32 wanted = 0;
-    auto at = [&](int i) {
-      const int column = (first + thread + i / (FEW_RUNS + 1) * WARPS * 32) * 4, piece = i % (FEW_RUNS + 1);
-      return piece < FEW_RUNS ? out + piece * columns + column : shares + column / HEAD_DIM * FEW_RUNS;
-    };
+    uint4 share[BATCH] = {}, words[BATCH * FEW_RUNS] = {};
+    auto column = [&](int i) { return (first + thread + i * WARPS * 32) * 4; };
+    auto share_at = [&](int i) { return shares + column(i) / HEAD_DIM * FEW_RUNS; };
+    auto at = [&](int i) { return out + i % FEW_RUNS * columns + column(i / FEW_RUNS); };
+    u32 mine = 0, wanted = 0;
 #pragma unroll
-    for (int i = 0; i < BATCH * (FEW_RUNS + 1); ++i) {
-      const int piece = i % (FEW_RUNS + 1);
-      const bool real = (first + thread + i / (FEW_RUNS + 1) * WARPS * 32) * 4 < columns;
-      if (real && (piece < pieces || piece == FEW_RUNS)) words[i] = load_words(at(i)), wanted |= 1u << i;
+    for (int i = 0; i < BATCH; ++i) {
+      if (column(i) < columns) share[i] = load_words(share_at(i)), mine |= 1u << i, wanted |= ((1u << pieces) - 1) << i * FEW_RUNS;
+    }
+    await_words(share, tag, mine, share_at);
+#pragma unroll
+    for (int i = 0; i < BATCH * FEW_RUNS; ++i) {
+      if (wanted >> i & 1) words[i] = load_words(at(i));
     }
     await_words(words, tag, wanted, at);
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      if (!(wanted >> i * (FEW_RUNS + 1) & 1)) continue;
-      const float4 share = value4(words[i * (FEW_RUNS + 1) + FEW_RUNS]);
-      const float scores[FEW_RUNS] = {share.x, share.y, share.z, share.w};
-      float best = MINUS_INFINITY, weights = 0.f;
+      if (!(mine >> i & 1)) continue;
+      const float4 all = value4(share[i]);
+      const float scores[FEW_RUNS] = {all.x, all.y, all.z, all.w};
+      float best = scores[0], weights = 0.f;
 #pragma unroll
-      for (int r = 0; r < FEW_RUNS; ++r) best = r < pieces ? fmaxf(best, scores[r]) : best;
+      for (int r = 1; r < FEW_RUNS; ++r) best = r < pieces ? fmaxf(best, scores[r]) : best;
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
       for (int r = 0; r < FEW_RUNS; ++r) {
-        if (r >= pieces) continue;
-        const float weight = __expf(scores[r] - best);
-        const float4 v = value4(words[i * (FEW_RUNS + 1) + r]);
-        sum = make_float4(sum.x + weight * v.x, sum.y + weight * v.y, sum.z + weight * v.z, sum.w + weight * v.w);
-        weights += weight;
+        const float weight = r < pieces ? __expf(scores[r] - best) : 0.f;
+        const float4 v = scaled4(value4(words[i * FEW_RUNS + r]), weight);
+        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w), weights += weight;
       }
-      *reinterpret_cast<uint2*>(xs + (first + thread + i * WARPS * 32) * 8) = pack4(scaled4(sum, __fdividef(1.f, weights)));
+      *reinterpret_cast<uint2*>(xs + column(i) * 2) = pack4(scaled4(sum, __fdividef(1.f, weights)));
     }
   }
 }
