@@ -33,6 +33,7 @@ _FORMATS: dict[str, type[ctypes.Structure]] = {
     "int8_matvec": int8_matvec.Format,
     "bf16_matvec": bf16_matvec.Format,
 }
+_MOST_FOURS = 12  # words in flight, in fours, of a thread that gathers
 _SPINS = 1 << 23  # rounds of about half a microsecond before a wait becomes an error
 
 
@@ -107,6 +108,8 @@ class _Plan:
     steps: tuple[int, ...]
     stages: int
     fours: int
+    run_fours: int
+    width_fours: int
     slots: int
     most_tiles: int
     pieces: int
@@ -180,9 +183,12 @@ def _plan(shape: StepShape, storage: Storage, processors: int, shared_limit: int
     slots = 1 << (slots - 1).bit_length()
     room = shared_limit - _static_bytes(shape, slots, most_tiles) - fixed
     stages = min(room // (WARPS * storage.stage_bytes), MOST_STAGES)
+    fours, run_fours, width_fours = (
+        -(-n // (WARPS * 128)) for n in (shape.hidden, shape.heads * shape.head_dim, shape.width)
+    )
     return _Plan(
-        blocks, tiles, steps, stages, -(-shape.hidden // (WARPS * 128)), slots, most_tiles,
-        pieces, x_bytes, fixed + stages * WARPS * storage.stage_bytes,
+        blocks, tiles, steps, stages, fours, min(run_fours, _MOST_FOURS // FEW_RUNS), min(width_fours, _MOST_FOURS),
+        slots, most_tiles, pieces, x_bytes, fixed + stages * WARPS * storage.stage_bytes,
     )  # fmt: skip
 
 
@@ -207,6 +213,8 @@ def _kernel(storage: Storage, plan: _Plan, head_dim: int, group: int, device: in
         ("BLOCK_WARPS", WARPS),
         ("BLOCK_STAGES", plan.stages),
         ("FOURS", plan.fours),
+        ("RUN_FOURS", plan.run_fours),
+        ("WIDTH_FOURS", plan.width_fours),
         ("SLOTS", plan.slots),
         ("MOST_TILES", plan.most_tiles),
         ("HEAD_DIM", head_dim),
@@ -291,7 +299,7 @@ class DecodeStep:
             "positions": positions,
             "qkv": words(shape.products[0][0]),
             "attended": words(FEW_RUNS * shape.heads * shape.head_dim),
-            "shares": words(FEW_RUNS * shape.heads),
+            "shares": words(32 * shape.heads * max(1, shape.head_dim // 128)),
             "activated": words(shape.width),
             "partial": words(plan.blocks // shape.kv_heads * shape.heads * (shape.head_dim + 1), torch.int64),
             "residual": torch.zeros((plan.blocks, shape.hidden), device=device),

@@ -101,7 +101,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     }
 
     // x
-    //@mark X0
     int columns = p.hidden;
     if (kind == QKV || kind == GATE_UP) {
       const int from = kind == QKV;   // which product comes back: DOWN of the layer before, or O of this one
@@ -114,7 +113,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
                 p.block_shift, position, tag},
                s.runs[sliding], *reinterpret_cast<States*>(xs));
         __syncthreads();   // x takes the place of the attention's states
-        //@mark AX
         columns = GROUP * p.kv_heads * HEAD_DIM;
         if (s.runs[sliding].pieces > 1) gather_runs(xs, p.attended, p.shares, s.runs[sliding].pieces, columns, tag);
       } else {
@@ -135,9 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
         if (pair) row_scales[1] = formats[product].row_scale(place_of(p, kind, tile + 1) * TILE + row);
       }
     }
-    //@mark X1
     __syncthreads();
-    //@mark X2
 
     // the product
     const Format format = formats[product];
@@ -155,7 +151,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
       const bool tile_done = step + 1 == steps;
       const typename Format::Scale next_scale = format.scale(lane, place_of(p, kind, tile + tile_done), tile_done ? 0 : step + 1);
       format.multiply_row(fragment, scale, tables, xs + step * (Format::STEP * 2), lane, sum);
-      //@mark M
       scale = next_scale;
       ++step;
       if (tile_done || i == 1) {
@@ -179,9 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
       formats[product + 1].fetch_scales(lane, first);
       formats[product + 1].fetch_scales(lane, place_of(p, (product + 1) % KINDS, next.tile + 1));
     }
-    //@mark P1
     __syncthreads();
-    //@mark P2
 
     // the sums
     auto total = [&](int local, int r) {

@@ -8,7 +8,7 @@
 struct Attention {
   const u32* qkv;        // words [(GROUP + 2) * kv_heads * HEAD_DIM]: queries, keys, values
   u32* out;              // words [FEW_RUNS, GROUP * kv_heads * HEAD_DIM]
-  u32* shares;           // words [GROUP * kv_heads, FEW_RUNS]: the logarithm of a run's weights
+  u32* shares;           // words [GROUP * kv_heads * HEAD_DIM / SHARED_COLUMNS, 32], the first FEW_RUNS: the logarithm of runs' weights
   u64* partial;          // packets [kv_heads, most runs, GROUP, HEAD_DIM], then [kv_heads, most runs, GROUP]
   u16* keys;             // this layer's: [blocks, block size, kv_heads, HEAD_DIM]
   u16* values;
@@ -21,6 +21,9 @@ struct Attention {
 
 constexpr int WARPS = BLOCK_WARPS;
 constexpr int FEW_RUNS = 4;       // that stand side by side: one four of words
+// So many columns have a line of memory for the weights of their runs: all blocks look at it, and one line for all heads would
+// answer some thousand warps one by one.
+constexpr int SHARED_COLUMNS = HEAD_DIM < 128 ? HEAD_DIM : 128;
 constexpr int FEW_UNITS = 2;      // a warp's, before a head's tokens are split further
 constexpr int UNITS_AHEAD = 2;    // that the second-level cache is asked for beyond the next one
 
@@ -176,19 +179,19 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
   const int heads_size = GROUP * p.kv_heads * HEAD_DIM;
   // Places of `out` that no run fills are written all the same: a place keeps its tag until it is written again, so one that
   // is not written in every layer could look new (words.cuh).
+  u32* const shares = p.shares + kv * GROUP * HEAD_DIM / SHARED_COLUMNS * 32;
   const int idle = run.index < run.pieces ? run.index + most_runs : run.index;
 #pragma unroll 1
   for (int piece = idle; piece < FEW_RUNS; piece += most_runs) {
     u32* const to = p.out + piece * heads_size + kv * GROUP * HEAD_DIM;
     if (thread < GROUP * HEAD_DIM / 4) publish4(to + thread * 4, make_float4(0.f, 0.f, 0.f, 0.f), p.tag);
-    if (thread < GROUP) publish(p.shares + (kv * GROUP + thread) * FEW_RUNS + piece, 0.f, p.tag);
+    if (thread < GROUP * HEAD_DIM / SHARED_COLUMNS) publish(shares + thread * 32 + piece, 0.f, p.tag);
   }
   if (run.index >= runs) return;
   const bool takes = warp < ((GROUP + 2) * LANES + 31) / 32;   // whole warps
   const Place fresh(p, kv, thread);
   uint4 words[2] = {};
   if (takes) words[0] = load_words(fresh(0)), words[1] = load_words(fresh(1));
-  //@mark A0
   const int first = run.first, origin = run.origin, unit_end = run.unit_end, last_unit = (p.position - origin) / UNIT;
   const u32 row_bytes = p.kv_heads * HEAD_DIM * 2;
   const u8* const keys = reinterpret_cast<const u8*>(p.keys + kv * HEAD_DIM + part * 8);
@@ -225,10 +228,8 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
 #pragma unroll 1
     for (int i = 1; i <= UNITS_AHEAD; ++i) ask(unit + i * WARPS);
   }
-  //@mark A1
 
   if (takes) take_token(p, run, s, kv, fresh, words);
-  //@mark A2
   __syncthreads();
   __syncwarp();   // see block_sums in step_stream.cuh
   float query[GROUP][8];
@@ -250,7 +251,6 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
     }
     float score[Softmax::SCORES];
     Softmax::multiply(query, k, score);
-    //@mark A3
     const bool more = unit + WARPS < unit_end;
     if (more) fetch(keys, k);
     if (more) ask(unit + (1 + UNITS_AHEAD) * WARPS);
@@ -260,11 +260,9 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
     unit += WARPS;
     if (unit + WARPS < unit_end) find(unit + WARPS);
   }
-  //@mark A4
   __syncwarp();
   mixture.store(s.values + warp * GROUP * HEAD_DIM, s.tops + warp, s.totals + warp, WARPS, lane);
   __syncthreads();
-  //@mark A5
 
   const int four = this_thread();
   u64* const values = p.partial + (size_t)kv * most_runs * GROUP * HEAD_DIM;
@@ -275,50 +273,45 @@ __device__ __forceinline__ void attend(const Attention& p, const Run& run, State
     const float4 sum = joined_warps<WARPS>(s.values, s.tops, s.totals, g, four * 4 % HEAD_DIM, score, weights);
     const float4 mean = scaled4(sum, __fdividef(1.f, weights));
     const float share = score + __logf(weights);
-    const bool is_first = four * 4 % HEAD_DIM == 0;
     if (runs <= FEW_RUNS) {
       publish4(p.out + run.index * heads_size + kv * GROUP * HEAD_DIM + four * 4, mean, p.tag);
-      if (is_first) publish(p.shares + (kv * GROUP + g) * FEW_RUNS + run.index, share, p.tag);
+      if (four * 4 % SHARED_COLUMNS == 0) publish(shares + four * 4 / SHARED_COLUMNS * 32 + run.index, share, p.tag);
     } else {
       u64* const to = values + run.index * GROUP * HEAD_DIM + four * 4;
       publish_packet(to, mean.x, p.tag), publish_packet(to + 1, mean.y, p.tag);
       publish_packet(to + 2, mean.z, p.tag), publish_packet(to + 3, mean.w, p.tag);
-      if (is_first) publish_packet(scores + run.index * GROUP + g, share, p.tag);
+      if (four * 4 % HEAD_DIM == 0) publish_packet(scores + run.index * GROUP + g, share, p.tag);
     }
   }
-  //@mark A6
   if (runs > FEW_RUNS) {
-    if (four < GROUP && run.index == 0) publish(p.shares + (kv * GROUP + four) * FEW_RUNS, 0.f, p.tag);
+    if (four < GROUP * HEAD_DIM / SHARED_COLUMNS && run.index == 0) publish(shares + four * 32, 0.f, p.tag);
     join_runs(p, run, s, values, scores, p.out + kv * GROUP * HEAD_DIM);
   }
 }
 
-// x = the attention's result, `columns` of it, joined from the pieces of `out`. What runs weigh is awaited first: few words, so
-// that blocks that have long to wait leave the second-level cache to those that work.
+// x = the attention's result, `columns` of it, joined from the pieces of `out` by their runs' weights.
 __device__ __forceinline__ void gather_runs(u8* xs, const u32* out, const u32* shares, int pieces, int columns, u32 tag) {
-  constexpr int BATCH = 3;
+  constexpr int EACH = FEW_RUNS + 1;   // a column's fours: of the runs, then their weights
   const int thread = this_thread();
 #pragma unroll 1
-  for (int first = 0; first * 4 < columns; first += WARPS * 32 * BATCH) {
-    uint4 share[BATCH] = {}, words[BATCH * FEW_RUNS] = {};
+  for (int first = 0; first * 4 < columns; first += WARPS * 32 * RUN_FOURS) {
+    uint4 words[RUN_FOURS * EACH] = {};
     auto column = [&](int i) { return (first + thread + i * WARPS * 32) * 4; };
-    auto share_at = [&](int i) { return shares + column(i) / HEAD_DIM * FEW_RUNS; };
-    auto at = [&](int i) { return out + i % FEW_RUNS * columns + column(i / FEW_RUNS); };
-    u32 mine = 0, wanted = 0;
+    auto at = [&](int i) {
+      const int piece = i % EACH;
+      return piece < FEW_RUNS ? out + piece * columns + column(i / EACH) : shares + column(i / EACH) / SHARED_COLUMNS * 32;
+    };
+    u32 wanted = 0;
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      if (column(i) < columns) share[i] = load_words(share_at(i)), mine |= 1u << i, wanted |= ((1u << pieces) - 1) << i * FEW_RUNS;
-    }
-    await_words(share, tag, mine, share_at);
-#pragma unroll
-    for (int i = 0; i < BATCH * FEW_RUNS; ++i) {
-      if (wanted >> i & 1) words[i] = load_words(at(i));
+    for (int i = 0; i < RUN_FOURS * EACH; ++i) {
+      const bool filled = i % EACH < pieces || i % EACH == FEW_RUNS;
+      if (filled && column(i / EACH) < columns) words[i] = load_words(at(i)), wanted |= 1u << i;
     }
     await_words(words, tag, wanted, at);
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      if (!(mine >> i & 1)) continue;
-      const float4 all = value4(share[i]);
+    for (int i = 0; i < RUN_FOURS; ++i) {
+      if (!(wanted >> i * EACH & 1)) continue;
+      const float4 all = value4(words[i * EACH + FEW_RUNS]);
       const float scores[FEW_RUNS] = {all.x, all.y, all.z, all.w};
       float best = scores[0], weights = 0.f;
 #pragma unroll
@@ -327,7 +320,7 @@ __device__ __forceinline__ void gather_runs(u8* xs, const u32* out, const u32* s
 #pragma unroll
       for (int r = 0; r < FEW_RUNS; ++r) {
         const float weight = r < pieces ? __expf(scores[r] - best) : 0.f;
-        const float4 v = scaled4(value4(words[i * FEW_RUNS + r]), weight);
+        const float4 v = scaled4(value4(words[i * EACH + r]), weight);
         sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w), weights += weight;
       }
       *reinterpret_cast<uint2*>(xs + column(i) * 2) = pack4(scaled4(sum, __fdividef(1.f, weights)));

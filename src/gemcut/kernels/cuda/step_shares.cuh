@@ -22,7 +22,7 @@ struct Step {
   const float* ropes[2];
   u32* qkv;                     // words, each written once a layer: what attention reads,
   u32* attended;                // what it gives, [FEW_RUNS, heads * HEAD_DIM],
-  u32* shares;                  // [heads, FEW_RUNS]: see Attention
+  u32* shares;                  // of its runs: see Attention
   u32* activated;               // gelu(gate) * up,
   u32* pieces[2];               // [PIECES, hidden] of the products that come back into the residual stream
   u64* partial;                 // packets: see Attention

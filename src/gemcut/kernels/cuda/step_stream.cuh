@@ -116,7 +116,7 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
 
 // x = `count` words, rounded.
 __device__ __forceinline__ void gather(u8* xs, const u32* from, int count, u32 tag) {
-  constexpr int BATCH = 6;
+  constexpr int BATCH = WIDTH_FOURS;
   const int thread = this_thread();
 #pragma unroll 1
   for (int first = 0; first * 4 < count; first += THREADS * BATCH) {
