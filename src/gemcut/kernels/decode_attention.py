@@ -15,6 +15,7 @@ from torch import Tensor
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 4
+LOADS = 8  # groups of tokens that a warp has registers for
 MOST_RUNS = 64
 
 
@@ -77,8 +78,14 @@ def runs_of(heads: int, places: int) -> int:
 
 @functools.cache
 def _kernel(head_dim: int, group: int, device: int) -> CudaKernel:
-    sources = read_sources("launch.cuh", "rope.cuh", "decode_attention.cu")
-    defines = (("HEAD_DIM", head_dim), ("GROUP", group), ("WARPS", WARPS), ("RESIDENT", _resident(group)))
+    sources = read_sources("launch.cuh", "rope.cuh", "attention.cuh", "decode_attention.cu")
+    defines = (
+        ("HEAD_DIM", head_dim),
+        ("GROUP", group),
+        ("LOADS", LOADS),
+        ("WARPS", WARPS),
+        ("RESIDENT", _resident(group)),
+    )
     return compile_kernel(sources, "decode_attention", defines, device)
 
 

@@ -27,6 +27,13 @@ WARPS = 12  # 168 registers a thread, which the kernel needs
 MOST_STAGES = 3  # a warp's ring; more only make what is waited for arrive behind more weights
 _KINDS = 4  # qkv, o, gate and up, down
 _GATE_UP = 2
+FEW_RUNS = 4  # of a head, whose results stand side by side
+_FORMATS: dict[str, type[ctypes.Structure]] = {
+    "nf4_matvec": nf4_matvec.Format,
+    "int8_matvec": int8_matvec.Format,
+    "bf16_matvec": bf16_matvec.Format,
+}
+_MOST_FOURS = 12  # words in flight, in fours, of a thread that gathers
 _SPINS = 1 << 23  # rounds of about half a microsecond before a wait becomes an error
 
 
@@ -77,11 +84,11 @@ class _Layer(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("formats", "sources", "layers", "norms", "head_norms", "table")),
+        *((name, ctypes.c_void_p) for name in ("formats", "layers", "norms", "head_norms", "table")),
         *((name, ctypes.c_void_p) for name in ("absmax", "ids", "positions")),
         ("block_tables", ctypes.c_void_p * 2),
         ("ropes", ctypes.c_void_p * 2),
-        *((name, ctypes.c_void_p) for name in ("qkv", "attended", "activated")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "attended", "shares", "activated")),
         ("pieces", ctypes.c_void_p * 2),
         *((name, ctypes.c_void_p) for name in ("partial", "residual", "epoch", "x")),
         *((name, ctypes.c_float) for name in ("embed_scale", "eps", "scale", "softcap")),
@@ -101,6 +108,8 @@ class _Plan:
     steps: tuple[int, ...]
     stages: int
     fours: int
+    run_fours: int
+    width_fours: int
     slots: int
     most_tiles: int
     pieces: int
@@ -164,25 +173,37 @@ def _plan(shape: StepShape, storage: Storage, processors: int, shared_limit: int
             slots = max(slots, (run + steps[kind] - 2) // steps[kind] + 1)
         pieces = max(pieces, *owners)
     group = shape.heads // shape.kv_heads
-    states = 4 * (WARPS * group * (shape.head_dim + 2) + (group + 2) * shape.head_dim)
+    states = 4 * ((WARPS + 1) * group * shape.head_dim + shape.head_dim + 2 * group * WARPS) + 16 * WARPS * 32 + 16
     x_bytes = -(-max(states, *(2 * s * storage.step for s in steps)) // 128) * 128
-    fixed = storage.table_bytes + x_bytes + shape.layers * (_KINDS * 16 + ctypes.sizeof(_Layer))
+    fixed = (
+        storage.table_bytes
+        + x_bytes
+        + shape.layers * (_KINDS * ctypes.sizeof(_FORMATS[storage.kernel]) + ctypes.sizeof(_Layer))
+    )
     slots = 1 << (slots - 1).bit_length()
     room = shared_limit - _static_bytes(shape, slots, most_tiles) - fixed
     stages = min(room // (WARPS * storage.stage_bytes), MOST_STAGES)
+    fours, run_fours, width_fours = (
+        -(-n // (WARPS * 128)) for n in (shape.hidden, shape.heads * shape.head_dim, shape.width)
+    )
     return _Plan(
-        blocks, tiles, steps, stages, -(-shape.hidden // (WARPS * 128)), slots, most_tiles,
-        pieces, x_bytes, fixed + stages * WARPS * storage.stage_bytes,
+        blocks, tiles, steps, stages, fours, min(run_fours, _MOST_FOURS // FEW_RUNS), min(width_fours, _MOST_FOURS),
+        slots, most_tiles, pieces, x_bytes, fixed + stages * WARPS * storage.stage_bytes,
     )  # fmt: skip
 
 
 def _static_bytes(shape: StepShape, slots: int, most_tiles: int) -> int:
     """What struct Shared of step_shares.cuh takes at most."""
     group = shape.heads // shape.kv_heads
-    unit = 32 // (shape.head_dim // 8) * (2 if group > 2 else 4)  # tokens a warp reads at a time
-    run = 48 + 4 * shape.head_dim + 4 * (WARPS * unit + 1)
-    shares = 2048 + _KINDS * (12 * WARPS + 2 * most_tiles)  # formats, sums and the like are less than 2 KB
+    unit = 32 // (shape.head_dim // 8) * _loads(group)  # tokens a warp reads at a time
+    run = 48 + 4 * shape.head_dim + 4 * WARPS * unit
+    shares = 1024 + _KINDS * (12 * WARPS + 2 * most_tiles)  # sums and the like are less than 1 KB
     return shares + WARPS * slots * TILE * 4 + 2 * run
+
+
+def _loads(group: int) -> int:
+    """Groups of tokens that a warp has registers for; see attention.cuh."""
+    return 2 if group > 2 else 4
 
 
 @functools.cache
@@ -192,25 +213,27 @@ def _kernel(storage: Storage, plan: _Plan, head_dim: int, group: int, device: in
         ("BLOCK_WARPS", WARPS),
         ("BLOCK_STAGES", plan.stages),
         ("FOURS", plan.fours),
+        ("RUN_FOURS", plan.run_fours),
+        ("WIDTH_FOURS", plan.width_fours),
         ("SLOTS", plan.slots),
         ("MOST_TILES", plan.most_tiles),
         ("HEAD_DIM", head_dim),
         ("GROUP", group),
+        ("LOADS", _loads(group)),
         ("SPIN_LIMIT", _SPINS),
     )
-    before = ("launch.cuh", "matvec.cuh", f"{storage.kernel}.cu", "rope.cuh", "words.cuh")
+    before = ("launch.cuh", "matvec.cuh", f"{storage.kernel}.cu", "rope.cuh", "attention.cuh", "words.cuh")
     sources = read_sources(*before, "step_attention.cuh", "step_shares.cuh", "step_stream.cuh", "step.cu")
     return compile_kernel(sources, "decode_step", defines, device)
 
 
-def _format(rows: Rows) -> tuple[ctypes.Structure, tuple[int, int]]:
-    """(the kernel's struct Format, the two pointers its ``point`` takes) of a product's weight."""
+def _format(rows: Rows) -> ctypes.Structure:
+    """The kernel's struct Format of a product's weight."""
     if isinstance(rows, PackedFourBit):
-        return rows.argument, (rows.codes.data_ptr(), rows.scales.data_ptr())
+        return rows.argument
     if isinstance(rows, Int8Rows):
-        format = int8_matvec.Format(rows.values.data_ptr(), rows.scales.data_ptr(), *rows.values.shape)
-        return format, (rows.values.data_ptr(), 0)
-    return bf16_matvec.Format(rows.data_ptr(), *rows.shape), (rows.data_ptr(), 0)
+        return int8_matvec.Format(rows.values.data_ptr(), rows.scales.data_ptr(), *rows.values.shape)
+    return bf16_matvec.Format(rows.data_ptr(), *rows.shape)
 
 
 class DecodeStep:
@@ -258,7 +281,7 @@ class DecodeStep:
             return torch.frombuffer(bytearray(structures), dtype=torch.uint8).to(device)
 
         formats = [_format(rows) for layer in layers for rows in layer.products]
-        kind = type(formats[0][0])
+        kind = type(formats[0])
         places = (_Layer * len(layers))(
             *(_Layer(la.storage[0].data_ptr(), la.storage[1].data_ptr(), int(la.sliding)) for la in layers)
         )
@@ -266,8 +289,7 @@ class DecodeStep:
         if layers[0].head_norms is not None:
             head_norms = torch.stack([n for la in layers if la.head_norms is not None for n in la.head_norms])
         tensors: dict[str, Tensor | None] = {
-            "formats": on_device((kind * len(formats))(*(format for format, _ in formats))),
-            "sources": torch.tensor([source for _, source in formats], dtype=torch.int64, device=device),
+            "formats": on_device((kind * len(formats))(*formats)),
             "layers": on_device(places),
             "norms": torch.stack([first_norm, *(norm for layer in layers for norm in layer.norms)]),
             "head_norms": head_norms,
@@ -276,9 +298,10 @@ class DecodeStep:
             "ids": ids,
             "positions": positions,
             "qkv": words(shape.products[0][0]),
-            "attended": words(shape.heads * shape.head_dim),
+            "attended": words(FEW_RUNS * shape.heads * shape.head_dim),
+            "shares": words(32 * shape.heads * max(1, shape.head_dim // 128)),
             "activated": words(shape.width),
-            "partial": words(plan.blocks // shape.kv_heads * shape.heads * (shape.head_dim + 2), torch.int64),
+            "partial": words(plan.blocks // shape.kv_heads * shape.heads * (shape.head_dim + 1), torch.int64),
             "residual": torch.zeros((plan.blocks, shape.hidden), device=device),
             "epoch": torch.ones(1, dtype=torch.int32, device=device),
         }

@@ -39,7 +39,6 @@ struct Format {
                                                float (&sum)[4]) const {
     multiply(f, s, tables, x + lane.quad * X_LANE, lane.group == 0, lane, sum);
   }
-  __device__ __forceinline__ void point(const ulonglong2& at) { weight = reinterpret_cast<const u8*>(at.x); }
   __device__ __forceinline__ void fetch_scales(const Lane&, int) const {}
   __device__ __forceinline__ float row_scale(int) const { return 1.f; }
 

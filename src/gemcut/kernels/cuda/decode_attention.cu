@@ -1,10 +1,10 @@
 // One new token of each sequence: rotation, the write of its key and value, and attention over the paged cache, in one launch.
 //
-// A block owns one key head of one sequence and a run of its cached tokens; GROUP query heads share the key head. LANES lanes
-// hold a row of a head between them (8 values, 16 bytes each), so a warp reads ROWS tokens at a time and LOADS such groups
-// of keys and of values before it needs the first. Every group of lanes keeps a running softmax of its own; these are joined
-// in the warp, then in the block, then by the last block of the head over all runs, always in the same order.
-// The new token never passes through memory: the last run begins with it, from registers.
+// A block owns one key head of one sequence and a run of its tokens; GROUP query heads share the key head. Its warps' softmaxes
+// (attention.cuh) are joined in the block, then by the last block of the head over all runs, always in the same order.
+// The new token never passes through memory: the warp that has its unit puts it there, from registers.
+//
+// Compiled after launch.cuh, rope.cuh and attention.cuh.
 
 struct Attention {
   const u16* qkv;        // bf16 [m, (GROUP + 2) * kv_heads * HEAD_DIM]: queries, keys, values
@@ -22,19 +22,12 @@ struct Attention {
   int kv_heads, table_stride, block_shift, window;   // window 0: the whole context
 };
 
-constexpr int LANES = HEAD_DIM / 8, ROWS = 32 / LANES, LOADS = 8, UNIT = ROWS * LOADS;
 constexpr int MOST_RUNS = 64, STATE = HEAD_DIM + 2;
-
-__device__ __forceinline__ float capped(float score, float softcap) {
-  if (softcap <= 0.f) return score;
-  return softcap - 2.f * softcap / (1.f + __expf(2.f * score / softcap));   // softcap * tanh(score / softcap)
-}
-
-__device__ __forceinline__ float weight_of(float score, float top) { return score == MINUS_INFINITY ? 0.f : __expf(score - top); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 decode_attention(Attention p) {
-  __shared__ float states[WARPS][GROUP][STATE];   // sums, largest score, sum of weights
+  __shared__ __align__(16) float states[WARPS * GROUP * HEAD_DIM];
+  __shared__ __align__(16) float tops[GROUP * WARPS], totals[GROUP * WARPS];
   __shared__ float run_weight[GROUP][MOST_RUNS];
   __shared__ bool is_last;
   const int run = blockIdx.x, kv = blockIdx.y, row = blockIdx.z;
@@ -49,7 +42,7 @@ decode_attention(Attention p) {
   }
   const int first = p.window > 0 ? max(0, position - p.window + 1) : 0;
   const int origin = first / UNIT * UNIT;
-  const int units = (position - origin + UNIT - 1) / UNIT;
+  const int units = (position - origin) / UNIT + 1;
   const int per_run = max((units + (int)gridDim.x - 1) / (int)gridDim.x, WARPS);
   const int runs = max(1, (units + per_run - 1) / per_run);
   if (run >= runs) return;
@@ -65,7 +58,7 @@ decode_attention(Attention p) {
   auto find = [&](int unit) {
 #pragma unroll
     for (int j = 0; j < LOADS; ++j) {
-      const int token = min(max(origin + unit * UNIT + j * ROWS + sub, first), position - 1);   // a real one; masked below
+      const int token = min(max(origin + unit * UNIT + j * TOKENS + sub, first), position);   // a real one; masked below
       places[j] = ((u32)table[token >> p.block_shift] << p.block_shift) + (token & block_mask);
     }
   };
@@ -80,6 +73,7 @@ decode_attention(Attention p) {
   previous_kernels_done();
   const u16* const qkv = p.qkv + (size_t)row * (GROUP + 2) * p.kv_heads * HEAD_DIM;
   const float* const rope = p.rope + (size_t)position * HEAD_DIM;
+  const float cap_factor = 2.f / p.softcap;
   float query[GROUP][8];
 #pragma unroll
   for (int g = 0; g < GROUP; ++g) {
@@ -88,121 +82,52 @@ decode_attention(Attention p) {
     for (int i = 0; i < 8; ++i) query[g][i] *= p.scale;
   }
 
-  float sum[GROUP][8] = {}, top[GROUP], total[GROUP] = {};
-#pragma unroll
-  for (int g = 0; g < GROUP; ++g) top[g] = MINUS_INFINITY;
-  if (run == runs - 1 && warp == 0) {   // the new token
-    const u16* const key_row = qkv + (GROUP * p.kv_heads + kv) * HEAD_DIM;
-    float key[8], value[8];
-    rotated8<LANES>(key_row, p.k_norm, p.eps, rope, part, key);
-    const uint4 packed_key = pack8(key), packed_value = *reinterpret_cast<const uint4*>(key_row + p.kv_heads * HEAD_DIM + part * 8);
-    unpack8(packed_key, key), unpack8(packed_value, value);
-    if (sub == 0) {
-      const size_t at = (((size_t)table[position >> p.block_shift] << p.block_shift) + (position & block_mask)) * token_stride + lane_at;
-      *reinterpret_cast<uint4*>(p.keys + at) = packed_key;
-      *reinterpret_cast<uint4*>(p.values + at) = packed_value;
-    }
-#pragma unroll
-    for (int g = 0; g < GROUP; ++g) {
-      float score = 0.f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) score += query[g][i] * key[i];
-      score = sum_lanes<LANES>(score);
-      if (sub == 0) {
-        top[g] = capped(score, p.softcap), total[g] = 1.f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[g][i] = value[i];
-      }
-    }
-  }
-
+  Softmax mixture;
   while (unit < unit_end) {
     const int token0 = origin + unit * UNIT + sub;
-    float score[GROUP][LOADS];
+    if (unit == units - 1) {   // the new token
+      const u16* const key_row = qkv + (GROUP * p.kv_heads + kv) * HEAD_DIM;
+      float rotated[8];
+      rotated8<LANES>(key_row, p.k_norm, p.eps, rope, part, rotated);
+      const uint4 key = pack8(rotated), value = *reinterpret_cast<const uint4*>(key_row + p.kv_heads * HEAD_DIM + part * 8);
+      if (sub == 0) {
+        const size_t at = (((size_t)table[position >> p.block_shift] << p.block_shift) + (position & block_mask)) * token_stride + lane_at;
+        *reinterpret_cast<uint4*>(p.keys + at) = key;
+        *reinterpret_cast<uint4*>(p.values + at) = value;
+      }
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) {
-      float key[8];
-      unpack8(k[j], key);
-#pragma unroll
-      for (int g = 0; g < GROUP; ++g) {
-        score[g][j] = 0.f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) score[g][j] += query[g][i] * key[i];
+      for (int j = 0; j < LOADS; ++j) {
+        if (token0 + j * TOKENS >= position) k[j] = key, v[j] = value;
       }
     }
+    float score[Softmax::SCORES];
+    Softmax::multiply(query, k, score);
     const bool more = unit + WARPS < unit_end;
     if (more) fetch(p.keys, k);
-#pragma unroll
-    for (int g = 0; g < GROUP; ++g) {
-      float best = top[g];
-#pragma unroll
-      for (int j = 0; j < LOADS; ++j) {
-        const int token = token0 + j * ROWS;
-        const float s = capped(sum_lanes<LANES>(score[g][j]), p.softcap);
-        score[g][j] = token >= first && token < position ? s : MINUS_INFINITY;
-        best = fmaxf(best, score[g][j]);
-      }
-      const float keep = weight_of(top[g], best);
-      top[g] = best, total[g] *= keep;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum[g][i] *= keep;
-#pragma unroll
-      for (int j = 0; j < LOADS; ++j) {
-        score[g][j] = weight_of(score[g][j], best);
-        total[g] += score[g][j];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < LOADS; ++j) {
-      float value[8];
-      unpack8(v[j], value);
-#pragma unroll
-      for (int g = 0; g < GROUP; ++g) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[g][i] += score[g][j] * value[i];
-      }
-    }
+    mixture.weigh(score, token0, first, position, p.softcap, cap_factor, lane);
+    mixture.add(score, v);
     if (more) fetch(p.values, v);
     unit += WARPS;
     if (unit + WARPS < unit_end) find(unit + WARPS);
   }
 
-#pragma unroll
-  for (int g = 0; g < GROUP; ++g) {   // join the warp's groups of lanes
-#pragma unroll
-    for (int lanes = LANES; lanes < 32; lanes *= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, top[g], lanes), best = fmaxf(top[g], other);
-      const float mine = weight_of(top[g], best), theirs = weight_of(other, best);
-      top[g] = best;
-      total[g] = total[g] * mine + __shfl_xor_sync(0xffffffffu, total[g], lanes) * theirs;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum[g][i] = sum[g][i] * mine + __shfl_xor_sync(0xffffffffu, sum[g][i], lanes) * theirs;
-    }
-    if (sub == 0) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) states[warp][g][part * 8 + i] = sum[g][i];
-      if (part == 0) states[warp][g][HEAD_DIM] = top[g], states[warp][g][HEAD_DIM + 1] = total[g];
-    }
-  }
+  mixture.store(states + warp * GROUP * HEAD_DIM, tops + warp, totals + warp, WARPS, lane);
   __syncthreads();
 
   u16* const out = p.out + ((size_t)row * p.kv_heads + kv) * GROUP * HEAD_DIM;
   float* const partial = p.partial + ((size_t)row * p.kv_heads + kv) * gridDim.x * GROUP * STATE;
-  for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += WARPS * 32) {   // join the block's warps
+  for (int i = threadIdx.x * 4; i < GROUP * HEAD_DIM; i += WARPS * 128) {   // join the block's warps
     const int g = i / HEAD_DIM, d = i % HEAD_DIM;
-    float best = MINUS_INFINITY, value = 0.f, weights = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) best = fmaxf(best, states[w][g][HEAD_DIM]);
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      const float weight = weight_of(states[w][g][HEAD_DIM], best);
-      value += weight * states[w][g][d], weights += weight * states[w][g][HEAD_DIM + 1];
-    }
+    float best, weights;
+    const float4 value = joined_warps<WARPS>(states, tops, totals, g, d, best, weights);
     if (runs == 1) {
-      out[i] = (u16)pack_bf16(value / weights, 0.f);
+      const float share = 1.f / weights;
+      *reinterpret_cast<uint2*>(out + i) =
+          make_uint2(pack_bf16(value.x * share, value.y * share), pack_bf16(value.z * share, value.w * share));
     } else {
       float* const to = partial + (run * GROUP + g) * STATE;
-      to[d] = value;
+      *reinterpret_cast<float2*>(to + d) = make_float2(value.x, value.y);
+      *reinterpret_cast<float2*>(to + d + 2) = make_float2(value.z, value.w);
       if (d == 0) to[HEAD_DIM] = best, to[HEAD_DIM + 1] = weights;
     }
   }

@@ -54,7 +54,6 @@ struct Format {
                                                float (&sum)[4]) const {
     multiply(f, s, tables, x + lane.quad * X_LANE, lane.group == 0, lane, sum);
   }
-  __device__ __forceinline__ void point(const ulonglong2& at) { weight = reinterpret_cast<const u8*>(at.x); }
   __device__ __forceinline__ void fetch_scales(const Lane&, int) const {}
   __device__ __forceinline__ float row_scale(int row) const { return __ldg(scales + row); }
 

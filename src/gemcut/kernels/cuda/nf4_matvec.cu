@@ -169,10 +169,6 @@ struct Format {
     sum[0] += low * scales.x, sum[2] += high * scales.y;
   }
 
-  // What the decode step (step.cu) keeps of each product beside the shape: where `load` reads.
-  __device__ __forceinline__ void point(const ulonglong2& at) {
-    codes = reinterpret_cast<const u8*>(at.x), scales = reinterpret_cast<const u8*>(at.y);
-  }
   // Has the second-level cache fetch what `scale` will want for a tile: memory takes longer than the one stage it is read ahead.
   __device__ __forceinline__ void fetch_scales(const Lane& lane, int tile) const {
 #if NESTED

@@ -11,15 +11,15 @@
 // which the reader adds. No word is written again before all blocks have read it: every block has a part of every product,
 // and a block begins a product only when it has seen all of the one before.
 //
-// Compiled after launch.cuh, matvec.cuh, a format's file, rope.cuh, words.cuh, step_attention.cuh, step_shares.cuh and
-// step_stream.cuh.
+// Compiled after launch.cuh, matvec.cuh, a format's file, rope.cuh, attention.cuh, words.cuh, step_attention.cuh,
+// step_shares.cuh and step_stream.cuh.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
   extern __shared__ __align__(128) u8 shared[];
   u8* const tables = shared;
   u8* const xs = tables + Format::TABLE_BYTES + RING_BYTES;   // x, or the attention's states
-  ulonglong2* const sources = reinterpret_cast<ulonglong2*>(xs + p.x_bytes);
-  Layer* const layers = reinterpret_cast<Layer*>(sources + p.layer_count * KINDS);
+  Format* const formats = reinterpret_cast<Format*>(xs + p.x_bytes);   // of all products: their reads would wait behind weights
+  Layer* const layers = reinterpret_cast<Layer*>(formats + p.layer_count * KINDS);
   __shared__ Shared s;
 
   const int position = p.positions[0];
@@ -37,10 +37,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     plan_run(s.runs[sliding], position, p.windows[sliding], p.kv_heads, p.block_shift, p.block_tables[sliding],
              p.ropes[sliding] + (size_t)position * HEAD_DIM);
   }
-  if (threadIdx.x < KINDS) s.shapes[threadIdx.x] = p.formats[threadIdx.x];
-  if (threadIdx.x == 0) s.formats[0] = p.formats[0];
-#pragma unroll 1
-  for (int i = threadIdx.x; i < products; i += THREADS) sources[i] = p.sources[i];
+#pragma unroll 4
+  for (int i = threadIdx.x; i < products * (int)sizeof(Format) / 8; i += THREADS) {
+    reinterpret_cast<u64*>(formats)[i] = reinterpret_cast<const u64*>(p.formats)[i];
+  }
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.layer_count; i += THREADS) layers[i] = p.layers[i];
   __syncthreads();
@@ -55,9 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     }
     if (to_load > 0) {
       const int kind = load_product % KINDS;
-      Format source = s.shapes[kind];
-      source.point(sources[load_product]);
-      source.load(stage, lane, place_of(p, kind, load_tile), load_step);
+      formats[load_product].load(stage, lane, place_of(p, kind, load_tile), load_step);
       --to_load;
       if (++load_step == p.steps[kind]) load_step = 0, ++load_tile;
     }
@@ -65,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
   };
 #pragma unroll 1
   for (int i = 0; i < BLOCK_STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
-  s.shapes[0].fill_tables(tables, THREADS);
+  formats[0].fill_tables(tables, THREADS);
 
   const int thread0 = this_thread();
   u32 more[2] = {0, 0};   // pieces beyond the first, four bits for each of a thread's fours of the residual stream
@@ -82,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
   embed(p, s, xs, residual);
 
   int slot = 0;
-  typename Format::Scale scale = s.formats[0].scale(lane, s.warps[0][warp].tile, s.warps[0][warp].step);
+  typename Format::Scale scale = formats[0].scale(lane, s.warps[0][warp].tile, s.warps[0][warp].step);
   for (int product = 0;; ++product) {
     if (product == products) {   // block 0 has one round more, for the last layer's result
       next_kernel_may_start();
@@ -92,10 +90,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     const int thread = this_thread();
     const u32 tag = epoch + layer;
     const Share block = s.share[kind];
-    u32 word_of_next = 0;   // of the next product's format
-    const bool has_word = thread < sizeof(Format) / 4 && product + 1 < products;
-    if (has_word) word_of_next = reinterpret_cast<const u32*>(p.formats + product + 1)[thread];
     const float* const norm = p.norms + (size_t)(1 + layer * 4) * p.hidden;
+    if (kind == QKV && product < products) {   // what this layer reads late: behind the weights in flight it would come too late
+      const Run& run = s.runs[layers[layer].sliding];
+      if (run.unit + warp < run.unit_end) {
+        ask_for(layers[layer].keys, layers[layer].values, run.places[warp * UNIT + asked_token(lane.id)], p.kv_heads, lane.id);
+      }
+      const int line = thread * gridDim.x + blockIdx.x;   // of four norms, 32 values each
+      if (line < p.hidden / 8) asm volatile("prefetch.global.L2 [%0];" ::"l"(norm + line * 32));
+    }
 
     // x
     int columns = p.hidden;
@@ -105,14 +108,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     } else {
       if (kind == O) {
         const bool sliding = layers[layer].sliding != 0;
-        attend({p.qkv, p.attended, p.partial, layers[layer].keys, layers[layer].values, p.block_tables[sliding],
+        attend({p.qkv, p.attended, p.shares, p.partial, layers[layer].keys, layers[layer].values, p.block_tables[sliding],
                 p.head_norms != nullptr ? p.head_norms + layer * 2 * HEAD_DIM : nullptr, p.scale, p.softcap, p.eps, p.kv_heads,
                 p.block_shift, position, tag},
-               s.runs[sliding], reinterpret_cast<float*>(xs));
+               s.runs[sliding], *reinterpret_cast<States*>(xs));
         __syncthreads();   // x takes the place of the attention's states
+        columns = GROUP * p.kv_heads * HEAD_DIM;
+        if (s.runs[sliding].pieces > 1) gather_runs(xs, p.attended, p.shares, s.runs[sliding].pieces, columns, tag);
+      } else {
+        columns = p.tiles[GATE_UP] / 2 * TILE;
       }
-      columns = kind == O ? GROUP * p.kv_heads * HEAD_DIM : p.tiles[GATE_UP] / 2 * TILE;
-      gather(xs, kind == O ? p.attended : p.activated, columns, tag);
+      if (kind == DOWN || s.runs[layers[layer].sliding].pieces == 1) gather(xs, kind == O ? p.attended : p.activated, columns, tag);
     }
     if (product == products) break;
 #pragma unroll 1
@@ -123,15 +129,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     {
       const int pair = kind == GATE_UP, tile = block.first_tile + (thread / TILE << pair), row = thread % TILE;
       if (thread < (block.tiles >> pair) * TILE) {
-        row_scales[0] = s.formats[product % 3].row_scale(place_of(p, kind, tile) * TILE + row);
-        if (pair) row_scales[1] = s.formats[product % 3].row_scale(place_of(p, kind, tile + 1) * TILE + row);
+        row_scales[0] = formats[product].row_scale(place_of(p, kind, tile) * TILE + row);
+        if (pair) row_scales[1] = formats[product].row_scale(place_of(p, kind, tile + 1) * TILE + row);
       }
     }
-    if (has_word) reinterpret_cast<u32*>(s.formats + (product + 1) % 3)[thread] = word_of_next;
     __syncthreads();
 
     // the product
-    const Format format = s.formats[product % 3];
+    const Format format = formats[product];
     int tile = s.warps[kind][warp].tile, step = s.warps[kind][warp].step;
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
@@ -165,9 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     if (product + 1 < products) {   // early, so that nothing waits for it later
       const WarpShare next = s.warps[(product + 1) % KINDS][warp];
       const int first = place_of(p, (product + 1) % KINDS, next.tile);
-      scale = s.formats[(product + 1) % 3].scale(lane, first, next.step);
-      s.formats[(product + 1) % 3].fetch_scales(lane, first);
-      s.formats[(product + 1) % 3].fetch_scales(lane, place_of(p, (product + 1) % KINDS, next.tile + 1));
+      scale = formats[product + 1].scale(lane, first, next.step);
+      formats[product + 1].fetch_scales(lane, first);
+      formats[product + 1].fetch_scales(lane, place_of(p, (product + 1) % KINDS, next.tile + 1));
     }
     __syncthreads();
 

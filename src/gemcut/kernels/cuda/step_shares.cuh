@@ -10,7 +10,6 @@ struct Layer {
 
 struct Step {
   const Format* formats;        // [layers, KINDS]
-  const ulonglong2* sources;    // [layers, KINDS]: for Format::point
   const Layer* layers;
   const float* norms;           // [1 + layers * 4, hidden]: the first layer's input; then of each layer after attention, before and
                                 // after the MLP, and of what follows
@@ -22,7 +21,8 @@ struct Step {
   const int* block_tables[2];   // of full and of sliding layers
   const float* ropes[2];
   u32* qkv;                     // words, each written once a layer: what attention reads,
-  u32* attended;                // what it gives,
+  u32* attended;                // what it gives, [FEW_RUNS, heads * HEAD_DIM],
+  u32* shares;                  // of its runs: see Attention
   u32* activated;               // gelu(gate) * up,
   u32* pieces[2];               // [PIECES, hidden] of the products that come back into the residual stream
   u64* partial;                 // packets: see Attention
@@ -46,8 +46,6 @@ struct Share {
 struct WarpShare { int tile, step, count; };
 
 struct Shared {
-  Format shapes[KINDS];  // of the first layer's products
-  Format formats[3];     // of product i at i % 3: this one's, the next one's, and the one before, whose rows may still be added up
   Share share[KINDS];
   WarpShare warps[KINDS][WARPS];
   u16 owners[KINDS][MOST_TILES];        // a bit for each warp that has a part of the tile

@@ -2,34 +2,21 @@
 // plain gathering. Every block does it for itself.
 
 // Four sums over the block at once; `scratch` holds one of each warp.
-__device__ __forceinline__ float4 block_sums(float4 v, float4* scratch) {
+__device__ __forceinline__ float4 block_sums(const float4& v, float4* scratch) {
   __syncwarp();   // lanes come from a wait one by one; a shuffle of a warp that is not together costs a hundred cycles
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    v.x += __shfl_xor_sync(0xffffffffu, v.x, lanes), v.y += __shfl_xor_sync(0xffffffffu, v.y, lanes);
-    v.z += __shfl_xor_sync(0xffffffffu, v.z, lanes), v.w += __shfl_xor_sync(0xffffffffu, v.w, lanes);
-  }
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  const int thread = this_thread(), lane = thread % 32;
+  float parts[4] = {v.x, v.y, v.z, v.w};
+  deal_sums<16, 1>(parts, lane);
+  if (lane % 8 == 0) reinterpret_cast<float*>(scratch + thread / 32)[lane / 8] = parts[0];
   __syncthreads();
-  v = threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : make_float4(0.f, 0.f, 0.f, 0.f);
+  float4 sum = scratch[0];
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    v.x += __shfl_xor_sync(0xffffffffu, v.x, lanes), v.y += __shfl_xor_sync(0xffffffffu, v.y, lanes);
-    v.z += __shfl_xor_sync(0xffffffffu, v.z, lanes), v.w += __shfl_xor_sync(0xffffffffu, v.w, lanes);
+  for (int w = 1; w < WARPS; ++w) {
+    const float4 other = scratch[w];
+    sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
   }
-  return v;
+  return sum;
 }
-
-__device__ __forceinline__ float4 read4(const float* from) { return *reinterpret_cast<const float4*>(from); }
-__device__ __forceinline__ float4 value4(const uint4& w) {
-  return make_float4(word_value(w.x), word_value(w.y), word_value(w.z), word_value(w.w));
-}
-__device__ __forceinline__ float dot4(const float4& a, const float4& b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
-__device__ __forceinline__ float4 product4(const float4& a, const float4& b) {
-  return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
-}
-__device__ __forceinline__ float4 scaled4(const float4& a, float s) { return make_float4(a.x * s, a.y * s, a.z * s, a.w * s); }
-__device__ __forceinline__ uint2 pack4(const float4& v) { return make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)); }
 
 // A thread has fours of a row of the residual stream.
 struct Stream {
@@ -129,7 +116,7 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
 
 // x = `count` words, rounded.
 __device__ __forceinline__ void gather(u8* xs, const u32* from, int count, u32 tag) {
-  constexpr int BATCH = 6;
+  constexpr int BATCH = WIDTH_FOURS;
   const int thread = this_thread();
 #pragma unroll 1
   for (int first = 0; first * 4 < count; first += THREADS * BATCH) {

@@ -21,8 +21,15 @@ struct Patience {
   }
 };
 
+__device__ __forceinline__ u32 as_word(float value, u32 tag) { return (__float_as_uint(value) & ~TAG_MASK) | (tag & TAG_MASK); }
+__device__ __forceinline__ float word_value(u32 word) { return __uint_as_float(word & ~TAG_MASK); }
 __device__ __forceinline__ void publish(u32* to, float value, u32 tag) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"((__float_as_uint(value) & ~TAG_MASK) | (tag & TAG_MASK)) : "memory");
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(as_word(value, tag)) : "memory");
+}
+__device__ __forceinline__ void publish4(u32* to, const float4& v, u32 tag) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(as_word(v.x, tag)), "r"(as_word(v.y, tag)),
+               "r"(as_word(v.z, tag)), "r"(as_word(v.w, tag))
+               : "memory");
 }
 __device__ __forceinline__ uint4 load_words(const u32* from) {
   uint4 w;
@@ -32,7 +39,6 @@ __device__ __forceinline__ uint4 load_words(const u32* from) {
 __device__ __forceinline__ bool are_here(const uint4& w, u32 tag) {
   return (((w.x ^ tag) | (w.y ^ tag) | (w.z ^ tag) | (w.w ^ tag)) & TAG_MASK) == 0;
 }
-__device__ __forceinline__ float word_value(u32 word) { return __uint_as_float(word & ~TAG_MASK); }
 
 // Waits for COUNT fours of words, loaded already, all lanes of the warp together; those that had not come are loaded
 // again, all at once.
@@ -77,3 +83,15 @@ __device__ __forceinline__ void await_packets(u64 (&w)[COUNT], u32 tag, u32 want
     patience.tick();
   }
 }
+
+// Fours of values.
+__device__ __forceinline__ float4 read4(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ __forceinline__ float4 value4(const uint4& w) {
+  return make_float4(word_value(w.x), word_value(w.y), word_value(w.z), word_value(w.w));
+}
+__device__ __forceinline__ float dot4(const float4& a, const float4& b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+__device__ __forceinline__ float4 product4(const float4& a, const float4& b) {
+  return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+__device__ __forceinline__ float4 scaled4(const float4& a, float s) { return make_float4(a.x * s, a.y * s, a.z * s, a.w * s); }
+__device__ __forceinline__ uint2 pack4(const float4& v) { return make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)); }
