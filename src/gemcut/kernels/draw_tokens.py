@@ -50,7 +50,8 @@ def draw_tokens(
         logits: fp32 [m or more, V], contiguous, before the final soft-cap.
         numbers: fp64 [m, 4], contiguous, m at most 1024: 1 / temperature, top_p, min_p, the draw's uniform number.
         ids: int32 [m or more], gets the tokens.
-        sure: int32 [m or more]: 0 where more of the likeliest tokens were needed than the kernel looks at.
+        sure: int32 [m or more]: 0 where more of the likeliest tokens were needed than the kernel looks at; the token is
+            then the likeliest.
         filtered: whether not every token may be drawn.
         top_k: of all rows; 0: no such filter. ``supports`` has taken it.
         softcap: the final one.

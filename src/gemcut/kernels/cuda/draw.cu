@@ -12,7 +12,7 @@ struct Draw {
   float2* sums;            // [m, parts]: the largest logit; the sum of exp((logit - largest) / temperature)
   u32* arrivals;           // [m], zero between launches
   int* ids;                // [m]: the token
-  int* sure;               // [m]: 0 where more tokens than the lists hold were needed
+  int* sure;               // [m]: 0 where more tokens than the lists hold were needed; `ids` then gets the likeliest
   float softcap;           // 0: none
   int vocabulary;
   int filtered, top_k;     // top_k 0: no such filter
@@ -258,5 +258,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(Draw p) {
   } else {
     draw_any(p, s, sums, largest, inverse, numbers[3]);
   }
-  if (thread == 0) p.sure[row] = sure, p.arrivals[row] = 0;
+  if (thread == 0) {
+    if (!sure) p.ids[row] = place_of(entries[0]);
+    p.sure[row] = sure, p.arrivals[row] = 0;
+  }
 }
