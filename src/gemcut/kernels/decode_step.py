@@ -213,6 +213,7 @@ def _kernel(storage: Storage, plan: _Plan, head_dim: int, group: int, device: in
         ("BLOCK_WARPS", WARPS),
         ("BLOCK_STAGES", plan.stages),
         ("FOURS", plan.fours),
+        ("FEW_RUNS", FEW_RUNS),
         ("RUN_FOURS", plan.run_fours),
         ("WIDTH_FOURS", plan.width_fours),
         ("SLOTS", plan.slots),

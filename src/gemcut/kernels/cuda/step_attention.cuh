@@ -8,7 +8,7 @@
 struct Attention {
   const u32* qkv;        // words [(GROUP + 2) * kv_heads * HEAD_DIM]: queries, keys, values
   u32* out;              // words [FEW_RUNS, GROUP * kv_heads * HEAD_DIM]
-  u32* shares;           // words [GROUP * kv_heads * HEAD_DIM / SHARED_COLUMNS, 32], the first FEW_RUNS: the logarithm of runs' weights
+  u32* shares;           // words [GROUP * kv_heads * HEAD_DIM / SHARED_COLUMNS, 32]: the first FEW_RUNS are logarithms of runs' weights
   u64* partial;          // packets [kv_heads, most runs, GROUP, HEAD_DIM], then [kv_heads, most runs, GROUP]
   u16* keys;             // this layer's: [blocks, block size, kv_heads, HEAD_DIM]
   u16* values;
@@ -20,7 +20,7 @@ struct Attention {
 };
 
 constexpr int WARPS = BLOCK_WARPS;
-constexpr int FEW_RUNS = 4;       // that stand side by side: one four of words
+static_assert(FEW_RUNS == 4, "the weights of the runs that stand side by side are one four of words");
 // So many columns have a line of memory for the weights of their runs: all blocks look at it, and one line for all heads would
 // answer some thousand warps one by one.
 constexpr int SHARED_COLUMNS = HEAD_DIM < 128 ? HEAD_DIM : 128;
