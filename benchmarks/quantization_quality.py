@@ -125,15 +125,15 @@ def cut(source: Source, variant: Variant, sets: dict[str, list[Documents]]) -> I
     return calibrate(source, variant.spec, documents, dtype=DTYPE)
 
 
-def decode_speed(source: Source, spec: Quantization | None, tensors: dict[str, Weight]) -> float:
-    """tok/s of one request on this machine's CPU: 48 tokens after a prompt of 128, median of five."""
+def decoder(source: Source, spec: Quantization | None, tensors: dict[str, Weight]) -> Callable[[], float]:
+    """Gives tok/s of one request on this machine's CPU: 48 tokens after a prompt of 128."""
     cpu = torch.device("cpu")
     model = build_network(source.config(), dtype=DTYPE, device=cpu, quantization=spec)
     load_model_weights(model, iter(tensors.items()), dtype=DTYPE, device=cpu, allocate=weight_allocator(cpu))
     bind_kernels(model, cpu)
     engine = Engine(model, cpu, EngineConfig(max_context=256, sequences=1))
-    speeds = []
-    for _ in range(5):
+
+    def speed() -> float:
         params = SamplingParams(max_new_tokens=49, temperature=0, ignore_eos=True)
         sequence = engine.submit(Request(prompt_ids=tuple(range(1000, 1128)), params=params))
         while sequence.output_length == 0:
@@ -141,8 +141,9 @@ def decode_speed(source: Source, spec: Quantization | None, tensors: dict[str, W
         start = time.perf_counter()
         while engine.has_work:
             engine.step()
-        speeds.append(48 / (time.perf_counter() - start))
-    return statistics.median(speeds)
+        return 48 / (time.perf_counter() - start)
+
+    return speed
 
 
 def measure(source: Source, variant: Variant, sets: dict[str, list[Documents]], whole: dict[str, Reference]) -> Any:
@@ -151,12 +152,13 @@ def measure(source: Source, variant: Variant, sets: dict[str, list[Documents]], 
     tensors = dict(cut(source, variant, sets))
     seconds = time.perf_counter() - start
     linear = [w for n, w in tensors.items() if n != "embed.weight"]
+    speed = decoder(source, variant.spec, tensors)
     model = network(source, tensors)
     return {
         "linear_bytes": sum(weight.nbytes for weight in linear),
         "bytes": sum(weight.nbytes for weight in tensors.values()),
         "seconds": seconds,
-        "speed": decode_speed(source, variant.spec, tensors),
+        "speed": statistics.median(speed() for _ in range(5)),
         "held_out": {kind: dataclasses.asdict(reference.compare(model)) for kind, reference in whole.items()},
     }
 
@@ -250,9 +252,11 @@ def main() -> None:
     args = parser.parse_args()
     source = resolve("gemma-3-270m")
     if args.speed_only:
-        for spec in dict.fromkeys(variant.spec for variant in variants([])):
-            tensors = dict(cut(source, Variant("", spec), {}))
-            print(f"{spec}: {decode_speed(source, spec, tensors):.1f} tok/s", flush=True)
+        specs = list(dict.fromkeys(variant.spec for variant in variants([])))
+        speeds = [decoder(source, spec, dict(cut(source, Variant("", spec), {}))) for spec in specs]
+        rounds = [[speed() for speed in speeds] for _ in range(9)]  # in turns: other work hits all of them
+        for spec, values in zip(specs, zip(*rounds, strict=True), strict=True):
+            print(f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f}) tok/s: {spec or 'bf16'}")
         return
     tokenizer = source.tokenizer()
 

@@ -99,6 +99,10 @@ class _Group:
         keys, values = self.storage[layer]
         return Pages(keys, values, self.slots)
 
+    def padded_blocks(self) -> tuple[Tensor, Tensor]:
+        padded, lengths, _ = self._padded()
+        return padded, lengths
+
     def block_table(self) -> Tensor:
         """int32 [B, longest]: each sequence's block of each run of block-size tokens; 0 where it has none any more."""
         if self._table is None:
@@ -155,6 +159,10 @@ class PagedKeyValues:
         """The layer's place in the cache."""
         group, index = self._layers[layer]
         return group.pages(index)
+
+    def padded_blocks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(each sequence's live blocks, int64 [B, longest], padded with block 0; tokens in them, int64 [B])."""
+        return self._layers[layer][0].padded_blocks()
 
     def storage(self, layer: int) -> Tensor:
         """The layer's keys and values: [2, blocks, block_size, kv_heads, head_dim]."""

@@ -108,10 +108,11 @@ class LayerStack:
             if group not in seen:
                 seen.add(group)
                 pages, (cos, sin) = kv.pages(i), rotations[i]
-                keep.append((pages, cos, sin))
+                blocks, lengths = kv.padded_blocks(i)
+                keep.append((pages, cos, sin, blocks, lengths))
                 stack.groups[group] = _Group(
-                    cos.data_ptr(), sin.data_ptr(), pages.slots.data_ptr(), pages.blocks.data_ptr(),
-                    pages.lengths.data_ptr(), cos.stride(0), pages.blocks.stride(0),
+                    cos.data_ptr(), sin.data_ptr(), pages.slots.data_ptr(), blocks.data_ptr(),
+                    lengths.data_ptr(), cos.stride(0), blocks.stride(0),
                 )  # fmt: skip
                 stack.block_size = pages.keys.shape[1]
         d, qkv, mixed = self._widths

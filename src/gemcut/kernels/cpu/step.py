@@ -104,16 +104,17 @@ class CpuStep:
         """
         qkv = qkv.contiguous()
         pages, spec = kv.pages(attention.layer), attention.spec
+        blocks, lengths = kv.padded_blocks(attention.layer)
         cos, sin = rotation
         head_dim = attention.head_dim
         out = torch.empty((qkv.shape[0], attention.sizes[0]), dtype=torch.bfloat16)
         q_norm, k_norm = (None if norm is None else norm.scale for norm in (attention.q_norm, attention.k_norm))
         call = AttentionCall(
             qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), _address(q_norm), _address(k_norm),
-            pages.keys.data_ptr(), pages.values.data_ptr(), pages.slots.data_ptr(), pages.blocks.data_ptr(),
-            pages.lengths.data_ptr(), out.data_ptr(),
+            pages.keys.data_ptr(), pages.values.data_ptr(), pages.slots.data_ptr(), blocks.data_ptr(),
+            lengths.data_ptr(), out.data_ptr(),
             qkv.shape[0], attention.sizes[0] // head_dim, attention.sizes[1] // head_dim, head_dim,
-            cos.stride(0), pages.blocks.stride(0), pages.keys.shape[1], spec.window or 0,
+            cos.stride(0), blocks.stride(0), pages.keys.shape[1], spec.window or 0,
             attention.scale, 0.0 if attention.q_norm is None else attention.q_norm.eps, spec.softcap or 0.0,
         )  # fmt: skip
         self._attend_one(ctypes.byref(call), cpu.threads())
