@@ -36,8 +36,8 @@ def batch(parts: list[tuple[int, int]], seed: int) -> tuple[list[int], list[int]
 @pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
 def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str) -> None:
     """First runs, captures and replays with other tokens, lengths and tables; one sequence and several; older keys."""
-    model = network(weights, bound=True)
-    caches = [PagedCache(model.config, CacheShape(4, 400, 400), torch.bfloat16, CUDA) for _ in range(2)]
+    model, plain = network(weights, bound=True), network(weights, bound=False)
+    caches = [PagedCache(model.config, CacheShape(4, 400, 400), torch.bfloat16, CUDA) for _ in range(3)]
     for cache in caches:
         for storage in (cache.full_storage, cache.sliding_storage):
             storage.normal_(generator=torch.Generator(CUDA).manual_seed(3))  # blocks that others have used
@@ -59,14 +59,19 @@ def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str) -
                 sliding = [-1] * first + blocks[at + first : at + need]
                 tables.append(Tables(blocks[at : at + need], sliding, first))
                 at += need
-            caches[1].full_storage.copy_(caches[0].full_storage)
-            caches[1].sliding_storage.copy_(caches[0].sliding_storage)
-            torch.full((512, 512), torch.nan, device=CUDA)  # poison what is allocated next
+            for cache in caches[1:]:
+                cache.full_storage.copy_(caches[0].full_storage)
+                cache.sliding_storage.copy_(caches[0].sliding_storage)
+            with torch.cuda.stream(graphs._shared.stream):
+                torch.full((512, 512), torch.nan, device=CUDA)  # poison what is allocated there next
             got = graphs.hidden(ids, positions, spans, tables)
             kv = PagedKeyValues(model.config, caches[1], tables, spans)
             want = model(torch.tensor(ids, device=CUDA), torch.tensor(positions, device=CUDA), kv)
             assert got is not None
             assert got.shape == want.shape
+            kv = PagedKeyValues(plain.config, caches[2], tables, spans)
+            other = plain(torch.tensor(ids, device=CUDA), torch.tensor(positions, device=CUDA), kv)
+            assert relative_error(got, other.double()) < 0.03, parts
             # cuBLAS chooses its kernel by the number of rows; ours give the same sums for all rows of a size.
             exact = weights != "bf16" and 8 < len(ids) <= 384
             assert relative_error(got, want.double()) <= (0 if exact else 0.01), parts
@@ -85,6 +90,32 @@ def test_what_does_not_fit_a_graph_is_left_to_launches() -> None:
     for parts in ([(0, SIZES[-1] + 1)], [(0, 2)] * MOST_SEQUENCES, [(8200, 3)]):
         assert graphs.hidden(*batch(parts, 1), [Tables()] * len(parts)) is None
     assert not graphs._sizes
+
+
+def test_without_memory_for_a_capture_prompts_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("bf16", bound=True)
+    graphs = PrefillGraphs(model, PagedCache(model.config, CacheShape(4, 400, 400), torch.bfloat16, CUDA), CUDA)
+    ids, positions, spans = batch([(0, 40)], 1)
+    tables = [Tables(list(range(10)), list(range(10)))]
+    pool = graphs._shared.pool
+    with torch.inference_mode():
+        first = graphs.hidden(ids, positions, spans, tables)
+        assert first is not None
+        first = first.clone()
+
+        def fail(self: object, *args: object, **how: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", fail)
+        with pytest.warns(UserWarning, match="no memory for a CUDA graph"):
+            second = graphs.hidden(ids, positions, spans, tables)
+        monkeypatch.undo()
+        third = graphs.hidden(ids, positions, spans, tables)
+        assert torch.cuda.current_stream(CUDA) == torch.cuda.default_stream(CUDA)
+    assert graphs._shared.pool != pool
+    for again in (second, third):
+        assert again is not None
+        assert torch.equal(again, first)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "nf4"])

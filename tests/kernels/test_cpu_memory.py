@@ -26,9 +26,15 @@ def test_zeros_are_zero_with_and_without_mappings(monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         for shape in ((0, 5), (3, 7), (1000, 4096)):
             dirty = huge_empty(shape, torch.bfloat16).fill_(3)
+            del dirty  # its memory may come back
             assert torch.equal(huge_zeros(shape, torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
-            del dirty
         monkeypatch.delattr(memory.mmap, "MAP_ANONYMOUS", raising=False)
+        monkeypatch.setattr(torch, "empty", lambda *size, **how: torch.full(*size, 3, **how))
+
+
+def test_no_memory_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="no room for"):
+        huge_zeros((1 << 50,), torch.float32)
 
 
 def test_small_tensors_do_not_overlap_and_are_aligned() -> None:

@@ -169,7 +169,10 @@ def test_attention_of_one_query(
         k_norm=None if norms[1] is None else SimpleNamespace(scale=norms[1], eps=1e-6),
     )  # fmt: skip
     before = keys.clone()
-    kv = SimpleNamespace(pages=lambda layer: Pages(keys, values, slots, order.contiguous(), torch.tensor(lengths)))
+    kv = SimpleNamespace(
+        pages=lambda layer: Pages(keys, values, slots),
+        padded_blocks=lambda layer: (order.contiguous(), torch.tensor(lengths)),
+    )
     got = CpuStep(variant).attend_one(attention, qkv, rotation, kv)
     untouched = torch.ones(batch * most * size, dtype=torch.bool)
     untouched[slots] = False

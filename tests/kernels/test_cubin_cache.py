@@ -71,6 +71,18 @@ def test_no_place_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert compiler.runs == 2
 
 
+def test_a_read_only_disk_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler()
+    cached("a", compiler)
+
+    def refuse(*_: object) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(cubin_cache.os, "utime", refuse)
+    assert cached("a", compiler) == b"machine code"
+    assert compiler.runs == 1
+
+
 def test_errors_of_the_compiler_pass_and_leave_nothing(place: Path) -> None:
     def failing() -> bytes:
         raise RuntimeError("line 1: error")

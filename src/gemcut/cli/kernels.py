@@ -70,8 +70,8 @@ def _decode(config: GemmaConfig, device: torch.device) -> list[str]:
         reason = decode_graph.step_supports(config, {storage}, BLOCK_SIZE, device)
         how = "all in one launch" if reason is None else f"several launches each ({reason})"
         lines.append(f"{name} layers, one sequence: {how}")
-    for what, top_k in ("draws", 0), ("draws with a top_k above 64", 65):
-        reason = draw_tokens.supports(config.vocab_size, top_k)
+    for what, top_k, filtered in ("draws", 0, False), ("draws with a top_k", 64, True), ("other draws", 0, True):
+        reason = draw_tokens.supports(config.vocab_size, top_k, filtered)
         lines.append(f"{what}: " + ("one launch" if reason is None else f"PyTorch's operations ({reason})"))
     return lines
 

@@ -92,8 +92,9 @@ def shape_for_bytes(
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU in memory that is not touched before it is used, so that a large cache costs nothing at first,
-    and on huge pages: a head's keys lie far enough apart for the search of ordinary ones to cost as much as reading.
+    """Zeros; on a CPU in memory that is not touched before it is used, so that a large cache costs little at first (a
+    huge page for each layer's keys and values), and on huge pages: a head's keys lie far enough apart for the search of
+    ordinary ones to cost as much as reading.
 
     Zeros rather than anything, since attention multiplies the unused places of a block by a weight of 0.
     """

@@ -60,7 +60,7 @@ def supports(model: Model, block_size: int, device: torch.device) -> str | None:
 
 def most_draws(kind: Kind, vocabulary: int) -> int:
     """Sequences up to which tokens are drawn in a graph."""
-    return SIZES[-1] if draw_tokens.supports(vocabulary, kind.top_k) is None else _MOST_PLAIN_DRAWS
+    return SIZES[-1] if draw_tokens.supports(vocabulary, kind.top_k, kind.filtered) is None else _MOST_PLAIN_DRAWS
 
 
 def step_supports(config: GemmaConfig, storages: set[Storage], block_size: int, device: torch.device) -> str | None:
@@ -262,29 +262,33 @@ class DecodeGraph:
         self._launched += 1
 
     def _draw_graph(self, kind: Kind, count: int) -> torch.cuda.CUDAGraph:
-        """From ``logits`` to ``ids`` for the first ``count`` rows, captured at its first use."""
+        """From ``logits`` to ``ids`` for the first ``count`` rows or more, captured at its first use."""
+        if self._in_one_launch(kind):
+            count = self.rows  # one graph for all: what unused rows draw is not looked at
         if (kind, count) not in self._draws:
+            kept = self.ids.clone()
             stream = torch.cuda.Stream(self.ids.device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(self.ids.device))
-            kept = self.ids.clone()
             with torch.cuda.stream(stream):
                 self._draw_rows(kind, count)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            # In the step's own memory, none of which but `logits` is wanted any more when this runs.
+            with torch.cuda.graph(graph, stream=stream, pool=self.graph.pool(), capture_error_mode="thread_local"):
                 self._draw_rows(kind, count)
             torch.cuda.current_stream(self.ids.device).wait_stream(stream)
             self.ids.copy_(kept)
             self._draws[kind, count] = graph
         return self._draws[kind, count]
 
+    def _in_one_launch(self, kind: Kind) -> bool:
+        return draw_tokens.supports(self.logits.shape[1], kind.top_k, kind.filtered) is None
+
     def _draw_rows(self, kind: Kind, count: int) -> None:
         cap = self.model.config.final_logit_softcapping
-        if draw_tokens.supports(self.logits.shape[1], kind.top_k) is None:
-            draw_tokens.draw_tokens(
-                self.logits, self._numbers[:count], self.ids, self._sure,
-                filtered=kind.filtered, top_k=kind.top_k, softcap=cap,
-            )  # fmt: skip
+        if self._in_one_launch(kind):
+            numbers = self._numbers[:count]
+            draw_tokens.draw_tokens(self.logits, numbers, self.ids, self._sure, top_k=kind.top_k, softcap=cap)
             return
         for row in range(count):
             logits = self.logits[row]

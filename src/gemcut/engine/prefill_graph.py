@@ -2,14 +2,18 @@
 
 Launching the layers takes the host longer than a GPU needs for so few tokens. A graph has a fixed number of rows; a
 batch takes the smallest that holds it, and the rows left over are a sequence of their own that is stored nowhere. No
-row's result depends on another sequence's rows, so it is the same as without a graph.
+row's result depends on another sequence's rows. For packed weights and 9 to 384 rows it is the same as without a graph,
+bit for bit; elsewhere another number of rows may take another kernel, which rounds otherwise.
 
 A size's first batch runs as it is, since most sizes are needed once only; the second is captured.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +29,8 @@ from gemcut.model.attention import Span
 #: Rows a graph has: where a product's tiles end (kernels/packed_gemm.py), so that its kernel is the batch's own.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 288, 384, 512)
 #: Tokens of older context, the batch's own included, that a graph has room to gather; 0: a batch without any.
-CONTEXTS = (0, 512, 2048, 8192)
+CONTEXTS = (0, 512, 1024, 2048, 4096, 8192)
+#: The rows left over counted as one.
 MOST_SEQUENCES = 8
 
 
@@ -36,6 +41,18 @@ def supports(model: Model, decode_refusal: str | None) -> str | None:
     if not isinstance(model.step, CudaStep) or model.step.varlen is not triton_varlen:
         return "needs the Triton attention kernel"
     return None
+
+
+@dataclass
+class _Shared:
+    """What all graphs of an engine use."""
+
+    model: Model
+    cache: PagedCache
+    device: torch.device
+    queries: int  # of a tile
+    stream: torch.cuda.Stream  # of captures, and of runs before them
+    pool: Any  # the graphs' memory: one runs at a time
 
 
 class _KeyValues:
@@ -67,19 +84,19 @@ class _KeyValues:
 class _Graph:
     """The layers for ``rows`` tokens with room for ``context`` older ones and their own; captured at the second run."""
 
-    def __init__(self, graphs: PrefillGraphs, rows: int, context: int) -> None:
-        self._graphs, self.rows, self.context = graphs, rows, context
-        blocks = context // graphs.cache.block_size
-        count = 2 * (-(-rows // graphs.queries) + MOST_SEQUENCES)  # of tiles: 16 bytes each, two of the buffer's values
+    def __init__(self, shared: _Shared, rows: int, context: int) -> None:
+        self._shared, self.rows, self.context = shared, rows, context
+        blocks = context // shared.cache.block_size
+        count = 2 * (-(-rows // shared.queries) + MOST_SEQUENCES)  # of tiles: 16 bytes each, two of the buffer's values
         sizes = {"ids": rows, "positions": rows}
         for group in ("full", "sliding"):
             sizes |= {f"{group} slots": rows, f"{group} blocks": blocks, f"{group} tiles": count}
         self._host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=True)
-        self._device = torch.zeros_like(self._host, device=graphs.device)
+        self._device = torch.zeros_like(self._host, device=shared.device)
         names = list(sizes)
         self._written = dict(zip(names, torch.split(self._host, list(sizes.values())), strict=True))
         self._inputs = dict(zip(names, torch.split(self._device, list(sizes.values())), strict=True))
-        self._kv = _KeyValues(graphs.model, graphs.cache, rows, self._inputs)
+        self._kv = _KeyValues(shared.model, shared.cache, rows, self._inputs)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
@@ -89,7 +106,7 @@ class _Graph:
         """Hidden states of all rows, fp32 [rows, d]; the next run overwrites them."""
         self._load(ids, positions, spans, tables)
         if self._runs == 1:
-            self._runs += 1  # where a capture fails, out of memory say, its error passes through; none is tried again
+            self._runs += 1  # one that failed is not tried again
             self._capture()
         if self._graph is None or self._hidden is None:
             hidden = self._alone()
@@ -100,7 +117,7 @@ class _Graph:
 
     def _load(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> None:
         self._copied.synchronize()  # the last upload has left the page-locked memory
-        size, used = self._graphs.cache.block_size, len(ids)
+        size, used = self._shared.cache.block_size, len(ids)
         self._host.zero_()
         host = {name: part.numpy() for name, part in self._written.items()}
         host["ids"][:used], host["positions"][:used] = ids, positions
@@ -119,18 +136,18 @@ class _Graph:
                     host[f"{group} blocks"][at : at + len(lives[-1])] = lives[-1]
                     at += len(lives[-1])
             runs = gathered_runs(spans, lives, first, size) if self.context or fresh is None else fresh
-            cut = tiles([*runs, *rest], self._graphs.queries)
+            cut = tiles([*runs, *rest], self._shared.queries)
             self._written[f"{group} tiles"].view(torch.int32)[: len(cut) * 4] = torch.tensor(cut).flatten()
         self._device.copy_(self._host, non_blocking=True)
         self._copied.record()
 
     def _forward(self) -> Tensor:
-        hidden: Tensor = self._graphs.model(self._inputs["ids"], self._inputs["positions"], self._kv)
+        hidden: Tensor = self._shared.model(self._inputs["ids"], self._inputs["positions"], self._kv)
         return hidden
 
     def _alone(self) -> Tensor:
         """Without a graph, on the stream of captures: kernels are compiled and make their counters for it."""
-        stream, current = self._graphs.stream, torch.cuda.current_stream(self._graphs.device)
+        stream, current = self._shared.stream, torch.cuda.current_stream(self._shared.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             hidden = self._forward()
@@ -139,21 +156,31 @@ class _Graph:
         return hidden
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graphs.pool, stream=self._graphs.stream):
-            self._hidden = self._forward()
-        self._graph = graph
+        """Without enough memory for it there is no graph, and the pool it failed in is left alone."""
+        shared, graph, hidden = self._shared, torch.cuda.CUDAGraph(), None
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(shared.device)),  # what is current again whatever happens
+                torch.cuda.graph(graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"),
+            ):
+                hidden = self._forward()
+        except torch.OutOfMemoryError:
+            shared.pool = torch.cuda.graph_pool_handle()
+            warnings.warn(
+                f"no memory for a CUDA graph of prompts of {self.rows} tokens: they start slower", stacklevel=2
+            )
+            return
+        self._graph, self._hidden = graph, hidden
 
 
 class PrefillGraphs:
-    """Graphs of the sizes that were needed so far; they share their memory, since one runs at a time."""
+    """Graphs of the sizes that were needed so far. One runs at a time, so they share all memory but their results'."""
 
     def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
         config = model.config
-        self.model, self.cache, self.device = model, cache, device
-        self.queries = tile_queries(config.num_attention_heads, config.num_key_value_heads, config.head_dim, device)
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.pool = torch.cuda.graph_pool_handle()
+        queries = tile_queries(config.num_attention_heads, config.num_key_value_heads, config.head_dim, device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._shared = _Shared(model, cache, device, queries, stream, torch.cuda.graph_pool_handle())
         self._sizes: dict[tuple[int, int], _Graph] = {}
 
     def hidden(
@@ -170,7 +197,7 @@ class PrefillGraphs:
         Returns:
             None where no graph is large enough.
         """
-        size = self.cache.block_size
+        size = self._shared.cache.block_size
         context = 0
         if fresh_runs(spans) is None:
             context = sum(-(-span.context_length // size) * size for span in spans)
@@ -179,5 +206,5 @@ class PrefillGraphs:
         if rows is None or room is None or len(spans) >= MOST_SEQUENCES:
             return None
         if (rows, room) not in self._sizes:
-            self._sizes[rows, room] = _Graph(self, rows, room)
+            self._sizes[rows, room] = _Graph(self._shared, rows, room)
         return self._sizes[rows, room].run(ids, positions, spans, tables)[: len(ids)]

@@ -49,9 +49,10 @@ def _read(path: Path) -> bytes | None:
         data = path.read_bytes()
         if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
             return None
-        os.utime(path)  # the age that counts is that of the last use
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # the age that counts is that of the last use; a read-only disk has none
+        os.utime(path)
     return data[_DIGEST:]
 
 

@@ -25,6 +25,7 @@ from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, share
 
 WARPS = 12  # 168 registers a thread, which the kernel needs
 MOST_STAGES = 3  # a warp's ring; more only make what is waited for arrive behind more weights
+_MOST_PIECES = 16  # of a row's sum: step.cu keeps their number, less one, in four bits
 _KINDS = 4  # qkv, o, gate and up, down
 _GATE_UP = 2
 FEW_RUNS = 4  # of a head, whose results stand side by side
@@ -140,6 +141,10 @@ def supports(shape: StepShape, storage: Storage, block_size: int, processors: in
     plan = _plan(shape, storage, processors, shared_limit)
     if plan.stages < 2:
         return f"one launch a step needs more than the {shared_limit >> 10} KB of shared memory a block has here"
+    if plan.pieces > _MOST_PIECES:
+        return (
+            f"one launch a step shares rows between {_MOST_PIECES} blocks at most, and would between {plan.pieces} here"
+        )
     if plan.blocks < shape.kv_heads:
         return f"one launch a step needs a block for each of the {shape.kv_heads} key heads and has {plan.blocks}"
     return None

@@ -64,7 +64,10 @@ def _from_arena(size: int) -> tuple[mmap.mmap, int]:
 def _map(size: int) -> mmap.mmap:
     """A private anonymous mapping with room for ``size`` bytes from the first border between huge pages."""
     whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-    region = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        region = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no room for {size / 1e9:.2f} GB") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages
             region.madvise(mmap.MADV_HUGEPAGE)

@@ -1,7 +1,7 @@
-// One token drawn from each row of logits, as gemcut.engine.draw does with PyTorch's operations. Where not every token may be
-// drawn, each block sorts its part of the row and passes on the LIST likeliest; the row's last block sorts the beginnings of
-// those lists, or all of them. What a part holds back is no likelier than the last that is taken of its list, so all as likely
-// as the likeliest of these lasts are in their true order: as many as that are `complete`.
+// One token drawn from each row of logits, as gemcut.engine.draw does with PyTorch's operations. With a top_k each block sorts
+// its part of the row and passes on the LIST likeliest; the row's last block sorts the beginnings of those lists, or all of
+// them. What a part holds back is no likelier than the last that is taken of its list, so of all as likely as the likeliest of
+// these lasts none is missing but such as are equal to it: as many as that are `complete`.
 
 constexpr int THREADS = 1024, PART = 2 * THREADS, LIST = 64, MOST_PARTS = 128, CANDIDATES = MOST_PARTS * LIST, EACH = CANDIDATES / THREADS;
 
@@ -12,10 +12,10 @@ struct Draw {
   float2* sums;            // [m, parts]: the largest logit; the sum of exp((logit - largest) / temperature)
   u32* arrivals;           // [m], zero between launches
   int* ids;                // [m]: the token
-  int* sure;               // [m]: 0 where more tokens than the lists hold were needed; `ids` then gets the likeliest
+  int* sure;               // [m]: 0 where logits are not numbers; `ids` then gets any token
   float softcap;           // 0: none
   int vocabulary;
-  int filtered, top_k;     // top_k 0: no such filter
+  int top_k;               // at most LIST; 0: any token may be drawn
 };
 
 // A logit and its place as one number, likelier ones larger, the first of equal ones largest; 0 is none.
@@ -138,8 +138,8 @@ __device__ __forceinline__ void draw_any(const Draw& p, Scratch& s, const float2
   if (thread == 0) p.ids[row] = chosen * PART + min(s.first, s.last);
 }
 
-// Only the likeliest may be drawn. From the first `take` of each list; whether those were enough.
-__device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* entries, float largest, double everything, float inverse,
+// Only the top_k likeliest may be drawn. From the first `take` of each list; whether those were enough.
+__device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* entries, float largest, float inverse,
                                                const double* numbers, int take) {
   const int row = blockIdx.y, parts = gridDim.x, thread = threadIdx.x;
   const u64* const lists = p.lists + (size_t)row * parts * LIST;
@@ -167,13 +167,11 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
     complete += entry != 0 && logit_of(entry) >= held_back;
     if (at < p.top_k) kept_mass += weights[i];
   }
-  double whole, mass = everything;
+  double whole, mass;
   sum_before(complete, s.doubles, whole);
-  complete = (int)whole;
-  const bool all_here = complete == p.vocabulary;
-  if (p.top_k > 0 && p.top_k > complete && !all_here) return false;
-  if (p.top_k > 0) sum_before(kept_mass, s.doubles, mass);
-  const int limit = p.top_k > 0 ? min(p.top_k, complete) : complete;
+  sum_before(kept_mass, s.doubles, mass);
+  const int limit = min(p.top_k, p.vocabulary);
+  if (limit > (int)whole) return false;
   const float total = (float)mass, floor = (float)numbers[2] * (weight_of(logit_of(entries[0]), largest, inverse) / total);
 
   double sum = 0.0, unused;
@@ -195,7 +193,6 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
   if (last >= 0) atomicMax(&s.last, last);
   __syncthreads();
   const int end = s.last;
-  if (p.top_k == 0 && end + 1 >= complete && !all_here) return false;
   if (last == end) s.doubles[0] = last_sum;
   __syncthreads();
   const double point = numbers[3] * s.doubles[0];
@@ -225,13 +222,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(Draw p) {
   for (int i = 0; i < 2; ++i) {
     const int at = part * PART + thread + i * THREADS;
     values[i] = at < p.vocabulary ? capped(logits[at], p.softcap) : MINUS_INFINITY;
-    if (p.filtered) entries[thread + i * THREADS] = at < p.vocabulary ? entry_of(values[i], at) : 0;
+    if (p.top_k > 0) entries[thread + i * THREADS] = at < p.vocabulary ? entry_of(values[i], at) : 0;
   }
   float largest = block_max(fmaxf(values[0], values[1]), s.floats);
   double mass;
   sum_before((double)weight_of(values[0], largest, inverse) + weight_of(values[1], largest, inverse), s.doubles, mass);
   if (thread == 0) p.sums[row * parts + part] = make_float2(largest, (float)mass);
-  if (p.filtered) {
+  if (p.top_k > 0) {
     sort_entries(entries, PART, 1);
     // Every second list backwards, as the last block's sort wants them.
     if (thread < LIST) p.lists[((size_t)row * parts + part) * LIST + thread] = entries[part % 2 ? LIST - 1 - thread : thread];
@@ -245,15 +242,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(Draw p) {
   const float2* const sums = p.sums + row * parts;
   largest = block_max(thread < parts ? __ldcg(sums + thread).x : MINUS_INFINITY, s.floats);
   bool sure = true;
-  if (p.filtered) {
-    const float2 of_part = thread < parts ? __ldcg(sums + thread) : make_float2(MINUS_INFINITY, 0.f);
-    double everything;
-    sum_before(of_part.y * (double)weight_of(of_part.x, largest, inverse), s.doubles, everything);
-    sure = false;   // few are enough but for flat rows, and much sooner sorted
+  if (p.top_k > 0) {
+    sure = false;   // few are mostly enough, and much sooner sorted
 #pragma unroll 1
     for (int take = LIST / 8; take <= LIST && !sure; take *= 8) {
       __syncthreads();
-      sure = draw_likeliest(p, s, entries, largest, everything, inverse, numbers, take);
+      sure = draw_likeliest(p, s, entries, largest, inverse, numbers, take);
     }
   } else {
     draw_any(p, s, sums, largest, inverse, numbers[3]);

@@ -10,7 +10,7 @@
 //
 // W comes through a ring of asynchronous copies per warp, as in matvec.cuh. Packed W has the columns of a block of 64 in the
 // order that 16-byte reads give: lane quad q of matrix instruction i multiplies columns 16 q + 4 i ... + 3. x comes in that
-// order (ordered.cuh) and into the form that wgmma reads, so that the bulk copy engine fetches it without passing through
+// order (ordered.cuh) and in the form that wgmma reads, so that the bulk copy engine fetches it without passing through
 // registers. One warpgroup does nothing but ask for it: whoever multiplies as well holds up its whole warpgroup each time.
 //
 // p.arrivals of a tile's first thread block counts those that have come, in its low bits, those that are done, and those that

@@ -1,5 +1,6 @@
 // Values that blocks of one running launch hand each other through device memory, without a barrier: each says itself
-// whether it has come. A word is an fp32 value whose four lowest bits are a tag in place of 2^-20 of its size; a place is
+// whether it has come. A word is an fp32 value whose four lowest bits are a tag in place of 2^-20 of its size (of a run's
+// weight, whose logarithm is handed over: 6e-5 of itself at scores of 50, which is what soft-caps allow); a place is
 // written once a layer, so the tag of this layer cannot be the one that still lies there. A packet has its fp32 value whole
 // and 32 bits of tag, for places that are not written every time.
 
