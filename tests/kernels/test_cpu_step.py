@@ -146,7 +146,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("window", [None, 1, 16, 33])
 @pytest.mark.parametrize("special", ["softcap", "norms", "neither"])
 def test_attention_of_one_query(
-    special: str, window: int | None, threads_per_head: tuple[int, int, int], variant: str
+    special: str,
+    window: int | None,
+    threads_per_head: tuple[int, int, int],
+    variant: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Several sequences at once, at lengths around a block's borders and the window's edge, on scattered blocks."""
     heads, kv_heads, hd = threads_per_head
@@ -174,6 +178,9 @@ def test_attention_of_one_query(
         padded_blocks=lambda layer: (order.contiguous(), torch.tensor(lengths)),
     )
     got = CpuStep(variant).attend_one(attention, qkv, rotation, kv)
+    for threads in (1, 64):  # few share a key head's work by pairs of heads, many by single ones: the same bits
+        monkeypatch.setattr(cpu, "threads", lambda count=threads: count)
+        assert torch.equal(CpuStep(variant).attend_one(attention, qkv, rotation, kv), got)
     untouched = torch.ones(batch * most * size, dtype=torch.bool)
     untouched[slots] = False
     assert torch.equal(keys.flatten(0, 1)[untouched], before.flatten(0, 1)[untouched])
