@@ -1,9 +1,9 @@
 // What stands between the matrix products of a network: norms with the residual sum, the gated product, attention of
 // one query a sequence, the soft-cap. Everything in fp32, rounded to bf16 once where it is stored as bf16.
 #include <math.h>
-#include <stdlib.h>
 
 #include "pool.h"
+#include "scratch.h"
 #include "step.h"
 
 namespace {
@@ -17,24 +17,6 @@ float inverse_rms(const float* x, int64_t n, float eps) {
     float squares = (sum(total[0]) + sum(total[1])) + (sum(total[2]) + sum(total[3]));
     for (; j < n; ++j) squares += x[j] * x[j];
     return 1.0f / sqrtf(squares / float(n) + eps);
-}
-
-// Scratch of the calling thread, kept for its next call.
-struct Scratch {
-    float* memory;
-    size_t size;
-    ~Scratch() { free(memory); }
-};
-
-float* scratch(size_t count) {
-    static thread_local Scratch kept{nullptr, 0};
-    if (kept.size < count) {
-        free(kept.memory);
-        void* fresh;
-        if (posix_memalign(&fresh, 64, count * sizeof(float))) abort();
-        kept.memory = static_cast<float*>(fresh), kept.size = count;
-    }
-    return kept.memory;
 }
 
 struct Norm {

@@ -1,10 +1,10 @@
 // Attention of one query a sequence over the paged cache, from the fused q, k, v of the projection to the heads' results:
 // norms of queries and keys, rotation, the write of key and value, scores, soft-cap, softmax, the weighted sum.
 #include <math.h>
-#include <stdlib.h>
 
 #include "attention.h"
 #include "pool.h"
+#include "scratch.h"
 #include "step.h"
 
 namespace {
@@ -26,23 +26,6 @@ constexpr int KEYS = 4;
 // run in use.
 inline void fetch(const uint16_t* row, int64_t n) {
     for (int64_t j = 0; j < n; j += 32) __builtin_prefetch(row + j, 0, 2);
-}
-
-struct Scratch {
-    float* memory;
-    size_t size;
-    ~Scratch() { free(memory); }
-};
-
-float* scratch(size_t count) {
-    static thread_local Scratch kept{nullptr, 0};
-    if (kept.size < count) {
-        free(kept.memory);
-        void* fresh;
-        if (posix_memalign(&fresh, 64, count * sizeof(float))) abort();
-        kept.memory = static_cast<float*>(fresh), kept.size = count;
-    }
-    return kept.memory;
 }
 
 // A head of `from`: normalised if there is a norm, rotated, multiplied by `scale`.
