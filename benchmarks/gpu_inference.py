@@ -1,7 +1,7 @@
 """One user on one GPU: decode and prefill of a full Gemma 2 shape with random weights, beside transformers.
 
     python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers
-    python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers --quick     # within two minutes
+    python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers --quick     # two requests a row
 
 Ours is timed through the engine; every repetition is a request of its own, of which decode counts the steps after the
 first token and prefill the time until it. The peer is timed through generate(): in bf16, or cut by bitsandbytes where
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import platform
 import statistics
 import sys
@@ -111,7 +112,8 @@ def our_rows(weights: str, options: argparse.Namespace) -> list[Row]:
         if not options.greedy_only:
             decode(engine, "sampled", context, SAMPLED)
     for length in options.prefill:
-        request(engine, length, 1)
+        for _ in range(3):  # compiles; captures, at a short size's second prompt; replays
+            request(engine, length, 1)
         speeds = [request(engine, length, 1)[1] for _ in range(options.repetitions)]
         rows.append(Row(weights, f"prefill {length}", speeds, flop=sum(product_flop(la) for la in model.layers)))
         progress(f"  {rows[-1].name}: {summary(speeds)}")
@@ -203,6 +205,8 @@ def parse() -> argparse.Namespace:
         )
     if options.new < 2 or options.repetitions < 1 or (options.layers is not None and options.layers < 1):
         parser.error("--new takes 2 or more, --repetitions and --layers 1 or more")
+    if options.peer == "transformers" and importlib.util.find_spec("transformers") is None:
+        parser.error("--peer transformers needs transformers; pip install transformers")
     if not torch.cuda.is_available():
         parser.error("this benchmark needs an NVIDIA GPU and a torch build with CUDA")
     return options

@@ -39,6 +39,7 @@ SHAPES = {
     "k": (2048, 4608),
     "head": (256000, 4608),
 }
+FORMATS = ("nf4", "fp4", "nf4-flat", "fp4-flat", "int8", "bf16")
 GROUPS = ("products", "attention", "rows")
 LINEARS = "gate+up,down,qkv,o"
 ROTATED_BYTES = 600 << 20
@@ -136,9 +137,12 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,4096", help="of products")
     parser.add_argument("--repetitions", type=int, default=9)
     options = parser.parse_args()
-    unknown = [group for group in options.kernels.split(",") if group not in GROUPS]
-    if unknown:
-        parser.error(f"unknown kernels {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    for what, known in (("kernels", GROUPS), ("formats", FORMATS), ("linears", SHAPES)):
+        unknown = [name for name in getattr(options, what).split(",") if name not in known]
+        if unknown:
+            parser.error(f"unknown {what} {unknown[0]!r}; there are {', '.join(known)}")
+    if not all(rows.isdecimal() and int(rows) > 0 for rows in options.rows.split(",")):
+        parser.error(f"--rows takes numbers from 1 on, comma-separated, not {options.rows!r}")
     reason = nvrtc.unavailable_reason()
     if reason is not None:
         parser.error(reason)

@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--only", help="variants whose name contains this")
     parser.add_argument("--cache", type=Path, default=Path("quality-cache.json"), help="finished rows are kept here")
     parser.add_argument("--plot", type=Path, help="write the plot to this PNG file")
-    parser.add_argument("--speed-only", action="store_true")
+    parser.add_argument("--speed-only", action="store_true", help="measure each format's speed and nothing else")
     args = parser.parse_args()
     source = resolve("gemma-3-270m")
     if args.speed_only:

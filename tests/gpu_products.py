@@ -51,3 +51,17 @@ def case(name: str, n: int, k: int) -> Case:
         lambda x, **kw: packed_gemm.gemm(storage, packed.argument, x, n, **kw),
         lambda x: nf4_matvec.nf4_matvec_plain(x, [four]),
     )
+
+
+def check_replays(chain: Callable[[], torch.Tensor]) -> None:
+    """A graph of the chain gives at each replay what the chain gives by itself."""
+    eager = chain()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = chain()
+    for _ in range(5):
+        captured.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, eager)

@@ -55,6 +55,14 @@ def test_a_flat_distribution_is_left_to_the_sampler() -> None:
     assert drawn(torch.randn(900) * 0.01, params, 1)[1]
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_temperature_whose_inverse_overflows_takes_the_likeliest(kind: dict[str, float]) -> None:
+    row = torch.randn(300)
+    token, sure = drawn(row, SamplingParams(temperature=1e-40, **kind), 3)  # type: ignore[arg-type]
+    assert sure
+    assert token == int(row.argmax())
+
+
 def test_same_kind() -> None:
     one, other = SamplingParams(top_p=0.5), SamplingParams(min_p=0.1, temperature=3.0)
     assert same_kind([one, other]) == Kind(0, True)

@@ -45,6 +45,7 @@ def test_what_it_refuses_and_why() -> None:
         (replace(shape, hidden=2312), "multiples"),
         (replace(shape, hidden=16384), "at most"),
         (replace(shape, width=147456), "shared memory"),
+        (replace(shape, hidden=64, width=8192), "shares rows"),
     ]:
         reason = decode_step.supports(changed, storage, 16, *H100)
         assert reason is not None

@@ -10,7 +10,7 @@ import torch
 from four_bit_reference import NF4, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec
-from gpu_products import FORMATS, case
+from gpu_products import FORMATS, case, check_replays
 from gpu_support import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -120,16 +120,7 @@ def test_a_graph_of_many_products_replays_the_same_sums() -> None:
             y = y[:, :4096].contiguous()
         return y
 
-    eager = chain()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        captured = chain()
-    for _ in range(5):
-        captured.fill_(torch.nan)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured, eager)
+    check_replays(chain)
 
 
 def test_back_to_back_products_without_anything_between() -> None:

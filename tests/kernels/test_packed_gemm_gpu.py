@@ -15,7 +15,7 @@ from gemcut.kernels.dispatch import choose_linear
 from gemcut.kernels.matvec import arrivals
 from gemcut.kernels.ordered import Ordered, order_x
 from gemcut.quantization.int8 import quantize_int8
-from gpu_products import PACKED, Case, case
+from gpu_products import PACKED, Case, case, check_replays
 from gpu_support import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -116,16 +116,7 @@ def test_products_in_a_graph_replay_the_same_sums() -> None:
                 y = y / y.float().norm().to(y.dtype)
         return y
 
-    eager = chain()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        captured = chain()
-    for _ in range(5):
-        captured.fill_(torch.nan)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured, eager)
+    check_replays(chain)
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])

@@ -13,7 +13,6 @@ from gemcut.errors import UnsupportedError
 from gemcut.kernels import bf16_matvec, cuda_step, draw_tokens, int8_matvec, nf4_matvec
 from gemcut.kernels.cpu import step as cpu_step
 from gemcut.kernels.dispatch import LINEAR, LinearCase
-from gemcut.kernels.prefill_attention import triton_varlen
 from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
 from gemcut.network import build_network
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
@@ -54,7 +53,7 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
     }
     report["between products"] = _lines(next(name for name, reason in steps.items() if reason is None), steps)
     reason = decode_graph.supports(build_network(config, dtype=DTYPE, device=device), BLOCK_SIZE, device)
-    short = reason or (None if chosen.varlen is triton_varlen else "need the Triton attention kernel")
+    short = prefill_graph.supports(chosen.varlen, reason)
     report["prompts"] = [
         f"up to {prefill_graph.SIZES[-1]} tokens as one CUDA graph, from the second of a size on"
         if short is None

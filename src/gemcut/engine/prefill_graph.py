@@ -21,8 +21,7 @@ from torch import Tensor
 from gemcut.config import FULL
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.paged import Pages, gather, gathered_runs, live_blocks, token_slots
-from gemcut.kernels.cuda_step import CudaStep
-from gemcut.kernels.prefill_attention import fresh_runs, tile_queries, tiles, triton_varlen
+from gemcut.kernels.prefill_attention import VarlenAttention, fresh_runs, tile_queries, tiles, triton_varlen
 from gemcut.model import Model
 from gemcut.model.attention import Span
 
@@ -34,13 +33,12 @@ CONTEXTS = (0, 512, 1024, 2048, 4096, 8192)
 MOST_SEQUENCES = 8
 
 
-def supports(model: Model, decode_refusal: str | None) -> str | None:
-    """None where prefill graphs serve, else one line that says why not; ``decode_refusal``: that of decode graphs."""
-    if decode_refusal is not None:
-        return decode_refusal
-    if not isinstance(model.step, CudaStep) or model.step.varlen is not triton_varlen:
-        return "needs the Triton attention kernel"
-    return None
+def supports(varlen: VarlenAttention | None, decode_refusal: str | None) -> str | None:
+    """None where prefill graphs serve, else one line that says why not.
+
+    ``varlen``: what computes attention of many queries; ``decode_refusal``: why decode graphs do not serve.
+    """
+    return decode_refusal or (None if varlen is triton_varlen else "needs the Triton attention kernel")
 
 
 @dataclass

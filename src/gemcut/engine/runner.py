@@ -29,7 +29,7 @@ class Runner:
         self.one_launch = True
         self._graphs: decode_graph.DecodeGraphs | None = None
         #: Why short prompts do not run as CUDA graphs; None: they do.
-        self.prefill_refusal = prefill_graph.supports(model, self.graph_refusal)
+        self.prefill_refusal = prefill_graph.supports(getattr(model.step, "varlen", None), self.graph_refusal)
         self._prefills: prefill_graph.PrefillGraphs | None = None
 
     @torch.inference_mode()

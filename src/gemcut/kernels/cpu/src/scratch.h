@@ -1,4 +1,4 @@
-// Memory of the calling thread for fp32 values, kept for its next call in the same file.
+// Memory of the calling thread, kept for its next call in the same file and variant, and freed with it.
 #pragma once
 #include <stddef.h>
 #include <stdlib.h>
@@ -6,18 +6,17 @@
 namespace {
 
 struct Scratch {
-    float* memory;
+    void* memory;
     size_t size;
     ~Scratch() { free(memory); }
 };
 
-float* scratch(size_t count) {
+void* scratch(size_t size) {
     static thread_local Scratch kept{nullptr, 0};
-    if (kept.size < count) {
+    if (kept.size < size) {
         free(kept.memory);
-        void* fresh;
-        if (posix_memalign(&fresh, 64, count * sizeof(float))) abort();
-        kept.memory = static_cast<float*>(fresh), kept.size = count;
+        if (posix_memalign(&kept.memory, 64, size)) abort();
+        kept.size = size;
     }
     return kept.memory;
 }

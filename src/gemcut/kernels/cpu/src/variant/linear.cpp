@@ -9,11 +9,11 @@
 // x in bf16 meets packed weights as integers, in which a processor multiplies fastest: 23 bits for int8 weights, exact
 // but for values below 2^-14 of the largest; 14 bits with a scale each 128 (64) values for four-bit weights.
 #include <math.h>
-#include <stdlib.h>
 
 #include "linear.h"
 #include "pool.h"
 #include "rows.h"
+#include "scratch.h"
 
 namespace {
 
@@ -34,24 +34,6 @@ struct Call {
 };
 
 // ---- x ------------------------------------------------------------------------------------------------------------
-
-// Scratch of the calling thread, kept for its next call.
-struct Scratch {
-    void* memory;
-    size_t size;
-    ~Scratch() { free(memory); }
-};
-
-void* scratch(size_t size) {
-    // One a thread and variant. Destroyed with its thread.
-    static thread_local Scratch kept{nullptr, 0};
-    if (kept.size < size) {
-        free(kept.memory);
-        if (posix_memalign(&kept.memory, 64, size)) abort();
-        kept.size = size;
-    }
-    return kept.memory;
-}
 
 #if defined(GEMCUT_SHORTS) || defined(GEMCUT_DIGITS)
 // The largest magnitude; NaN and infinity count as what their bits say, above every finite value.

@@ -31,7 +31,7 @@ struct Norm {
 void norm_rows(void* context, int64_t begin, int64_t end, int) {
     const Norm& call = *static_cast<const Norm*>(context);
     const int64_t d = call.d;
-    float* wide = scratch(size_t(d));
+    float* wide = static_cast<float*>(scratch(size_t(d) * sizeof(float)));
     for (int64_t row = begin; row < end; ++row) {
         float* residual = call.residual + row * d;
         if (call.added != nullptr) {

@@ -174,7 +174,7 @@ void attend(const AttentionCall& call, int64_t sequence, int64_t head) {
     const int64_t kv_head = head / (call.heads / call.kv_heads), length = call.lengths[sequence];
     const int64_t first = call.window > 0 && length > call.window ? length - call.window : 0, count = length - first;
     const int64_t* blocks = call.blocks + sequence * call.blocks_stride;
-    float* memory = scratch(size_t(count) * G);
+    float* memory = static_cast<float*>(scratch(size_t(count) * G * sizeof(float)));
     alignas(64) Head queries[G], results[G], plain;
     float weights[G];
     for (int g = 0; g < G; ++g) {
