@@ -1,4 +1,4 @@
-"""What the GPU tests share: errors, exact norms and rotation, a small random network."""
+"""What the GPU tests share: errors, exact norms and rotation, a small random network, logits beside references."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 import torch
 
 from gemcut.config import GemmaConfig
+from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
+from gemcut.engine.cache import CacheShape, PagedCache, Tables
+from gemcut.engine.paged import PagedKeyValues
 from gemcut.model import Model
+from gemcut.model.attention import Span
 from gemcut.model.bind import bind_kernels
 from gemcut.model.quantized import quantized_embedding, quantized_linear
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8, quantize_int8_rows
 from gemcut.quantization.spec import Quantization
+from model.build import our_model, their_logits
+from model.build import rms as rms_of
+from reference.gemma import reference_logits
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
@@ -88,3 +95,63 @@ def on_gpu(whole: torch.Tensor) -> Any:
     cut = quantize_4bit(whole.cpu())
     nested = replace(cut.nested, scale=cut.nested.scale.cuda())
     return replace(cut, codes=cut.codes.cuda(), absmax=cut.absmax.cuda(), nested=nested)
+
+
+@torch.inference_mode()
+def prompt_logits(model: Model, ids: list[int]) -> torch.Tensor:
+    """fp32 [T, V] of one prompt through the paged cache, as the engine runs it without graphs."""
+    device = model.norm.scale.device
+    blocks = list(range(-(-len(ids) // 16)))
+    cache = PagedCache(model.config, CacheShape(16, len(blocks), len(blocks)), model.dtype, device)
+    kv = PagedKeyValues(model.config, cache, [Tables(blocks, blocks)], [Span(0, len(ids), len(ids))])
+    return model.head(model(torch.tensor(ids, device=device), torch.arange(len(ids), device=device), kv))
+
+
+def greedy_logits(model: Model, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
+    """A greedy request through an engine: its ``count`` tokens, and the logits fp32 [count, V] they are chosen from.
+
+    The first row is the prompt's last; the others come from the decode graphs.
+    """
+    engine = Engine(model, model.norm.scale.device, EngineConfig(max_context=len(prompt) + count))
+    kept, run = [], engine.runner.run
+
+    def keeping(batch: Any, tables: Any) -> torch.Tensor:
+        logits = run(batch, tables)
+        kept.append(logits.clone())
+        return logits
+
+    engine.runner.run = keeping  # type: ignore[method-assign]
+    params = SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True, logprobs=0)
+    sequence = engine.submit(Request(prompt_ids=tuple(prompt), params=params))
+    while engine.has_work:
+        engine.step()
+    return sequence.tokens[len(prompt) :], torch.cat(kept)
+
+
+def check_beside_theirs(theirs: Any, ids: list[int], new: int) -> None:
+    """Our bf16 network on the GPU is as near float64 as ``theirs`` there is: all of a prompt, and ``new`` tokens more.
+
+    ``theirs``: a transformers model in bf16 on the GPU, whose weights both have.
+    """
+    ours = our_model(theirs)
+    choices = bind_kernels(ours, theirs.device)
+    if theirs.device.type == "cuda":
+        assert {choice.name for choice in choices.values()} == {"cuda"}
+
+    def exact(ids: list[int], last: int = 0) -> torch.Tensor:
+        with theirs.device:
+            weights, config = theirs.state_dict(), theirs.config.to_dict()
+            return reference_logits(weights, config, ids, scale_dtype=torch.bfloat16, last=last)
+
+    want = exact(ids)
+    their_error = rms_of(their_logits(theirs, torch.tensor(ids, device=theirs.device)) - want)
+    our_error = rms_of(prompt_logits(ours, ids) - want)
+    print(f"prompt of {len(ids)}: rms against float64 {our_error:.4f}, transformers {their_error:.4f}")
+    assert 0 < our_error <= their_error
+    found, logits = greedy_logits(ours, ids, new)
+    whole = ids + found
+    want = exact(whole, new + 1)[:-1]
+    their_error = rms_of(their_logits(theirs, torch.tensor(whole, device=theirs.device))[-new - 1 : -1] - want)
+    our_error = rms_of(logits - want)
+    print(f"{new} tokens decoded: rms against float64 {our_error:.4f}, transformers {their_error:.4f}")
+    assert 0 < our_error <= their_error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemcut.config import GemmaConfig
+from gemcut.config import FAMILY, GemmaConfig
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
 
@@ -69,6 +71,39 @@ def in_dtype(theirs: Any, dtype: torch.dtype) -> Any:
     table = theirs.model.embed_tokens  # √d was rounded when the model was made, if that was in half precision
     table.embed_scale = torch.tensor(table.scalar_embed_scale, dtype=torch.float32)
     return theirs
+
+
+def their_wide_model(name: str, *, words: int, window: int) -> Any:
+    """Two layers of a Gemma 2 at its full width in bf16 with random weights; ``words`` and ``window`` are cut."""
+    shape = FAMILY[name].replace(
+        num_hidden_layers=2, layer_types=FAMILY[name].layer_types[:2], vocab_size=words, sliding_window=window
+    )
+    config = Gemma2Config.from_dict(shape.to_dict())
+    return Gemma2ForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(_random_weights(config)),
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+    ).eval()
+
+
+def _random_weights(config: Any) -> Iterator[tuple[str, Tensor]]:
+    """bf16 tensors; one pool of random numbers serves all, since drawing 1.1 billion would take the whole minute.
+
+    The pool's length is a prime, so no two rows of a matrix are the same numbers.
+    """
+    pool = torch.randn(16_777_213, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Gemma2ForCausalLM(config).named_parameters()}
+    start = 0
+    for name, shape in shapes.items():
+        count = shape.numel()
+        spread = 0.3 if len(shape) == 1 else 0.3 * (48 / shape[-1]) ** 0.5
+        rolled = pool.roll(-start)
+        repeated = rolled.repeat(-(-count // len(pool)))[:count]
+        start = (start + count) % len(pool)
+        yield name, repeated.mul_(spread).view(shape)
 
 
 def random_ids(count: int, *, vocab_size: int = 320, seed: int = 0) -> Tensor:

@@ -14,43 +14,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, Gemma3ForCausalLM, GenerationConfig
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import GenerationConfig
 
 from gemcut import Gemma, SamplingParams
 from gemcut.model.dense import DenseKeyValues, dense_logits
 from model.build import in_dtype, our_model, rms, their_logits
+from real_weights import PROMPTS, their_gemma3
 from reference.gemma import reference_logits
 from support import ROOT, gguf_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 NEW_TOKENS = 64
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time, in a village at the foot of the mountains,",
-    "def fibonacci(n):\n    ",
-    "Water boils at a temperature of",
-    "1, 2, 4, 8, 16,",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "The three laws of motion were first stated by",
-    "Zutaten für einen Apfelkuchen:\n",
-    "Q: Why is the sky blue?\nA:",
-    "<h1>Opening hours</h1>\n<ul>\n",
-]
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    """What ``from_pretrained(folder, gguf_file=…)`` does, which asks for accelerate without needing it on a CPU."""
-    path = gguf_path()
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    with torch.device("meta"):
-        empty = Gemma3ForCausalLM(config)
-    weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty, torch_dtype=torch.float32)
-    return Gemma3ForCausalLM.from_pretrained(
-        None, config=config, state_dict=weights["tensors"], dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return their_gemma3()
 
 
 @pytest.fixture(scope="module")

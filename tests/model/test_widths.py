@@ -6,40 +6,16 @@ published ones. Memory at 27B: 2.3 GB of bf16 weights and, one after the other, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemcut.config import FAMILY
-from model.build import in_dtype, our_logits, random_ids, rms, their_logits
+from model.build import in_dtype, our_logits, random_ids, rms, their_logits, their_wide_model
 from reference.gemma import reference_logits
 from support import hf_model, tiny_config
 
 pytestmark = pytest.mark.slow
 
 PROMPT, WINDOW, WORDS = 40, 16, 2048
-
-
-def _random_weights(config: Any) -> Iterator[tuple[str, Tensor]]:
-    """bf16 tensors; one pool of random numbers serves all, since drawing 1.1 billion would take the whole minute.
-
-    The pool's length is a prime, so no two rows of a matrix are the same numbers.
-    """
-    pool = torch.randn(16_777_213, generator=torch.Generator().manual_seed(1)).bfloat16()
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Gemma2ForCausalLM(config).named_parameters()}
-    start = 0
-    for name, shape in shapes.items():
-        count = shape.numel()
-        spread = 0.3 if len(shape) == 1 else 0.3 * (48 / shape[-1]) ** 0.5
-        rolled = pool.roll(-start)
-        repeated = rolled.repeat(-(-count // len(pool)))[:count]
-        start = (start + count) % len(pool)
-        yield name, repeated.mul_(spread).view(shape)
 
 
 @pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-2-9b", "gemma-2-27b"])
@@ -49,17 +25,8 @@ def test_full_width(name: str) -> None:
     Relative, because sums over 36,864 columns round more than sums over 96: fp32 errors measured here are about 1e-6
     of the largest logit. bf16: RMS against float64 of the same bf16 weights, over 40 × 2,048 logits, no margin.
     """
-    shape = FAMILY[name].replace(
-        num_hidden_layers=2, layer_types=FAMILY[name].layer_types[:2], vocab_size=WORDS, sliding_window=WINDOW
-    )
-    config = Gemma2Config.from_dict(shape.to_dict())
-    theirs = Gemma2ForCausalLM.from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(_random_weights(config)),
-        dtype=torch.bfloat16,
-        attn_implementation="eager",
-    ).eval()
+    theirs = their_wide_model(name, words=WORDS, window=WINDOW)
+    config = theirs.config
     ids = random_ids(PROMPT, vocab_size=WORDS)
 
     exact = reference_logits(theirs.state_dict(), config.to_dict(), ids, scale_dtype=torch.bfloat16)
