@@ -16,8 +16,9 @@ from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
-from gemcut.engine.draw import NUMBERS, Kind, draw
-from gemcut.kernels import argmax, decode_attention, decode_step, draw_tokens, geglu, norm, nvrtc
+from gemcut.engine.draw import Kind
+from gemcut.engine.draw_graphs import DrawGraphs
+from gemcut.kernels import argmax, decode_attention, decode_step, geglu, norm, nvrtc
 from gemcut.kernels.cuda_linear import FewRows, order_groups, product
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.decode_step import DecodeStep, StepLayer, StepShape
@@ -31,8 +32,6 @@ from gemcut.quantization.weights import Int8Weight
 #: Rows a graph has: a batch takes the smallest that holds it.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _AHEAD = 2  # steps in flight at most
-# Rows up to which tokens are drawn in a graph by PyTorch's operations, one row after another.
-_MOST_PLAIN_DRAWS = 8
 
 
 def supports(model: Model, block_size: int, device: torch.device) -> str | None:
@@ -56,11 +55,6 @@ def supports(model: Model, block_size: int, device: torch.device) -> str | None:
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, block_size
         )
     )
-
-
-def most_draws(kind: Kind, vocabulary: int) -> int:
-    """Sequences up to which tokens are drawn in a graph."""
-    return SIZES[-1] if draw_tokens.supports(vocabulary, kind.top_k, kind.filtered) is None else _MOST_PLAIN_DRAWS
 
 
 def step_supports(config: GemmaConfig, storages: set[Storage], block_size: int, device: torch.device) -> str | None:
@@ -117,10 +111,6 @@ class DecodeGraph:
         self.sliding = self._inputs[2 * rows + blocks :].view(rows, most_blocks)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._results = [torch.zeros(2, rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
-        self._numbers = torch.zeros((rows, NUMBERS), dtype=torch.float64, device=device)
-        self._host_numbers = [torch.zeros((rows, NUMBERS), dtype=torch.float64, pin_memory=True) for _ in range(_AHEAD)]
-        self._sure = torch.ones(rows, dtype=torch.int32, device=device)
-        self._draws: dict[tuple[Kind, int], torch.cuda.CUDAGraph] = {}
         self._events = [torch.cuda.Event() for _ in range(_AHEAD)]  # type: ignore[no-untyped-call]
         self._launched = self._taken = 0
         #: All layers in one launch where that serves a single sequence; else ``step_refusal`` says why not.
@@ -129,6 +119,8 @@ class DecodeGraph:
         if rows == 1 and one_launch:
             self.step_refusal = self._make_step(device)
         self.logits = self._capture(device)
+        cap = model.config.final_logit_softcapping
+        self._draws = DrawGraphs(self.logits, self.ids, cap, self.graph.pool(), _AHEAD)
 
     def _make_step(self, device: torch.device) -> str | None:
         model, config = self.model, self.model.config
@@ -250,51 +242,14 @@ class DecodeGraph:
     def launch(self, kind: Kind | None = None, numbers: Sequence[Sequence[float]] = ()) -> None:
         """Queue a step; with a ``kind``, tokens are drawn with each sequence's ``numbers`` (gemcut.engine.draw)."""
         slot = self._launched % _AHEAD
-        drawing = None if kind is None else self._draw_graph(kind, len(numbers))
+        drawing = None if kind is None else self._draws.graph(kind, len(numbers))
         self.graph.replay()
         if drawing is not None:
-            self._host_numbers[slot].numpy()[: len(numbers)] = numbers
-            self._numbers.copy_(self._host_numbers[slot], non_blocking=True)
-            drawing.replay()
-            self._results[slot][1].copy_(self._sure, non_blocking=True)
+            self._draws.queue(drawing, numbers, slot)
+            self._results[slot][1].copy_(self._draws.sure, non_blocking=True)
         self._results[slot][0].copy_(self.ids, non_blocking=True)
         self._events[slot].record()
         self._launched += 1
-
-    def _draw_graph(self, kind: Kind, count: int) -> torch.cuda.CUDAGraph:
-        """From ``logits`` to ``ids`` for the first ``count`` rows or more, captured at its first use."""
-        if self._in_one_launch(kind):
-            count = self.rows  # one graph for all: what unused rows draw is not looked at
-        if (kind, count) not in self._draws:
-            kept = self.ids.clone()
-            stream = torch.cuda.Stream(self.ids.device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(self.ids.device))
-            with torch.cuda.stream(stream):
-                self._draw_rows(kind, count)
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # In the step's own memory, none of which but `logits` is wanted any more when this runs.
-            with torch.cuda.graph(graph, stream=stream, pool=self.graph.pool(), capture_error_mode="thread_local"):
-                self._draw_rows(kind, count)
-            torch.cuda.current_stream(self.ids.device).wait_stream(stream)
-            self.ids.copy_(kept)
-            self._draws[kind, count] = graph
-        return self._draws[kind, count]
-
-    def _in_one_launch(self, kind: Kind) -> bool:
-        return draw_tokens.supports(self.logits.shape[1], kind.top_k, kind.filtered) is None
-
-    def _draw_rows(self, kind: Kind, count: int) -> None:
-        cap = self.model.config.final_logit_softcapping
-        if self._in_one_launch(kind):
-            numbers = self._numbers[:count]
-            draw_tokens.draw_tokens(self.logits, numbers, self.ids, self._sure, top_k=kind.top_k, softcap=cap)
-            return
-        for row in range(count):
-            logits = self.logits[row]
-            token, sure = draw(logits if cap is None else logits.div(cap).tanh_().mul_(cap), kind, self._numbers[row])
-            self.ids[row].copy_(token)
-            self._sure[row].copy_(sure)
 
     @property
     def ahead(self) -> int:

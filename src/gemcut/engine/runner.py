@@ -8,6 +8,7 @@ from torch import Tensor
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import numbers, same_kind
+from gemcut.engine.draw_graphs import most_draws
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.engine.sampler import changes_logits, uniform
 from gemcut.engine.scheduler import Scheduled
@@ -41,7 +42,7 @@ class Runner:
         graphs = self._graphs_for(batch)
         params = [scheduled.sequence.request.params for scheduled in batch]
         kind = same_kind(params)
-        if kind is not None and len(batch) > decode_graph.most_draws(kind, self.model.config.vocab_size):
+        if kind is not None and len(batch) > most_draws(kind, self.model.config.vocab_size, decode_graph.SIZES[-1]):
             kind = None
         if graphs is None or not all(map(_wants_tokens, batch)) or (kind is None and not all(p.greedy for p in params)):
             if self._graphs is not None:
