@@ -199,6 +199,11 @@ def test_a_step_gives_the_plain_networks_hidden_states(weights: str) -> None:
             with torch.inference_mode():
                 outputs.append(network_(torch.cat(rows), torch.tensor(positions, device=CUDA), kv))
         assert relative_error(outputs[0], outputs[1].double()) < 0.02, step
+        wanted = torch.tensor([span.start + span.length - 1 for span in spans], device=CUDA)
+        with torch.inference_mode():
+            kv = PagedKeyValues(model.config, caches[0], tables, spans)
+            some = model(torch.cat(rows), torch.tensor(positions, device=CUDA), kv, wanted)
+        assert relative_error(some, outputs[1][wanted].double()) < 0.02, step
         assert relative_error(caches[0].full_storage, caches[1].full_storage.double()) < 0.03
         assert relative_error(caches[0].sliding_storage, caches[1].sliding_storage.double()) < 0.03
 
