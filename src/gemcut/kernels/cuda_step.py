@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.kernels import decode_attention, geglu, norm, nvrtc, rope_write
-from gemcut.kernels.cuda_linear import order_groups, product
+from gemcut.kernels.cuda_linear import gated_product, order_groups, product
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.ordered import Ordered
 from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec
@@ -69,7 +69,7 @@ class CudaStep:
             attended = layer.attention.o_proj(mixed)
             post, pre = layer.post_attention_norm.scale, layer.pre_feedforward_norm.scale
             x = norm.norm_add(attended, residual, post, pre, eps, order_groups(mlp.gate_up_proj, m))
-            gated = geglu.geglu(product(mlp.gate_up_proj, x), order_groups(mlp.down_proj, m))
+            gated = gated_product(mlp.gate_up_proj, x, order_groups(mlp.down_proj, m))
             transformed, post = product(mlp.down_proj, gated), layer.post_feedforward_norm.scale
             if index + 1 < len(layers):
                 after = layers[index + 1]
