@@ -17,6 +17,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels.matvec import aligned_rows
 from gemcut.kernels.nvrtc import CudaKernel, TensorMap, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.packed_gemm import unavailable_reason
+from gemcut.kernels.wgmma import wgmma_source
 
 #: From so many rows on one launch is faster than cuBLAS and the kernel of kernels/geglu.py behind it (on an H100).
 MANY_ROWS = 1024
@@ -50,25 +51,10 @@ def pays(m: int) -> bool:
     return m >= MANY_ROWS and -m % tile <= m * _MOST_ADDED
 
 
-def wgmma_source() -> str:
-    """The device function wgmma(): 64 x 16 times 16 x 256, both from shared memory."""
-    count = 128
-    sums = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    return f"""
-__device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b, bool accumulate) {{
-  asm volatile("{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{count + 2}, 0;\\n"
-               "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-               "{{{sums}}}, %{count}, %{count + 1}, add, 1, 1, 0, 0;\\n}}"
-               : {outputs}
-               : "l"(a), "l"(b), "r"((u32)accumulate));
-}}
-"""
-
-
 @functools.cache
 def _kernel(device: int) -> CudaKernel:
-    source = "\n".join((read_sources("launch.cuh"), wgmma_source(), read_sources("gated_gemm.cu")))
+    products = wgmma_source("wgmma", 2 * _COLUMNS)
+    source = "\n".join((read_sources("launch.cuh", "hopper.cuh"), products, read_sources("gated_gemm.cu")))
     return compile_kernel(source, "gated_gemm", (), device)
 
 

@@ -12,7 +12,7 @@
 // while the other works on its results. Clusters walk through the tiles in bands of GROUP * 256 rows of x and, every other
 // tile, backwards through the columns: what the second-level cache saw last is used first.
 //
-// launch.cuh and the generated wgmma() stand before this file.
+// launch.cuh, hopper.cuh and the generated wgmma() stand before this file.
 
 constexpr int ROWS = 128, COLUMNS = 128, STEP = 64, STAGES = 4;       // of x a block; of the result; of x and W at a time
 constexpr int GROUP = 8;
@@ -20,80 +20,22 @@ constexpr int BOX_BYTES = 128 * STEP * 2, STAGE_BYTES = 3 * BOX_BYTES; // x, G, 
 constexpr int RESULT_BYTES = 64 * COLUMNS * 2;                         // of a warpgroup
 constexpr int WARPS = 8;                                               // that multiply
 
-struct alignas(64) TensorMap {
-  u8 opaque[128];
-};
-
 struct Tiles {
   int m_pairs, n_tiles, steps;   // 256 rows of x, 128 columns of the result, 64 columns of x and W each
   int width;                     // rows of G
 };
 
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-// The one arrival of a barrier that `bytes` of copies complete.
-__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-// At the barrier that stands at the same place in thread block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive(u64* barrier, u32 rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void load_box(void* to, const TensorMap& map, int column, int row, u64* barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                   shared_address(to)),
-               "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
-               : "memory");
-}
-// To the same place in both thread blocks; each one's own barrier counts the bytes.
-__device__ __forceinline__ void load_box_for_both(void* to, const TensorMap& map, int column, int row, u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
-          shared_address(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((u16)3)
-      : "memory");
-}
-__device__ __forceinline__ void store_box(const TensorMap& map, int column, int row, const void* from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column), "r"(row),
-               "r"(shared_address(from))
-               : "memory");
-}
 __device__ __forceinline__ void cluster_meets() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void warpgroup_meets(int which) { asm volatile("bar.sync %0, 128;" ::"r"(1 + which) : "memory"); }
 constexpr int BOTH = 3;   // the barrier of both multiplying warpgroups
 
-__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_close() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
-
-// A box in shared memory: rows of 128 bytes whose 16-byte words are exchanged as the copy engine's swizzle of 128 bytes does,
-// eight rows every 1024 bytes.
-__device__ __forceinline__ u64 descriptor(const u8* at) {
-  return (u64)((shared_address(at) & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
 // gelu(gate) * up: 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (g + 0.044715 g^3), right at both ends.
 __device__ __forceinline__ float gated(float gate, float up) {
   constexpr float LINEAR = -2.3022082f, CUBIC = -0.10294324f;   // of -2 u / log(2)
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(gate * (LINEAR + CUBIC * (gate * gate))));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power_of_two(gate * (LINEAR + CUBIC * (gate * gate)))));
   return gate * inverse * up;
 }
 
@@ -110,7 +52,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   if (threadIdx.x == 0) {
     // A stage is free when both thread blocks have used it: either one's W goes to both.
     for (int i = 0; i < STAGES; ++i) barrier_init(full + i, 1), barrier_init(empty + i, 2 * WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   cluster_meets();
   previous_kernels_done();
@@ -176,8 +118,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         next_slot();
       }
       wgmma_wait<0>();
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) asm volatile("" : "+f"(sum[i])::"memory");   // sums are not read before the wait
+      settle(sum);
       release();
 
       if (asks_to_store) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");   // the result before has been read
@@ -193,9 +134,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         }
         const int row = warp * 16 + lane % 16, word = j + lane / 16;
         const u32 to = shared_address(result) + word / 8 * (RESULT_BYTES / 2) + row * 128 + (word % 8 ^ row % 8) * 16;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pairs[0]), "r"(pairs[1]),
-                     "r"(pairs[2]), "r"(pairs[3])
-                     : "memory");
+        store_matrices(to, pairs);
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       warpgroup_meets(half);
