@@ -18,6 +18,7 @@ from gemcut.kernels.cpu.step import CpuStep
 from gemcut.model import Model
 from gemcut.model.attention import AttentionSpec, Span
 from gemcut.model.bind import bind_kernels
+from gemcut.model.dense import DenseKeyValues
 from gemcut.model.linear import Linear
 from support import tiny_config
 
@@ -234,6 +235,18 @@ def test_whole_network(kind: str, variant: str) -> None:
     model.step = CpuStep(variant)
     got = logits_of_steps(model, ids, 21)
     assert (got - want).square().mean() <= 1.1 * (plain - want).square().mean()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_wanted_rows(variant: str) -> None:
+    """Behind the last attention only they are computed; the products of fewer rows may round otherwise."""
+    model, ids = tiny_model("gemma2", BF16), torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(2))
+    model.step = CpuStep(variant)
+    positions, wanted = torch.arange(40), torch.tensor([39, 3])
+    whole, some = (model(ids, positions, DenseKeyValues(40), rows) for rows in (None, wanted))
+    assert some.shape == (2, whole.shape[1])
+    assert (some - whole[wanted]).norm() < 0.02 * whole[wanted].norm()
 
 
 @torch.inference_mode()

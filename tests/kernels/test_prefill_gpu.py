@@ -5,17 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemcut.config import GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import CacheShape, PagedCache, Tables
 from gemcut.engine.paged import PagedKeyValues
-from gemcut.kernels import norm, prefill_attention, rope_write
+from gemcut.errors import ParameterError
+from gemcut.kernels import hopper_attention, norm, prefill_attention, rope_write
 from gemcut.kernels.cuda_step import CudaStep
-from gemcut.kernels.prefill_attention import Run, VarlenSpec, flash_attn_varlen, plain_varlen, triton_varlen
+from gemcut.kernels.hopper_attention import hopper_varlen
+from gemcut.kernels.prefill_attention import (
+    Run,
+    VarlenAttention,
+    VarlenSpec,
+    flash_attn_varlen,
+    plain_varlen,
+    triton_varlen,
+)
 from gemcut.model.attention import Span, choose_attention
 from gemcut.model.bind import bind_kernels
 from gemcut.model.dense import dense_logits
 from gemcut.model.rope import RotaryTable
-from gpu_support import network, relative_error, rms, rotated
+from gpu_support import CONFIG, network, relative_error, rms, rotated
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +56,12 @@ def exact(
     return out.flatten(1)
 
 
+def kernels(heads: int, kv_heads: int, head_dim: int, spec: VarlenSpec) -> list[VarlenAttention]:
+    """Those that serve bf16 heads of this shape here."""
+    hopper = hopper_attention.supports(heads, kv_heads, head_dim, spec.softcap, 0) is None
+    return [triton_varlen, hopper_varlen] if hopper else [triton_varlen]
+
+
 RUNS: tuple[Run, ...] = (
     (0, 300, 0, 0),
     (300, 1, 300, 77),
@@ -59,7 +75,8 @@ ROWS, KEYS = 497, 1637
 @pytest.mark.parametrize("window", [None, 1, 50, 128, 700])
 @pytest.mark.parametrize(("softcap", "size"), [(50.0, 1.0), (50.0, 40.0), (None, 1.0), (5.0, 3.0), (500.0, 8.0)])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(8, 4, 128), (4, 2, 256), (6, 2, 64), (4, 1, 16), (2, 2, 32)]
+    ("heads", "kv_heads", "head_dim"),
+    [(8, 4, 128), (4, 1, 128), (3, 3, 128), (4, 2, 256), (6, 2, 64), (4, 1, 16), (2, 2, 32)],
 )
 def test_attention(
     heads: int, kv_heads: int, head_dim: int, softcap: float | None, size: float, window: int | None
@@ -70,11 +87,12 @@ def test_attention(
     keys, values = both.split([kv_heads, kv_heads], dim=1)
     spec = VarlenSpec(softcap, window)
     want = exact(query, keys, values, RUNS, spec)
-    poison(ROWS, heads * head_dim)
-    out = triton_varlen(query, keys, values, RUNS, spec)
     twin = relative_error(plain_varlen(query, keys, values, RUNS, spec), want)
-    assert relative_error(out, want) <= max(1.05 * twin, 1e-9)
-    assert torch.equal(out, triton_varlen(query, keys, values, RUNS, spec))
+    for varlen in kernels(heads, kv_heads, head_dim, spec):
+        poison(ROWS, heads * head_dim)
+        out = varlen(query, keys, values, RUNS, spec)
+        assert relative_error(out, want) <= max(1.05 * twin, 1e-9), varlen
+        assert torch.equal(out, varlen(query, keys, values, RUNS, spec)), varlen
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 255, 257])
@@ -84,9 +102,38 @@ def test_attention_at_every_edge_of_a_block(length: int) -> None:
             keys, values = torch.randn(2, length + offset, 2, 128, device=CUDA).bfloat16()
             query = torch.randn(length, 4, 128, device=CUDA).bfloat16() / 11
             runs, spec = ((0, length, 0, offset),), VarlenSpec(50.0, window)
-            poison(length, 512)
-            out = triton_varlen(query, keys, values, runs, spec)
-            assert relative_error(out, exact(query, keys, values, runs, spec)) < 5e-3, (window, offset)
+            want = exact(query, keys, values, runs, spec)
+            for varlen in kernels(4, 2, 128, spec):
+                poison(length, 512)
+                out = varlen(query, keys, values, runs, spec)
+                assert relative_error(out, want) < 5e-3, (varlen, window, offset)
+
+
+def test_a_row_that_looks_at_one_key_gets_its_value_and_rows_of_no_run_stay_as_they_are() -> None:
+    query, keys, values = (torch.randn(200, n, 128, device=CUDA).bfloat16() for n in (4, 2, 2))
+    spec, runs = VarlenSpec(50.0, 1), ((3, 150, 20, 0),)
+    for varlen in kernels(4, 2, 128, spec):
+        poison(200, 512)
+        out = varlen(query, keys, values, runs, spec)
+        assert torch.equal(out[3:153].view(150, 4, 128), values[20:170].repeat_interleave(2, dim=1)), varlen
+        assert bool(out[:3].isnan().all() & out[153:].isnan().all()), varlen
+
+
+def test_the_kernel_for_hopper_names_what_it_does_not_take() -> None:
+    query, keys = torch.randn(9, 4, 128, device=CUDA).bfloat16(), torch.randn(9, 2, 128, device=CUDA).bfloat16()
+    if hopper_attention.supports(4, 2, 128, 50.0, 0) is not None:
+        pytest.skip("needs a Hopper GPU")
+    runs, spec = ((0, 9, 0, 0),), VarlenSpec(50.0, None)
+    for wrong, given, text in (
+        ((query, keys, keys), VarlenSpec(None, None), "soft-cap"),
+        ((query, keys, keys), VarlenSpec(61.0, None), "soft-cap"),
+        ((query[..., :64], keys[..., :64], keys[..., :64]), spec, "heads of 128"),
+        ((query[:, :3], keys[:, :1], keys[:, :1]), spec, "divide"),
+        ((query.half(), keys, keys), spec, "query must be"),
+        ((query, keys.transpose(1, 2).contiguous().transpose(1, 2), keys), spec, "keys must be"),
+    ):
+        with pytest.raises(ParameterError, match=text):
+            hopper_varlen(*wrong, runs, given)
 
 
 def test_attention_in_fp16_keeps_scores_at_the_cap_finite() -> None:
@@ -167,6 +214,9 @@ def test_choices() -> None:
     bind_kernels(model, CUDA)
     arguments = model.config, torch.float16, CUDA
     assert choose_attention("triton", *arguments).varlen is triton_varlen
+    large = GemmaConfig.from_dict({**CONFIG, "head_dim": 128})
+    assert choose_attention("auto", large, torch.bfloat16, CUDA).varlen is kernels(8, 4, 128, VarlenSpec(5.0, None))[-1]
+    assert choose_attention("auto", large, torch.float16, CUDA).varlen is triton_varlen
     found = choose_attention("flash_attention_2", *arguments)
     if prefill_attention.flash_attn_reason() is None:
         assert found.varlen is flash_attn_varlen
@@ -176,10 +226,11 @@ def test_choices() -> None:
         assert "not installed" in found.detail
 
 
-@pytest.mark.parametrize("weights", ["bf16", "nf4"])
-def test_a_step_gives_the_plain_networks_hidden_states(weights: str) -> None:
+@pytest.mark.parametrize(("weights", "head_dim"), [("bf16", 64), ("nf4", 64), ("bf16", 128)])
+def test_a_step_gives_the_plain_networks_hidden_states(weights: str, head_dim: int) -> None:
     """Prompts in chunks beside single tokens, windows shorter than a chunk; the cache's contents too."""
-    model, plain = network(weights, bound=True), network(weights, bound=False)
+    model, plain = (network(weights, bound=bound, head_dim=head_dim) for bound in (True, False))
+    assert model.attention_implementation.varlen is kernels(8, 4, head_dim, VarlenSpec(5.0, None))[-1]
     assert isinstance(model.step, CudaStep)
     assert plain.step is None
     chunks = [(0, 90), (90, 40), (130, 1), (131, 60)], [(0, 33), (33, 1), (34, 1), (35, 100)]
@@ -199,6 +250,11 @@ def test_a_step_gives_the_plain_networks_hidden_states(weights: str) -> None:
             with torch.inference_mode():
                 outputs.append(network_(torch.cat(rows), torch.tensor(positions, device=CUDA), kv))
         assert relative_error(outputs[0], outputs[1].double()) < 0.02, step
+        wanted = torch.tensor([span.start + span.length - 1 for span in spans], device=CUDA)
+        with torch.inference_mode():
+            kv = PagedKeyValues(model.config, caches[0], tables, spans)
+            some = model(torch.cat(rows), torch.tensor(positions, device=CUDA), kv, wanted)
+        assert relative_error(some, outputs[1][wanted].double()) < 0.02, step
         assert relative_error(caches[0].full_storage, caches[1].full_storage.double()) < 0.03
         assert relative_error(caches[0].sliding_storage, caches[1].sliding_storage.double()) < 0.03
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.source import resolve
 from gemcut.model import Model
-from gemcut.model.dense import dense_logits
+from gemcut.model.dense import DenseKeyValues, dense_logits
 from model.build import in_dtype, our_logits, our_model, random_ids, rms, their_logits
 from reference.gemma import reference_logits
 from support import hf_model, save_checkpoint, tiny_config
@@ -147,6 +147,20 @@ def test_logits_do_not_depend_on_the_positions_asked_for() -> None:
     hook.remove()
     with torch.inference_mode():
         assert (model.head(hidden[0][-1:])[0] - last_of_whole).abs().max() < 1e-5
+
+
+def test_only_the_wanted_rows_are_computed_behind_the_last_attention() -> None:
+    """The same rows as of the whole, in any order; the layers before know nothing of it."""
+    model, ids = our_model(hf_model(tiny_config())), random_ids(13)
+    seen: list[int] = []
+    hook = model.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    positions, wanted = torch.arange(13), torch.tensor([12, 0, 7])
+    with torch.inference_mode():
+        whole = model(ids, positions, DenseKeyValues(13))
+        some = model(ids, positions, DenseKeyValues(13), wanted)
+    hook.remove()
+    assert seen == [13, 3]
+    assert (some - whole[wanted]).abs().max() < 1e-5
 
 
 def _mean_peak(errors: list[Tensor]) -> float:

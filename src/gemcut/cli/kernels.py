@@ -10,7 +10,7 @@ import torch
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import bf16_matvec, cuda_step, draw_tokens, int8_matvec, nf4_matvec
+from gemcut.kernels import bf16_matvec, cuda_step, draw_tokens, gated_gemm, int8_matvec, nf4_matvec
 from gemcut.kernels.cpu import step as cpu_step
 from gemcut.kernels.dispatch import LINEAR, LinearCase
 from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
@@ -52,6 +52,14 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
         "plain": None,
     }
     report["between products"] = _lines(next(name for name, reason in steps.items() if reason is None), steps)
+    if device.type == "cuda":
+        reason = gated_gemm.supports(config.intermediate_size, config.hidden_size, device.index or 0)
+        apart = "product and GeGLU apart"
+        report["gate and up"] = [
+            f"one launch with GeGLU where many rows fill its tiles ({gated_gemm.MANY_ROWS} do), else {apart}"
+            if reason is None
+            else f"{apart} ({reason})"
+        ]
     reason = decode_graph.supports(build_network(config, dtype=DTYPE, device=device), BLOCK_SIZE, device)
     short = prefill_graph.supports(chosen.varlen, reason)
     report["prompts"] = [

@@ -21,6 +21,7 @@ from torch import Tensor
 from gemcut.config import FULL
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.paged import Pages, gather, gathered_runs, live_blocks, token_slots
+from gemcut.kernels.hopper_attention import hopper_varlen
 from gemcut.kernels.prefill_attention import VarlenAttention, fresh_runs, tile_queries, tiles, triton_varlen
 from gemcut.model import Model
 from gemcut.model.attention import Span
@@ -38,7 +39,7 @@ def supports(varlen: VarlenAttention | None, decode_refusal: str | None) -> str 
 
     ``varlen``: what computes attention of many queries; ``decode_refusal``: why decode graphs do not serve.
     """
-    return decode_refusal or (None if varlen is triton_varlen else "needs the Triton attention kernel")
+    return decode_refusal or (None if varlen in (triton_varlen, hopper_varlen) else "needs the Triton attention kernel")
 
 
 @dataclass

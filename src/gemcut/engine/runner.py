@@ -96,26 +96,40 @@ class Runner:
             spans.append(Span(len(ids), scheduled.length, end))
             ids += sequence.tokens[start:end]
             positions += range(start, end)
-        hidden = self._hidden(ids, positions, spans, tables)
+        last = [span.start + span.length - 1 for s, span in zip(batch, spans, strict=True) if s.completes]
+        rows = torch.tensor(last, dtype=torch.long, device=self.device)
+        every = len(last) == len(ids) or any(s.sequence.request.prompt_logprobs for s in batch)
+        hidden = self._hidden(ids, positions, spans, tables, None if every else rows)
         for scheduled, span in zip(batch, spans, strict=True):
             if scheduled.sequence.request.prompt_logprobs:
                 self._prompt_logprobs(scheduled, hidden[span.start : span.start + span.length])
-        last = [span.start + span.length - 1 for s, span in zip(batch, spans, strict=True) if s.completes]
-        return self.model.head(hidden[torch.tensor(last, dtype=torch.long, device=self.device)])
+        return self.model.head(hidden[rows] if every else hidden)
 
-    def _hidden(self, ids: list[int], positions: list[int], spans: list[Span], tables: list[Tables]) -> Tensor:
-        """Hidden states before the final norm, fp32 [T, d]; the next step may overwrite them."""
+    def _hidden(
+        self,
+        ids: list[int],
+        positions: list[int],
+        spans: list[Span],
+        tables: list[Tables],
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """Hidden states before the final norm, fp32 [T, d], or [n, d] of the ``wanted`` rows, int64 [n], n >= 0.
+
+        The next step may overwrite them.
+        """
         if self.prefill_refusal is None:
             if self._prefills is None:
                 self._prefills = prefill_graph.PrefillGraphs(self.model, self.cache, self.device)
             hidden = self._prefills.hidden(ids, positions, spans, tables)
             if hidden is not None:
-                return hidden
+                return hidden if wanted is None else hidden[wanted]
         kv = PagedKeyValues(self.model.config, self.cache, tables, spans)
+        # Where none is wanted, one is computed all the same: networks and kernels need not know of empty batches.
+        some = wanted if wanted is None or len(wanted) else torch.zeros(1, dtype=torch.long, device=self.device)
         rows: Tensor = self.model(
-            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv
+            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv, some
         )
-        return rows
+        return rows if wanted is None else rows[: len(wanted)]
 
     def _prompt_logprobs(self, scheduled: Scheduled, hidden: Tensor) -> None:
         """Append log P(token i + 1 | tokens 0 … i) for this chunk's positions i that have a next prompt token."""

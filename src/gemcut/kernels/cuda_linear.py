@@ -4,6 +4,9 @@ Up to eight rows of x go through the matrix-vector kernels. More, up to `FUSED_R
 in registers (packed_gemm, Hopper only; elsewhere up to ``8 · PASSES`` rows go through the matrix-vector kernels eight
 at a time). Beyond, the weights are decoded to bf16, a run of rows at a time, in a buffer all layers share, for cuBLAS.
 bf16 weights need none of this: cuBLAS takes them from `DENSE_ROWS` rows on.
+
+An MLP's two products of the same x are multiplied, gated and rounded in one launch where that serves and pays
+(gemcut.kernels.gated_gemm); packed ones are decoded for it, too.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import ParameterError
-from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, nvrtc, packed_gemm
+from gemcut.kernels import bf16_matvec, gated_gemm, geglu, int8_matvec, nf4_matvec, nvrtc, packed_gemm
 from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.int8_matvec import Int8Rows
 from gemcut.kernels.matvec import MAX_ROWS, SMALL_BYTES, TILE, matvec
@@ -35,8 +38,9 @@ PASSES = 8
 FUSED_ROWS = (384, 896)
 # From this many rows on cuBLAS multiplies bf16 weights at least as fast as the matrix-vector kernel (measured).
 DENSE_ROWS = 5
-# Decoded weights stand here: enough rows at a time to keep cuBLAS busy, little enough to be forgotten.
-BUFFER_BYTES = 128 << 20
+# Decoded weights stand here. The more rows at a time, the smaller the share of processors that have nothing to do at a
+# product's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
+BUFFER_BYTES = 324 << 20
 
 
 def supports(case: LinearCase, device: torch.device) -> str | None:
@@ -78,7 +82,8 @@ Rows = nf4_matvec.PackedFourBit | Int8Rows | Tensor
 class FewRows:
     """Up to ``most_few`` rows of x through ``few``, up to ``most_some`` through ``some``, more through ``many``.
 
-    ``rows`` is what they read; ``ordered``: whether ``some`` takes x in order (gemcut.kernels.ordered), too.
+    ``rows`` is what they read; ``ordered``: whether ``some`` takes x in order (gemcut.kernels.ordered), too. ``gated``:
+    of matrices whose rows are gate, then up, gives ``gelu(gate) · up`` of many rows of x in one launch.
     """
 
     def __init__(
@@ -90,8 +95,9 @@ class FewRows:
         some: Callable[[Tensor], Tensor] | Callable[[Tensor | Ordered], Tensor] | None = None,
         most_some: int = 0,
         ordered: bool = False,
+        gated: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.rows, self.few, self.some, self.many = rows, few, some, many
+        self.rows, self.few, self.some, self.many, self.gated = rows, few, some, many, gated
         self.most_few, self.most_some, self.ordered = most_few, most_some, ordered
 
     def __call__(self, x: Tensor | Ordered) -> Tensor:
@@ -117,21 +123,40 @@ class _Packed(FewRows):
     weights: tuple[Weight, ...]
 
 
+#: Decodes rows of W, from one (a multiple of ``TILE``) on so many, into bf16 [rows, k].
+Decode = Callable[[int, int, Tensor], None]
+
+
 def _packed_kernel(
     rows: Rows,
     few: Callable[[Tensor], Tensor],
     fused: Callable[[Tensor | Ordered], Tensor],
-    many: Callable[[Tensor], Tensor],
+    decode: Decode,
+    shape: tuple[int, int],
+    out_dtype: torch.dtype,
     codes: Tensor,
     most_few: int = MAX_ROWS,
 ) -> _Packed:
-    if packed_gemm.unavailable_reason(codes.device.index or 0) is None:
-        return _Packed(rows, few, many, most_few, fused, FUSED_ROWS[codes.numel() > SMALL_BYTES], ordered=True)
+    def many(x: Tensor) -> Tensor:
+        return _by_runs(x, *shape, decode, out_dtype)
+
+    device = codes.device.index or 0
+    if packed_gemm.unavailable_reason(device) is None:
+        gated = None if _gated_reason(*shape, out_dtype, device) else functools.partial(_gated_by_runs, shape, decode)
+        most_some = FUSED_ROWS[codes.numel() > SMALL_BYTES]
+        return _Packed(rows, few, many, most_few, fused, most_some, ordered=True, gated=gated)
 
     def passes(x: Tensor) -> Tensor:
         return torch.cat([few(part) for part in torch.split(x, MAX_ROWS)])
 
     return _Packed(rows, few, many, MAX_ROWS, passes, MAX_ROWS * PASSES)
+
+
+def _gated_reason(n: int, k: int, out_dtype: torch.dtype, device: int) -> str | None:
+    """Why a matrix of ``n`` rows is not taken for an MLP's gate above its up; None: it may be."""
+    if n % 2 or out_dtype != torch.bfloat16:
+        return "needs as many rows of gate as of up, and gives bfloat16"
+    return gated_gemm.supports(n // 2, k, device)
 
 
 def _four_bit(case: LinearCase) -> LinearKernel:
@@ -143,7 +168,9 @@ def _four_bit(case: LinearCase) -> LinearKernel:
         packed,
         lambda x: matvec(storage, argument, x, packed.n),
         lambda x: packed_gemm.gemm(storage, argument, x, packed.n),
-        functools.partial(four_bit_product, packed),
+        lambda start, count, out: decode_four_bit(packed, start // TILE, -(-count // TILE), out),
+        (packed.n, packed.k),
+        torch.bfloat16,
         packed.codes,
         MAX_ROWS - 1 if whole_scales else MAX_ROWS,
     )
@@ -154,14 +181,18 @@ def _four_bit(case: LinearCase) -> LinearKernel:
 def _int8(case: LinearCase) -> LinearKernel:
     given = [w for w in case.weights if isinstance(w, Int8Weight)]
     rows = Int8Rows.of(given)
-    n = rows.values.shape[0]
+    n, k = rows.values.shape
     storage, argument = int8_matvec.STORAGE, int8_matvec.argument(rows)
     out_dtype: Literal["float32", "bfloat16"] = "float32" if case.out_dtype == torch.float32 else "bfloat16"
     kernel = _packed_kernel(
         rows,
         lambda x: matvec(storage, argument, x, n, out_dtype=out_dtype),
         lambda x: packed_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
-        functools.partial(int8_product, rows, out_dtype=case.out_dtype),
+        lambda start, count, out: decode_int8(
+            rows.values[start : start + count], rows.scales[start : start + count], out
+        ),
+        (n, k),
+        case.out_dtype,
         rows.values,
     )
     parts = torch.split(rows.values, [weight.shape[0] for weight in given])
@@ -179,8 +210,14 @@ def _dense(case: LinearCase) -> LinearKernel:
             lambda x: dense_product(x, weight, torch.float32),
             MAX_ROWS,
         )
+    n, k = weight.shape
+    gated = _gated_reason(n, k, case.out_dtype, weight.device.index or 0) is None
     return FewRows(
-        weight, lambda x: bf16_matvec.bf16_matvec(x, weight), lambda x: dense_product(x, weight), DENSE_ROWS - 1
+        weight,
+        lambda x: bf16_matvec.bf16_matvec(x, weight),
+        lambda x: dense_product(x, weight),
+        DENSE_ROWS - 1,
+        gated=(lambda x: gated_gemm.gated_gemm(x, weight)) if gated else None,
     )
 
 
@@ -206,10 +243,23 @@ def product(linear: Any, x: Tensor | Ordered) -> Tensor:
     return out
 
 
+def gated_product(linear: Any, x: Tensor | Ordered, groups: int) -> Tensor | Ordered:
+    """bf16 ``gelu(gate) · up`` [m, rows / 2] of a layer whose rows are gate, then up.
+
+    With ``groups`` the result is in order (gemcut.kernels.ordered), in so many groups of eight rows.
+    """
+    gated = linear.kernel.gated if isinstance(linear.kernel, FewRows) else None
+    if gated is not None and not groups and isinstance(x, Tensor) and gated_gemm.pays(len(x)):
+        out: Tensor = gated(x)
+        return out
+    return geglu.geglu(product(linear, x), groups)
+
+
 @functools.cache
 def _buffer(device: torch.device) -> Tensor:
     """One for all layers: what is queued on the stream uses it in turn."""
-    return torch.empty(BUFFER_BYTES // 2, dtype=torch.bfloat16, device=device)
+    most = torch.cuda.get_device_properties(device).total_memory // 128
+    return torch.empty(min(BUFFER_BYTES, most) // 2, dtype=torch.bfloat16, device=device)
 
 
 @functools.cache
@@ -253,26 +303,8 @@ def decode_int8(values: Tensor, scales: Tensor, out: Tensor) -> None:
     kernel.launch((-(-k // 4096), n), 256, 0, (task,))
 
 
-def four_bit_product(packed: nf4_matvec.PackedFourBit, x: Tensor) -> Tensor:
-    """x bf16 [m, k], any m -> bf16 [m, n]."""
-
-    def decode(start: int, count: int, out: Tensor) -> None:
-        decode_four_bit(packed, start // TILE, -(-count // TILE), out)
-
-    return _by_runs(x, packed.n, packed.k, decode, x.dtype)
-
-
-def int8_product(rows: Int8Rows, x: Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """x bf16 [m, k], any m -> [m, n]."""
-    n, k = rows.values.shape
-
-    def decode(start: int, count: int, out: Tensor) -> None:
-        decode_int8(rows.values[start : start + count], rows.scales[start : start + count], out)
-
-    return _by_runs(x, n, k, decode, out_dtype)
-
-
-def _by_runs(x: Tensor, n: int, k: int, decode: Callable[[int, int, Tensor], None], out_dtype: torch.dtype) -> Tensor:
+def _by_runs(x: Tensor, n: int, k: int, decode: Decode, out_dtype: torch.dtype) -> Tensor:
+    """x bf16 [m, k], any m, times W [n, k] transposed -> [m, n], W decoded a run of rows at a time for cuBLAS."""
     buffer = _buffer(x.device)
     step = min(max(buffer.numel() // k // TILE * TILE, TILE), 65520)
     runs = -(-n // step)
@@ -287,4 +319,23 @@ def _by_runs(x: Tensor, n: int, k: int, decode: Callable[[int, int, Tensor], Non
             torch.mm(x, weight.t(), out=target)
         else:
             target.copy_(torch.mm(x, weight.t(), out_dtype=out_dtype))
+    return out
+
+
+def _gated_by_runs(shape: tuple[int, int], decode: Decode, x: Tensor) -> Tensor:
+    """bf16 ``gelu(gate) · up`` [m, n / 2] of x bf16 [m, k] and packed weights [n, k] = ``shape``, gate before up.
+
+    As many rows of both as the buffer holds are decoded at a time.
+    """
+    (n, k), buffer = shape, _buffer(x.device)
+    width, most = n // 2, max(min(buffer.numel() // k // 2, 65520) // TILE * TILE, TILE)
+    runs = -(-width // most)
+    step = -(-width // runs // TILE) * TILE
+    out = torch.empty((x.shape[0], width), dtype=torch.bfloat16, device=x.device)
+    for start in range(0, width, step):
+        count = min(step, width - start)
+        weight = buffer[: 2 * count * k].view(2 * count, k)
+        decode(start, count, weight[:count])
+        decode(width + start, count, weight[count:])
+        gated_gemm.gated_gemm(x, weight, out=out[:, start : start + count])
     return out

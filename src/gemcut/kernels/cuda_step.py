@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.kernels import decode_attention, geglu, norm, nvrtc, rope_write
-from gemcut.kernels.cuda_linear import order_groups, product
+from gemcut.kernels.cuda_linear import gated_product, order_groups, product
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.ordered import Ordered
 from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec
@@ -46,17 +46,30 @@ class CudaStep:
         self._config, self.varlen = config, varlen
         self._tables = [(model.rope_full if kind == FULL else model.rope_sliding) for kind in config.layer_types]
 
-    def layers(self, layers: Any, residual: Tensor, rotations: list[tuple[Tensor, Tensor]], kv: Any) -> Tensor:
-        """All ``layers`` (gemcut.model.gemma.Layer), each with its rotation, on ``residual`` fp32 [T, d], in place."""
+    def layers(
+        self,
+        layers: Any,
+        residual: Tensor,
+        rotations: list[tuple[Tensor, Tensor]],
+        kv: Any,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """All ``layers`` (gemcut.model.gemma.Layer), each with its rotation, on ``residual`` fp32 [T, d], in place.
+
+        Returns it, or its ``wanted`` rows, int64 [n]: the only ones that the last layer computes behind its attention.
+        """
         eps, m = self._config.rms_norm_eps, len(residual)
         positions = self._decode_positions(kv, residual.device)
         x = norm.norm(residual, layers[0].input_norm.scale, eps, order_groups(layers[0].attention.qkv_proj, m))
         for index, (layer, rotation) in enumerate(zip(layers, rotations, strict=True)):
             mlp = layer.mlp
-            attended = layer.attention.o_proj(self._attend(layer.attention, x, rotation, kv, positions))
+            mixed = self._attend(layer.attention, x, rotation, kv, positions)
+            if wanted is not None and index + 1 == len(layers):
+                mixed, residual, m = mixed[wanted], residual[wanted], len(wanted)
+            attended = layer.attention.o_proj(mixed)
             post, pre = layer.post_attention_norm.scale, layer.pre_feedforward_norm.scale
             x = norm.norm_add(attended, residual, post, pre, eps, order_groups(mlp.gate_up_proj, m))
-            gated = geglu.geglu(product(mlp.gate_up_proj, x), order_groups(mlp.down_proj, m))
+            gated = gated_product(mlp.gate_up_proj, x, order_groups(mlp.down_proj, m))
             transformed, post = product(mlp.down_proj, gated), layer.post_feedforward_norm.scale
             if index + 1 < len(layers):
                 after = layers[index + 1]

@@ -20,6 +20,8 @@ from gemcut.kernels import cubin_cache
 
 SOURCES = Path(__file__).parent / "cuda"
 
+# Of cuTensorMapEncodeTiled.
+_BFLOAT16, _SWIZZLE_128, _PROMOTE_256 = 9, 3, 3
 _STATIC_SHARED = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE: all blocks at once or none
@@ -155,6 +157,31 @@ class CudaKernel:
         status = _driver().cuLaunchKernelEx(config, self.handle, pointers, None)
         if status:
             _check(status, "a kernel launch")
+
+
+class TensorMap(ctypes.Structure):
+    """How the copy engine finds boxes of a matrix; a kernel's argument."""
+
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+@functools.lru_cache(maxsize=4096)
+def tensor_map(address: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int) -> TensorMap:
+    """Boxes of a bf16 matrix [rows, columns] at ``address``, each of 128-byte rows with their words swizzled.
+
+    What of a box lies beyond the matrix's edges is read as zeros and not written. ``address`` and ``row_bytes``, from
+    one row to the next, are multiples of 16.
+    """
+    raw = ctypes.create_string_buffer(128 + 63)
+    aligned = -(-ctypes.addressof(raw) // 64) * 64
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(aligned), _BFLOAT16, 2, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(row_bytes),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
+        0, _SWIZZLE_128, _PROMOTE_256, 0,
+    )  # fmt: skip
+    _check(status, "describing a matrix to the copy engine")
+    return TensorMap.from_buffer_copy((ctypes.c_char * 128).from_address(aligned))
 
 
 def shared_memory_limit(device: int) -> int:

@@ -1,7 +1,8 @@
 """Attention of many queries on an NVIDIA GPU, sequences of any lengths side by side: the side of it without Triton.
 
 Three ways to compute the same: `triton_varlen` (kernels/triton_attention.py), `flash_attn_varlen` (the flash-attn
-package, where it is installed) and `plain_varlen`, their twin. Each takes queries that are scaled already.
+package, where it is installed) and `plain_varlen`, their twin; a fourth for some cases on Hopper is in
+kernels/hopper_attention.py. Each takes queries that are scaled already.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 #: (first row of the batch, queries, first row of the keys, index of the first query among the sequence's keys).
 Run = tuple[int, int, int, int]
 
-_LOG2E = math.log2(math.e)
-# With a cap of up to this, exp(score) and sums of 2^17 of them times values stay far inside fp32's and bf16's range.
-_FIXED_CAP = 60.0
+LOG2E = math.log2(math.e)
+#: With a cap of up to this, exp(score) and sums of 2^17 of them times values stay far inside fp32's and bf16's range.
+FIXED_CAP = 60.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def triton_varlen(
     kv_heads, on_gpu = keys.shape[1], query.is_cuda
     shape = shape or tiling(head_dim, torch.cuda.get_device_capability(query.device)[0] if on_gpu else 9)
     group = heads // kv_heads
-    cut = runs if isinstance(runs, Tensor) else _tiles(tuple(runs), shape.rows // group, query.device)
+    cut = runs if isinstance(runs, Tensor) else tile_table(tuple(runs), shape.rows // group, query.device)
     out = torch.empty((query.shape[0], heads * head_dim), dtype=query.dtype, device=query.device)
     block = [shape.keys, head_dim]
     cap = spec.softcap
@@ -128,11 +129,11 @@ def triton_varlen(
         out.stride(0),
         spec.window or 0,
         1.0 / cap if cap else 1.0,
-        cap * _LOG2E if cap else _LOG2E,
+        cap * LOG2E if cap else LOG2E,
         HEAD_DIM=head_dim,
         GROUP=group,
         CAP=cap is not None,
-        FIXED=cap is not None and cap <= _FIXED_CAP and query.dtype != torch.float16,
+        FIXED=cap is not None and cap <= FIXED_CAP and query.dtype != torch.float16,
         WINDOW=spec.window is not None,
         NATIVE=on_gpu,
         BLOCK_M=shape.rows,
@@ -160,7 +161,7 @@ def tiles(runs: Sequence[Run], queries: int) -> list[Run]:
 
 
 @functools.lru_cache(maxsize=16)
-def _tiles(runs: tuple[Run, ...], queries: int, device: torch.device) -> Tensor:
+def tile_table(runs: tuple[Run, ...], queries: int, device: torch.device) -> Tensor:
     return torch.tensor(tiles(runs, queries), dtype=torch.int32, device=device)
 
 

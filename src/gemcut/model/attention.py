@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import prefill_attention
+from gemcut.kernels import hopper_attention, prefill_attention
 from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec, fresh_runs
 
 # Queries are taken in tiles so that fp32 scores of an 8k context stay small and keys no query sees are skipped.
@@ -187,6 +187,18 @@ def _triton_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device
     return prefill_attention.shape_reason(heads, kv_heads, config.head_dim, dtype) or prefill_attention.triton_reason()
 
 
+def _hopper_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    reason = _triton_reason(config, dtype, device)  # graphs of short prompts are left to that
+    if reason is not None:
+        return reason
+    if dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {dtype}"
+    if not torch.cuda.is_available():
+        return "needs a Hopper GPU"
+    heads, kv_heads, cap = config.num_attention_heads, config.num_key_value_heads, config.attn_logit_softcapping
+    return hopper_attention.supports(heads, kv_heads, config.head_dim, cap, device.index or 0)
+
+
 def _varlen_implementation(
     name: str, varlen: VarlenAttention, supports: Callable[[GemmaConfig, torch.dtype, torch.device], str | None]
 ) -> Implementation:
@@ -195,6 +207,7 @@ def _varlen_implementation(
 
 #: In order of preference; plain PyTorch serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "hopper": _varlen_implementation("hopper", hopper_attention.hopper_varlen, _hopper_reason),
     "triton": _varlen_implementation("triton", prefill_attention.triton_varlen, _triton_reason),
     "eager": Implementation("eager", eager_attention, lambda config, dtype, device: None),
 }
@@ -221,7 +234,7 @@ def choose_attention(name: str, config: GemmaConfig, dtype: torch.dtype, device:
 
 
 def _flash_attention(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> Implementation:
-    """The flash-attn package where it serves, else the Triton kernel; ``detail`` says which and why.
+    """The flash-attn package where it serves, else a kernel of gemcut's own; ``detail`` says which and why.
 
     On a CPU plain attention stands in until the model is moved to a GPU, with a warning, as in transformers.
     """
@@ -239,9 +252,10 @@ def _flash_attention(config: GemmaConfig, dtype: torch.dtype, device: torch.devi
     if reason is None:
         found = _varlen_implementation(FLASH, prefill_attention.flash_attn_varlen, lambda *case: None)
         return replace(found, detail="the flash-attn package")
-    refused = _triton_reason(config, dtype, device)
-    if refused is not None:
-        raise UnsupportedError(
-            f"attn_implementation={FLASH!r} cannot serve this model: {reason}, and gemcut's own kernel {refused}"
-        )
-    return replace(IMPLEMENTATIONS["triton"], name=FLASH, detail=f"gemcut's own Triton kernel: {reason}")
+    for name, own in ("hopper", "kernel for Hopper"), ("triton", "Triton kernel"):
+        refused = IMPLEMENTATIONS[name].supports(config, dtype, device)
+        if refused is None:
+            return replace(IMPLEMENTATIONS[name], name=FLASH, detail=f"gemcut's own {own}: {reason}")
+    raise UnsupportedError(
+        f"attn_implementation={FLASH!r} cannot serve this model: {reason}, and gemcut's own kernel {refused}"
+    )

@@ -46,9 +46,10 @@ class Attention(nn.Module):
             window=config.sliding_window if config.layer_types[layer] == SLIDING else None,
         )
 
-    def forward(self, x: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
-        """``x`` [T, d] -> [T, d]."""
-        out: Tensor = self.o_proj(self.mix(self.qkv_proj(x), rotation, kv))
+    def forward(self, x: Tensor, rotation: Rotation, kv: KeyValues, wanted: Tensor | None = None) -> Tensor:
+        """``x`` [T, d] -> [T, d], or its ``wanted`` rows, int64 [n]; the cache gets keys and values of all."""
+        mixed = self.mix(self.qkv_proj(x), rotation, kv)
+        out: Tensor = self.o_proj(mixed if wanted is None else mixed[wanted])
         return out
 
     def mix(self, qkv: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
@@ -92,9 +93,11 @@ class Layer(nn.Module):
         self.mlp = MLP(config, linear, dtype)
         self.dtype = dtype
 
-    def forward(self, residual: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
-        """``residual`` fp32 [T, d] -> fp32 [T, d]."""
-        attended: Tensor = self.attention(self.input_norm(residual).to(self.dtype), rotation, kv)
+    def forward(self, residual: Tensor, rotation: Rotation, kv: KeyValues, wanted: Tensor | None = None) -> Tensor:
+        """``residual`` fp32 [T, d] -> fp32 [T, d], or its ``wanted`` rows, int64 [n]."""
+        attended: Tensor = self.attention(self.input_norm(residual).to(self.dtype), rotation, kv, wanted)
+        if wanted is not None:
+            residual = residual[wanted]
         residual = self.post_attention_norm(attended).add_(residual)
         transformed = self.mlp(self.pre_feedforward_norm(residual).to(self.dtype))
         out: Tensor = self.post_feedforward_norm(transformed).add_(residual)
@@ -146,24 +149,27 @@ class Model(nn.Module):
         self.rope_full = RotaryTable(config.head_dim, config.rope_theta, positions, config.rope_scaling_factor)
         self.rope_sliding = RotaryTable(config.head_dim, config.rope_local_theta, positions)
 
-    def forward(self, ids: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor | None = None) -> Tensor:
         """Hidden states before the final norm.
 
         Args:
             ids: token ids, int64 [T].
             positions: each token's position in its sequence, int64 [T].
             kv: keys and values of the batch; says which rows form which sequence.
+            wanted: the rows whose hidden states are wanted, int64 [n] with n > 0; None: all. Behind the last layer's
+                attention the others serve nobody, and are not computed.
 
         Returns:
-            fp32 [T, d].
+            fp32 [T, d], or [n, d].
         """
         residual: Tensor = self.embed(ids).float() * self.embed_scale
         full, sliding = self.rope_full.at(positions), self.rope_sliding.at(positions)
         rotations = [sliding if kind == SLIDING else full for kind in self.config.layer_types]
         if self.step is not None:
-            return self.step.layers(self.layers, residual, rotations, kv)
-        for layer, rotation in zip(self.layers, rotations, strict=True):
-            residual = layer(residual, rotation, kv)
+            return self.step.layers(self.layers, residual, rotations, kv, wanted)
+        last = len(self.layers) - 1
+        for index, (layer, rotation) in enumerate(zip(self.layers, rotations, strict=True)):
+            residual = layer(residual, rotation, kv, wanted if index == last else None)
         return residual
 
     def head(self, hidden: Tensor) -> Tensor:

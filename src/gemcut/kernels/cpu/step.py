@@ -120,20 +120,32 @@ class CpuStep:
         self._attend_one(ctypes.byref(call), cpu.threads())
         return out
 
-    def layers(self, layers: Any, residual: Tensor, rotations: list[tuple[Tensor, Tensor]], kv: Any) -> Tensor:
-        """All ``layers`` (gemcut.model.gemma.Layer), each with its rotation, on ``residual`` fp32 [T, d], in place."""
+    def layers(
+        self,
+        layers: Any,
+        residual: Tensor,
+        rotations: list[tuple[Tensor, Tensor]],
+        kv: Any,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """All ``layers`` (gemcut.model.gemma.Layer), each with its rotation, on ``residual`` fp32 [T, d], in place.
+
+        Returns it, or its ``wanted`` rows, int64 [n]: the only ones that the last layer computes behind its attention.
+        """
         one_each = hasattr(kv, "pages") and all(span.length == 1 for span in kv.spans)
         if one_each:
             if self._stack is None:
                 self._stack = LayerStack(layers, self._library)
             if self._stack.refusal is None and len(residual) <= self._stack.most_rows:
                 self._stack(residual, rotations, kv)
-                return residual
+                return residual if wanted is None else residual[wanted]
         x = self.add_norm(residual, None, None, layers[0].input_norm.scale, layers[0].input_norm.eps)
         for i, (layer, rotation) in enumerate(zip(layers, rotations, strict=True)):
             attention, norm = layer.attention, layer.pre_feedforward_norm
             qkv = attention.qkv_proj(x)
             mixed = self.attend_one(attention, qkv, rotation, kv) if one_each else attention.mix(qkv, rotation, kv)
+            if wanted is not None and i + 1 == len(layers):
+                mixed, residual = mixed[wanted], residual[wanted]
             attended = attention.o_proj(mixed)
             x = self.add_norm(residual, attended, layer.post_attention_norm.scale, norm.scale, norm.eps)
             transformed = layer.mlp.down_proj(self.geglu(layer.mlp.gate_up_proj(x)))

@@ -1,0 +1,199 @@
+// Attention of many queries with a soft-cap on Hopper: causal, window, grouped heads, sequences of any lengths; heads of 128.
+//
+// A thread block takes one key head and 128 rows: queries of one sequence, the heads that share the key head side by side.
+// Scores lie within the cap, so that exp(score) and its sums stay far inside what fp32 and bf16 hold: no running maximum, and
+// nothing is scaled again. Two warpgroups have 64 rows each, with their queries in registers; keys and values come through
+// tensor maps, 64 of them at a time, asked for by a third.
+//
+// tanh and exp2 take the special-function unit as long as both products take the matrix units. So the values of the keys before
+// are summed while a warpgroup turns scores into weights, and one warpgroup does so while the other multiplies.
+//
+// launch.cuh, hopper.cuh and the generated wgmma_scores() and wgmma_values() stand before this file.
+
+constexpr int ROWS = 128, KEYS = 64, DIM = 128, STAGES = 4;
+constexpr int BOX_BYTES = KEYS * 128, STAGE_BYTES = 4 * BOX_BYTES;   // 64 columns each: keys, keys, values, values
+constexpr int ROW_BYTES = DIM * 2;
+constexpr int WARPS = 8;                                             // that multiply
+
+struct Task {
+  const u16* query;
+  u16* out;
+  const int4* tiles;                      // first row, queries, first key, index of the first query among its keys
+  long long query_stride, out_stride;     // values from one row to the next
+  int group, window;                      // query heads a key head; 0: no window
+  float inverse_cap, scale;               // scale turns tanh into an exponent of 2
+};
+
+__device__ __forceinline__ float capped(float score, const Task& p) {
+  float bent;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(bent) : "f"(score * p.inverse_cap));
+  return bent * p.scale;
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    prefill_attention(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values, const Task p) {
+  extern __shared__ __align__(1024) u8 shared[];
+  u8* const rows = shared + STAGES * STAGE_BYTES;   // queries, then results
+  u64* const full = reinterpret_cast<u64*>(rows + ROWS * ROW_BYTES);
+  u64* const empty = full + STAGES;
+  const int warpgroup = threadIdx.x / 128;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS);
+    barriers_ready();
+  }
+  __syncthreads();
+  previous_kernels_done();
+  next_kernel_may_start();
+
+  const int head = blockIdx.x;
+  const int4 tile = p.tiles[blockIdx.y];
+  const int first_row = tile.x, count = tile.y, key_start = tile.z, offset = tile.w;
+  const int last = offset + count;
+  const int begin = p.window ? max(0, offset - p.window + 1) / KEYS * KEYS : 0;
+  const int blocks = count ? (last - begin + KEYS - 1) / KEYS : 0;
+
+  if (warpgroup == 0) {   // ask for keys and values
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x == 0) {
+      int slot = 0;
+      u32 phase = 1;
+      for (int block = 0; block < blocks; ++block) {
+        u8* const stage = shared + slot * STAGE_BYTES;
+        const int row = key_start + begin + block * KEYS;
+        barrier_wait(empty + slot, phase);
+        barrier_expect(full + slot, STAGE_BYTES);
+        load_box(stage, keys, head * DIM, row, full + slot);
+        load_box(stage + BOX_BYTES, keys, head * DIM + 64, row, full + slot);
+        load_box(stage + 2 * BOX_BYTES, values, head * DIM, row, full + slot);
+        load_box(stage + 3 * BOX_BYTES, values, head * DIM + 64, row, full + slot);
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+      }
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  if (count == 0) return;
+  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  const int warp_row = warp * 16;   // of the tile
+
+  // Each warp's 16 rows through shared memory into the form that wgmma takes from registers.
+  const int words = ROW_BYTES / 16;
+  auto word_at = [&](int row, int word) { return shared_address(rows) + row * ROW_BYTES + (word ^ row % 8) * 16; };
+#pragma unroll
+  for (int i = 0; i < 16 * words / 32; ++i) {
+    const int row = warp_row + i * 2 + lane / 16, word = lane % 16, index = row / p.group;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (index < count) {
+      const u16* const from = p.query + (first_row + index) * p.query_stride + (head * p.group + row % p.group) * DIM;
+      v = *reinterpret_cast<const uint4*>(from + word * 8);
+    }
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(word_at(row, word)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  }
+  __syncwarp();
+  u32 q[DIM / 16][4];
+#pragma unroll
+  for (int i = 0; i < DIM / 16; ++i) load_matrices(word_at(warp_row + lane % 16, i * 2 + lane / 16), q[i]);
+
+  // This thread's sums stand in rows lane / 4 and lane / 4 + 8 of its warp.
+  int place[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) place[r] = offset + min((warp_row + lane / 4 + r * 8) / p.group, count - 1);
+  const int first_place = offset + min(warp_row / p.group, count - 1), last_place = offset + min((warp_row + 15) / p.group, count - 1);
+
+  float sum[DIM / 2], total[2] = {0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < DIM / 2; ++i) sum[i] = 0.f;
+  u32 weights[KEYS / 16][4];
+
+  int slot = 0;
+  u32 phase = 0;
+  float scores[KEYS / 2];
+  auto ask_scores = [&](int of) {
+    const u8* const stage = shared + of * STAGE_BYTES;
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < DIM / 16; ++i) wgmma_scores(scores, q[i], descriptor(stage + i / 4 * BOX_BYTES) + i % 4 * 2, i > 0);
+    wgmma_close();
+  };
+  auto ask_values = [&](int of) {
+    const u64 from = descriptor(shared + of * STAGE_BYTES + 2 * BOX_BYTES, BOX_BYTES);
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; ++i) wgmma_values(sum, weights[i], from + i * (16 * 128 / 16), true);
+    wgmma_close();
+  };
+  auto weigh = [&](int at) {
+    if (at + KEYS - 1 <= first_place && (p.window == 0 || at > last_place - p.window)) {
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; ++i) scores[i] = power_of_two(capped(scores[i], p));
+    } else {
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; ++i) {
+        const int index = at + i / 4 * 8 + lane % 4 * 2 + i % 2, own = place[i / 2 % 2];
+        const bool seen = index <= own && (p.window == 0 || index > own - p.window);
+        scores[i] = seen ? power_of_two(capped(scores[i], p)) : 0.f;
+      }
+    }
+  };
+  auto round = [&] {
+    // What the values are weighed with is what is summed: a row that looks at one key gets that key's value.
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const u32 pair = pack_bf16(scores[i * 8 + j * 2], scores[i * 8 + j * 2 + 1]);
+        total[j % 2] += low_bf16(pair) + high_bf16(pair);
+        weights[i][j] = pair;
+      }
+    }
+  };
+  barrier_wait(full, 0);
+  ask_scores(0);
+  wgmma_wait<0>();
+  settle(scores);
+  weigh(begin);
+  round();
+  for (int at = begin + KEYS; at < last; at += KEYS) {
+    const int now = slot;
+    if (++slot == STAGES) slot = 0, phase ^= 1;
+    barrier_wait(full + slot, phase);
+    ask_scores(slot);
+    ask_values(now);
+    wgmma_wait<1>();
+    settle(scores);
+    weigh(at);
+    wgmma_wait<0>();
+    settle(sum);
+    if (lane == 0) barrier_arrive(empty + now);
+    round();
+  }
+  ask_values(slot);
+  wgmma_wait<0>();
+  settle(sum);
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
+    total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
+    total[r] = 1.f / total[r];
+  }
+#pragma unroll
+  for (int j = 0; j < DIM / 8; j += 2) {
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = pack_bf16(sum[j * 4 + i * 2] * total[i % 2], sum[j * 4 + i * 2 + 1] * total[i % 2]);
+    store_matrices(word_at(warp_row + lane % 16, j + lane / 16), pairs);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16 * words / 32; ++i) {
+    const int row = warp_row + i * 2 + lane / 16, word = lane % 16, index = row / p.group;
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(word_at(row, word)) : "memory");
+    if (index < count) {
+      u16* const to = p.out + (first_row + index) * p.out_stride + (head * p.group + row % p.group) * DIM;
+      *reinterpret_cast<uint4*>(to + word * 8) = v;
+    }
+  }
+}
