@@ -1,7 +1,7 @@
 """Times the GPU's kernels at 27B's shapes: `python benchmarks/gpu_kernels.py --formats nf4 --rows 1,64`.
 
-`--kernels attention,rows` times what stands between the products instead: attention of prompts and of single tokens;
-norms, GeGLU, rotation, embedding and the draw of a token.
+`--kernels attention,rows,gated` times what stands between the products instead: attention of prompts and of single
+tokens; norms, GeGLU, rotation, embedding and the draw of a token; gate, up and GeGLU of many rows in one launch.
 
 Each figure is one product inside a CUDA graph of many, each with a weight of its own: together several times the L2
 cache, as in a real decode step. Random data. "ours" is what the engine would run for so many rows, given x as it gives
@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from gpu_layer_kernels import HEADER, decode_attentions, draws, prefill_attention, row_kernels
+from gpu_layer_kernels import HEADER, decode_attentions, draws, gated_products, prefill_attention, row_kernels
 from gpu_timing import replay_seconds
 from torch import Tensor
 
@@ -40,7 +40,12 @@ SHAPES = {
     "head": (256000, 4608),
 }
 FORMATS = ("nf4", "fp4", "nf4-flat", "fp4-flat", "int8", "bf16")
-GROUPS = ("products", "attention", "rows")
+GROUPS = ("products", "attention", "rows", "gated")
+LAYER_KERNELS = {
+    "attention": (prefill_attention, decode_attentions),
+    "rows": (row_kernels, draws),
+    "gated": (gated_products,),
+}
 LINEARS = "gate+up,down,qkv,o"
 ROTATED_BYTES = 600 << 20
 Product = Callable[[Tensor | Ordered], object]
@@ -156,7 +161,7 @@ def main() -> None:
             print_products(options, bandwidth)
             continue
         print(HEADER)
-        for kinds in (prefill_attention, decode_attentions) if group == "attention" else (row_kernels, draws):
+        for kinds in LAYER_KERNELS[group]:
             for timed in kinds(options.repetitions):
                 print(timed.line(bandwidth), flush=True)
     print(f"read bandwidth again {read_bandwidth() / 1e9:.0f} GB/s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from gpu_timing import replay_seconds
 from torch import Tensor
 
 from gemcut.engine.draw import Kind, draw
+from gemcut.kernels import hopper_attention
 from gemcut.kernels.decode_attention import DecodeSpec, decode_attention
 from gemcut.kernels.draw_tokens import draw_tokens
+from gemcut.kernels.gated_gemm import gated_gemm
 from gemcut.kernels.geglu import geglu
 from gemcut.kernels.norm import norm_add, norm_embed
 from gemcut.kernels.prefill_attention import VarlenSpec, triton_varlen
@@ -59,8 +62,13 @@ def prefill_attention(repetitions: int) -> Iterator[Timed]:
         query *= head_dim**-0.5
         spec, runs = VarlenSpec(cap, window), ((0, tokens, 0, 0),)
 
-        def ours(q: Tensor = query, k: Tensor = keys, v: Tensor = values, s: VarlenSpec = spec, r=runs) -> Tensor:
-            return triton_varlen(q, k, v, r, s)
+        hopper = hopper_attention.supports(heads, kv_heads, head_dim, cap, query.device.index or 0) is None
+        varlen = hopper_attention.hopper_varlen if hopper else triton_varlen
+
+        def ours(
+            q: Tensor = query, k: Tensor = keys, v: Tensor = values, s: VarlenSpec = spec, r=runs, f=varlen
+        ) -> Tensor:
+            return f(q, k, v, r, s)
 
         peer = None
         if window is None:
@@ -132,6 +140,26 @@ def row_kernels(repetitions: int) -> Iterator[Timed]:
         ]
         for name, run, nbytes in cases:
             yield Timed(f"{name}, {m} rows", replay_seconds([run], repetitions, 8), nbytes=nbytes)
+
+
+def gated_products(repetitions: int) -> Iterator[Timed]:
+    """An MLP's gate, up and GeGLU of bf16 weights in one launch. The peer: torch.mm and the GeGLU kernel behind it."""
+    for k, width in ((4608, 36864), (3584, 14336), (2304, 9216)):
+        weights = [bf16(2 * width, k) for _ in range(2)]
+        for m in (1024, 2048, 4096):
+            x, gate_up = bf16(m, k), torch.empty(m, 2 * width, dtype=torch.bfloat16, device="cuda")
+
+            def ours(w: Tensor, x: Tensor = x) -> Tensor:
+                return gated_gemm(x, w)
+
+            def apart(w: Tensor, x: Tensor = x, g: Tensor = gate_up) -> object:
+                return geglu(torch.mm(x, w.T, out=g))
+
+            times, peer = (
+                replay_seconds([functools.partial(run, w) for w in weights], repetitions, 4) for run in (ours, apart)
+            )
+            name = f"gate+up {2 * width} x {k} and GeGLU, {m} rows"
+            yield Timed(name, times, flop=4.0 * m * k * width, peer=statistics.median(peer))
 
 
 def draws(repetitions: int) -> Iterator[Timed]:

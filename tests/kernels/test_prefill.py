@@ -14,7 +14,7 @@ from gemcut.config import FAMILY, GemmaConfig
 from gemcut.engine.cache import CacheShape, PagedCache, Tables
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import prefill_attention
+from gemcut.kernels import hopper_attention, prefill_attention
 from gemcut.kernels.prefill_attention import Run, VarlenSpec, flash_attn_varlen, fresh_runs, plain_varlen, tiles
 from gemcut.model.attention import AttentionSpec, Span, attend, choose_attention, eager_attention, varlen_attention
 from support import tiny_config
@@ -94,6 +94,16 @@ def test_varlen_attention_over_the_paged_cache() -> None:
             assert [[max(block, 0) for block in blocks] for blocks in group] == [
                 row[: len(blocks)] for row, blocks in zip(table.tolist(), group, strict=True)
             ]
+
+
+def test_the_kernel_for_hopper_says_which_heads_it_does_not_take() -> None:
+    for heads, kv_heads, head_dim, cap, reason in (
+        (8, 4, 256, 50.0, "heads of 128, not of 256"),
+        (6, 2, 128, 50.0, "divide 128, not 3"),
+        (8, 4, 128, None, "soft-cap of up to 60"),
+        (8, 4, 128, 61.0, "soft-cap of up to 60"),
+    ):
+        assert reason in str(hopper_attention.supports(heads, kv_heads, head_dim, cap, 0))
 
 
 def test_flash_attention_2_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
