@@ -83,9 +83,10 @@ def products(name: str, n: int, k: int, head: bool) -> tuple[list[Product], list
     return ours, decoded, nbytes
 
 
-def as_given(product: Product, linear: str, x: Tensor) -> Tensor | Ordered:
-    """x as the kernel before this product leaves it."""
-    groups = 0 if linear in ("o", "head") else product.groups(len(x))  # type: ignore[attr-defined]
+def as_given(product: Product, linear: str, x: Tensor, how: str) -> Tensor | Ordered:
+    """x as the kernel before this product leaves it, or as ``how`` says."""
+    plain = linear in ("o", "head") if how == "engine" else how == "rows"
+    groups = 0 if plain else product.groups(len(x))  # type: ignore[attr-defined]
     return order_x(x, groups) if groups else x
 
 
@@ -118,7 +119,7 @@ def print_products(options: argparse.Namespace, bandwidth: float) -> None:
             first = None
             for m in (int(rows) for rows in options.rows.split(",")):
                 x = torch.randn(m, k, device="cuda").bfloat16()
-                times = time_products(ours, as_given(ours[0], linear, x), options.repetitions)
+                times = time_products(ours, as_given(ours[0], linear, x, options.x), options.repetitions)
                 median = statistics.median(times)
                 first = first or median
                 moved = nbytes + m * k * 2 + m * n * (4 if linear == "head" else 2)
@@ -140,6 +141,9 @@ def main() -> None:
     parser.add_argument("--formats", default="nf4,fp4,nf4-flat,int8", help="of products")
     parser.add_argument("--linears", default=LINEARS, help=f"of products, comma-separated: {', '.join(SHAPES)}")
     parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,4096", help="of products")
+    parser.add_argument(
+        "--x", default="engine", choices=("engine", "rows", "ordered"), help="how products get x; rows: as plain rows"
+    )
     parser.add_argument("--repetitions", type=int, default=9)
     options = parser.parse_args()
     for what, known in (("kernels", GROUPS), ("formats", FORMATS), ("linears", SHAPES)):

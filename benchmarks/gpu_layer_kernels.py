@@ -19,6 +19,7 @@ from gemcut.kernels.draw_tokens import draw_tokens
 from gemcut.kernels.gated_gemm import gated_gemm
 from gemcut.kernels.geglu import geglu
 from gemcut.kernels.norm import norm_add, norm_embed
+from gemcut.kernels.packed_gemm import order_groups
 from gemcut.kernels.prefill_attention import VarlenSpec, triton_varlen
 from gemcut.kernels.rope_write import rope_write
 
@@ -119,7 +120,7 @@ def row_kernels(repetitions: int) -> Iterator[Timed]:
         qkv, ids = bf16(m, (heads + 2 * kv_heads) * head_dim), torch.randint(0, 256000, (m,), device="cuda").int()
         rope = torch.randn(m, head_dim, device="cuda")
         keys, values = (bf16(m // BLOCK, BLOCK, kv_heads, head_dim) for _ in range(2))
-        slots = torch.randperm(m, device="cuda")
+        slots, groups = torch.randperm(m, device="cuda"), order_groups(m)
         cases: list[tuple[str, Callable[[], object], int]] = [
             (
                 "residual += norm(y), norm",
@@ -127,6 +128,7 @@ def row_kernels(repetitions: int) -> Iterator[Timed]:
                 m * d * 12,
             ),
             ("GeGLU", lambda g=gate_up: geglu(g), m * width * 6),  # type: ignore[misc]
+            ("GeGLU in order", lambda g=gate_up, o=groups: geglu(g, o), m * width * 6),  # type: ignore[misc]
             (
                 "rotation, cache write",
                 lambda q=qkv, r=rope, k=keys, v=values, s=slots: rope_write(q, r, k, v, s, 0.1),  # type: ignore[misc]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from four_bit_reference import FP4, NF4, dequantize, quantize
-from gemcut.kernels import bf16_matvec, int8_matvec, nf4_matvec, packed_gemm
+from gemcut.kernels import bf16_matvec, int8_matvec, matvec, nf4_matvec, packed_gemm
 
 PACKED = ["int8", "nf4", "nf4-nested", "fp4", "fp4-nested"]
 FORMATS = ["bf16", *PACKED]
@@ -20,6 +20,7 @@ class Case:
     matvec: Callable[..., torch.Tensor]
     gemm: Callable[..., torch.Tensor]  # not for bf16
     plain: Callable[[torch.Tensor], torch.Tensor]
+    most_rows: int = 8  # that matvec takes
 
 
 def case(name: str, n: int, k: int) -> Case:
@@ -50,6 +51,7 @@ def case(name: str, n: int, k: int) -> Case:
         lambda x, **kw: nf4_matvec.nf4_matvec(x, packed, **kw),
         lambda x, **kw: packed_gemm.gemm(storage, packed.argument, x, n, **kw),
         lambda x: nf4_matvec.nf4_matvec_plain(x, [four]),
+        matvec.most_rows(storage, n, k, torch.cuda.current_device()),
     )
 
 

@@ -46,10 +46,11 @@ def test_the_busiest_block_of_27b_has_little_more_than_its_share(n: int, k: int)
 def test_warps_of_fixed_columns_cover_their_slice(storage, n, k, fixed, limit) -> None:
     tiles, steps = n // 16, k // 256
     frame = plan_split(storage, tiles, steps, 1, 132, limit)
-    for m in range(1, 9):
+    for m in range(1, 17):
         split = plan_fixed(storage, frame, tiles, steps, m, limit)
         if limit == LIMIT and fixed is not None:
-            assert (split.layout.fixed if split else 0) == (fixed if m == 1 or fixed == 1 else 0)
+            most = 1 if fixed != 1 else 16 if k // 256 <= 16 else 8
+            assert (split.layout.fixed if split else 0) == (fixed if m <= most else 0)
         if split is None:
             continue
         assert split.layout.warps * split.layout.fixed >= split.slice_steps
@@ -112,3 +113,17 @@ def test_matrices_that_stand_together_come_back_unchanged(nested: bool) -> None:
         assert torch.equal(dequantize(weight), dequantize(back))
         assert back.nbytes == weight.nbytes
     assert "below" in (nf4_matvec.supports(weights[::-1]) or "")
+
+
+@pytest.mark.parametrize(("n", "k", "fixed"), [(8192, 4608, 2), (4608, 4096, 2), (73728, 4608, 0), (2304, 2304, 0)])
+def test_int8_rows_keep_two_steps_a_warp_for_up_to_eight_rows_of_small_products(n: int, k: int, fixed: int) -> None:
+    storage, tiles, steps = int8_matvec.STORAGE, n // 16, k // 128
+    frame = plan_split(storage, tiles, steps, 1, 132, LIMIT)
+    assert plan_fixed(storage, frame, tiles, steps, 9, LIMIT) is None
+    for m in range(1, 9):
+        split = plan_fixed(storage, frame, tiles, steps, m, LIMIT)
+        assert (split.layout.fixed if split else 0) == (fixed if m > 1 or frame.slices > 1 else 0)
+        if split is not None:
+            assert (split.chunks, split.slices, split.slice_steps) == (132, 1, steps)
+            assert split.layout.warps * 2 >= steps
+            assert -(-tiles // 132) * split.layout.warps * TILE * 8 * 4 <= split.shared_bytes <= LIMIT

@@ -194,3 +194,5 @@ def test_wrong_inputs_are_refused() -> None:
     x = torch.zeros(9, 64, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ParameterError, match="out must be"):
         it.gemm(x, out=torch.zeros(9, 31, device="cuda", dtype=torch.bfloat16))
+    with pytest.raises(ParameterError, match="softcap"):
+        it.gemm(x, softcap=30.0)

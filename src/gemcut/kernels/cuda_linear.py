@@ -1,9 +1,10 @@
 """Products on an NVIDIA GPU for dispatch: matrix-vector kernels, fused products, decode and cuBLAS, by the rows of x.
 
-Up to eight rows of x go through the matrix-vector kernels. More, up to `FUSED_ROWS`, are multiplied by weights decoded
-in registers (packed_gemm, Hopper only; elsewhere up to ``8 · PASSES`` rows go through the matrix-vector kernels eight
-at a time). Beyond, the weights are decoded to bf16, a run of rows at a time, in a buffer all layers share, for cuBLAS.
-bf16 weights need none of this: cuBLAS takes them from `DENSE_ROWS` rows on.
+Up to eight rows of x, 16 of some small four-bit matrices, go through the matrix-vector kernels. More, up to
+`FUSED_ROWS`, are multiplied by weights decoded in registers (packed_gemm, Hopper only; elsewhere up to ``8 · PASSES``
+rows go through the matrix-vector kernels eight at a time). Beyond, the weights are decoded to bf16, a run of rows at a
+time, in a buffer all layers share, for cuBLAS. bf16 weights need none of this: cuBLAS takes them from `DENSE_ROWS` rows
+on.
 
 An MLP's two products of the same x are multiplied, gated and rounded in one launch where that serves and pays
 (gemcut.kernels.gated_gemm); packed ones are decoded for it, too.
@@ -24,7 +25,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels import bf16_matvec, gated_gemm, geglu, int8_matvec, nf4_matvec, nvrtc, packed_gemm
 from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.int8_matvec import Int8Rows
-from gemcut.kernels.matvec import MAX_ROWS, SMALL_BYTES, TILE, matvec
+from gemcut.kernels.matvec import MAX_ROWS, SMALL_BYTES, TILE, matvec, most_rows
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
 from gemcut.kernels.ordered import Ordered
 from gemcut.kernels.plain import dense_product
@@ -172,7 +173,7 @@ def _four_bit(case: LinearCase) -> LinearKernel:
         (packed.n, packed.k),
         torch.bfloat16,
         packed.codes,
-        MAX_ROWS - 1 if whole_scales else MAX_ROWS,
+        MAX_ROWS - 1 if whole_scales else most_rows(storage, packed.n, packed.k, packed.codes.device.index or 0),
     )
     kernel.weights = packed.weights()
     return kernel

@@ -42,8 +42,8 @@ def geglu(gate_up: Tensor, groups: int = 0) -> Tensor | Ordered:
     if groups:
         ordered = Ordered.empty(m, width, groups, device)
         task = _Geglu(gate_up.data_ptr(), ordered.values.data_ptr(), width, m, groups)
-        pieces = ordered.values.shape[0] * groups
-        _kernel("geglu_ordered", device.index or 0).launch((-(-pieces // 8), 1), 256, 0, (task,))
+        blocks = -(-ordered.values.shape[0] // 8) * groups  # eight warps with 64 columns of eight rows each
+        _kernel("geglu_ordered", device.index or 0).launch((blocks, 1), 256, 0, (task,))
         return ordered
     out = torch.empty((m, width), dtype=gate_up.dtype, device=device)
     kernel = _kernel("geglu", device.index or 0)

@@ -16,7 +16,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels.matvec import Layout, Storage, matvec
 from gemcut.quantization.weights import Int8Weight
 
-STORAGE = Storage("int8_matvec", 128, 2048, 0, 16, Layout(8, 5, 2), Layout(16, 4, 1))
+STORAGE = Storage("int8_matvec", 128, 2048, 0, 16, Layout(8, 5, 2), Layout(16, 4, 1), fixed_kernel="int8_fixed")
 
 
 @dataclass(frozen=True, eq=False)

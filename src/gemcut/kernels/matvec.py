@@ -1,6 +1,7 @@
 """What the matrix-vector kernels share: how the work is split over the GPU, and the launch.
 
-The frame is in cuda/matvec.cuh: up to eight rows of x against a weight read exactly once.
+The frame is in cuda/matvec.cuh: up to eight rows of x against a weight read exactly once. Small four-bit matrices have
+kernels for up to 16 (cuda/fixed.cuh).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, current_stream, read_sources, shared_memory_limit
 
 MAX_ROWS = 8
+MAX_FIXED_ROWS = 16
 TILE = 16
 SMALL_BYTES = 64 << 20
 # What parts of a launch cost, in stages (2 KB) that a block could have read meanwhile; from measurements on an H100.
@@ -128,12 +130,20 @@ def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int
 def plan_fixed(storage: Storage, split: Split, tiles: int, steps: int, m: int, shared_limit: int) -> Split | None:
     """`split`, planned for one row of x, with warps of fixed columns, or None where the frame does better.
 
-    Measured on an H100: 16 to 18 warps of one step where a product is small; for one row, of two steps where it is
-    large and its columns are sliced. 9 warps, and large products of few columns, are slower than the frame.
+    Measured on an H100: 16 to 18 warps of one step where a product is small, up to 16 of them and no slices for more
+    than eight rows (18 warps have too few registers); for one row, of two steps where it is large and its columns are
+    sliced. 9 warps, and large products of few columns, are slower than the frame. For int8, 14 to 18 warps of two steps
+    of 128 columns where a product is small, for one row only where the frame would slice its columns.
     """
     small = tiles * steps * storage.stage_bytes <= SMALL_BYTES
-    rows = 1 if m == 1 else MAX_ROWS
-    if small and 14 <= split.slice_steps <= 18:
+    rows = next(rows for rows in (1, MAX_ROWS, MAX_FIXED_ROWS) if m <= rows)
+    if storage.step < 256:
+        rows = MAX_ROWS
+        if m > rows or not small or not 28 <= steps <= 36 or (m == 1 and split.slices == 1):
+            return None
+        layout = Layout(-(-steps // 2), 2, 1, 2, rows)
+        split = replace(split, chunks=min(tiles, split.chunks * split.slices), slices=1, slice_steps=steps)
+    elif small and 14 <= split.slice_steps <= 18 and (m <= MAX_ROWS or (split.slice_steps <= 16 and split.slices == 1)):
         resident = 2 if split.slice_steps <= 16 and m == 1 else 1  # eight rows need too many registers for two blocks
         layout = Layout(split.slice_steps, 1, resident, 1, rows)
     elif m == 1 and not small and split.slices > 1 and 28 <= split.slice_steps <= 36:
@@ -177,18 +187,33 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
     return compile_kernel(read_sources(*files), name, defines, device)
 
 
+def _plan(storage: Storage, m: int, n: int, k: int, device: int) -> Split | None:
+    """How ``m`` rows of x are multiplied; None where they are too many."""
+    processors, shared_limit = limits(device)
+    tiles, steps = -(-n // TILE), -(-k // storage.step)
+    fixed = None
+    if storage.fixed_kernel is not None:
+        of_one = plan_split(storage, tiles, steps, 1, processors, shared_limit)
+        fixed = plan_fixed(storage, of_one, tiles, steps, m, shared_limit)
+    if fixed is not None or m > MAX_ROWS:
+        return fixed
+    return plan_split(storage, tiles, steps, m, processors, shared_limit)
+
+
 @functools.lru_cache(maxsize=1024)
 def _launch(
     storage: Storage, m: int, n: int, k: int, float_output: bool, device: int
 ) -> tuple[CudaKernel, Split, int, int]:
     """(kernel, split, tiles, column steps) of a product."""
-    processors, shared_limit = limits(device)
-    tiles, steps = -(-n // TILE), -(-k // storage.step)
-    split = plan_split(storage, tiles, steps, m, processors, shared_limit)
-    if storage.fixed_kernel is not None:
-        of_one = plan_split(storage, tiles, steps, 1, processors, shared_limit)
-        split = plan_fixed(storage, of_one, tiles, steps, m, shared_limit) or split
-    return _kernel(storage, split.layout, float_output, device), split, tiles, steps
+    split = _plan(storage, m, n, k, device)
+    if split is None:
+        raise ParameterError(f"{m} rows of x are too many for a matrix-vector kernel with {n} x {k} weights")
+    return _kernel(storage, split.layout, float_output, device), split, -(-n // TILE), -(-k // storage.step)
+
+
+def most_rows(storage: Storage, n: int, k: int, device: int) -> int:
+    """Rows of x that `matvec` takes for such a weight."""
+    return MAX_ROWS if _plan(storage, MAX_FIXED_ROWS, n, k, device) is None else MAX_FIXED_ROWS
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
@@ -199,9 +224,19 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def output(
-    m: int, n: int, out_dtype: Literal["bfloat16", "float32"], out: torch.Tensor | None, device: torch.device
+    m: int,
+    n: int,
+    out_dtype: Literal["bfloat16", "float32"],
+    out: torch.Tensor | None,
+    device: torch.device,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Where a product's [m, n] goes: ``out`` where given. ParameterError where that has another shape or dtype."""
+    """Where a product's [m, n] goes: ``out`` where given.
+
+    Raises ParameterError where that has another shape or dtype, and on a soft-cap of bf16: kernels cap fp32 only.
+    """
+    if softcap is not None and out_dtype != "float32":
+        raise ParameterError(f"softcap is of float32 logits, not of {out_dtype}")
     dtype = torch.float32 if out_dtype == "float32" else torch.bfloat16
     if out is None:
         return torch.empty((m, n), dtype=dtype, device=device)
@@ -220,18 +255,18 @@ def matvec(
     out_dtype: Literal["bfloat16", "float32"] = "bfloat16",
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """x [m, k] bf16, m from 1 to 8 -> [m, n].
+    """x [m, k] bf16, m from 1 to 8, or to ``most_rows`` -> [m, n].
 
     `weight` is the kernel's `struct Format`; `out`, where given, is contiguous.
     Raises ParameterError on a wrong shape or dtype.
     """
-    if x.dim() != 2 or x.dtype != torch.bfloat16 or not 1 <= x.shape[0] <= MAX_ROWS:
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or not 1 <= x.shape[0] <= MAX_FIXED_ROWS:
         raise ParameterError(
             f"x must be bf16 [1…{MAX_ROWS}, k], not {x.dtype} {tuple(x.shape)}; cast it or split its rows"
         )
     x = aligned_rows(x)
     m, k = x.shape
-    y = output(m, n, out_dtype, out, x.device)
+    y = output(m, n, out_dtype, out, x.device, softcap)
     kernel, split, tiles, steps = _launch(storage, m, n, k, y.dtype == torch.float32, x.device.index or 0)
     partial = torch.empty(split.slices * tiles * TILE * m if split.slices > 1 else 0, device=x.device)
     counters = arrivals(x.device, current_stream(kernel.device))

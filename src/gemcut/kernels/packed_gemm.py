@@ -164,7 +164,7 @@ def gemm(
         if x.dim() != 2 or x.dtype != torch.bfloat16 or x.shape[0] < 1:
             raise ParameterError(f"x must be bf16 [1…, k], not {x.dtype} {tuple(x.shape)}")
         (m, k), device = x.shape, x.device
-    y = output(m, n, out_dtype, out, device)
+    y = output(m, n, out_dtype, out, device, softcap)
     how = _launch(storage, m, n, k, variant, y.dtype == torch.float32, device.index or 0)
     ordered = x if isinstance(x, Ordered) else order_x(aligned_rows(x), how.groups)
     if ordered.groups != how.groups:

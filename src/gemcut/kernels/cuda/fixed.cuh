@@ -1,5 +1,5 @@
 // Products of a few rows of x where each warp keeps some column steps for all tiles of its block, x in its registers: nothing
-// of x is staged, and no barrier stands between x and the first product. Here for up to eight rows; nf4_fixed.cu has one row.
+// of x is staged, and no barrier stands between x and the first product. Here for up to 8 or 16 rows; nf4_fixed.cu has one row.
 //
 // Of the format's struct: read() fetches a stage to registers, multiply_held() multiplies it. Compiled after matvec.cuh and the
 // format's file.
@@ -36,7 +36,7 @@ __device__ __forceinline__ void add_warps(const Problem& p, const Format& format
   if (gridDim.y > 1) add_slices(p, format, f.tile_begin, f.tile_end, WARPS * 32);
 }
 
-template <class Format, int WARPS, int STEPS>
+template <class Format, int WARPS, int STEPS, int GROUPS>   // of eight rows of x
 __device__ __forceinline__ void run_fixed_rows(const Problem& p, const Format& format) {
   constexpr int BLOCKS = Format::STEP / 64;   // of a step
   extern __shared__ __align__(128) u8 shared[];
@@ -60,27 +60,34 @@ __device__ __forceinline__ void run_fixed_rows(const Problem& p, const Format& f
   __syncthreads();
 
   previous_kernels_done();
-  uint4 xa[STEPS][BLOCKS], xb[STEPS][BLOCKS];
+  uint4 xa[STEPS][BLOCKS][GROUPS], xb[STEPS][BLOCKS][GROUPS];
 #pragma unroll
   for (int i = 0; i < STEPS * BLOCKS; ++i) {
-    uint4 &a = xa[i / BLOCKS][i % BLOCKS], &b = xb[i / BLOCKS][i % BLOCKS];
-    a = b = make_uint4(0, 0, 0, 0);
-    const int column = f.first * Format::STEP + i * 64 + lane.quad * 16;
-    if (i / BLOCKS < f.own && lane.group < p.m && column < p.k) {
-      const uint4* const from = reinterpret_cast<const uint4*>(p.x + (size_t)lane.group * p.x_stride + column * 2);
-      a = __ldcg(from), b = __ldcg(from + 1);
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      uint4 &a = xa[i / BLOCKS][i % BLOCKS][g], &b = xb[i / BLOCKS][i % BLOCKS][g];
+      a = b = make_uint4(0, 0, 0, 0);
+      const int row = g * 8 + lane.group, column = f.first * Format::STEP + i * 64 + lane.quad * 16;
+      if (i / BLOCKS < f.own && row < p.m && column < p.k) {
+        const uint4* const from = reinterpret_cast<const uint4*>(p.x + (size_t)row * p.x_stride + column * 2);
+        a = __ldcg(from), b = __ldcg(from + 1);
+      }
     }
   }
 
   for (int tile = f.tile_begin; tile < f.tile_end; ++tile) {
-    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    float sum[GROUPS][4] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       if (s < f.own) format.multiply_held(held[s], group_scales[s], xa[s], xb[s], tables, lane, sum);
       read(s, tile + 1);
     }
-    float2* const to = reinterpret_cast<float2*>(segments) + (((tile - f.tile_begin) * WARPS + f.warp) * TILE + lane.group) * 4 + lane.quad;
-    to[0] = make_float2(sum[0], sum[1]), to[32] = make_float2(sum[2], sum[3]);
+    float2* const to = reinterpret_cast<float2*>(segments) + (((tile - f.tile_begin) * WARPS + f.warp) * TILE + lane.group) * 4 * GROUPS;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      to[g * 4 + lane.quad] = make_float2(sum[g][0], sum[g][1]);
+      to[(8 * GROUPS + g) * 4 + lane.quad] = make_float2(sum[g][2], sum[g][3]);
+    }
   }
-  add_warps<WARPS, 8>(p, format, f, segments);
+  add_warps<WARPS, 8 * GROUPS>(p, format, f, segments);
 }

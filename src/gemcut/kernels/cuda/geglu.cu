@@ -7,11 +7,10 @@ struct Geglu {
 };
 
 // Eight columns of one row.
-__device__ __forceinline__ uint4 gated8(const Geglu& p, size_t row, int column) {
-  const u16* const from = p.gate_up + row * 2 * p.width + column;
+__device__ __forceinline__ uint4 gated8(const uint4& gates, const uint4& ups) {
   float gate[8], up[8];
-  unpack8(__ldcs(reinterpret_cast<const uint4*>(from)), gate);
-  unpack8(__ldcs(reinterpret_cast<const uint4*>(from + p.width)), up);
+  unpack8(gates, gate);
+  unpack8(ups, up);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     // 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)); both ends are right when exp overflows or vanishes
@@ -26,20 +25,33 @@ extern "C" __global__ void __launch_bounds__(256) geglu(Geglu p) {
   next_kernel_may_start();
   previous_kernels_done();
   if (column >= p.width) return;
-  *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + (size_t)blockIdx.y * p.width + column) = gated8(p, blockIdx.y, column);
+  const u16* const from = p.gate_up + (size_t)blockIdx.y * 2 * p.width + column;
+  const uint4 gates = __ldcs(reinterpret_cast<const uint4*>(from)), ups = __ldcs(reinterpret_cast<const uint4*>(from + p.width));
+  *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + (size_t)blockIdx.y * p.width + column) = gated8(gates, ups);
 }
 
+// A warp has 64 columns of eight rows, in two halves of four rows whose lines it reads whole; neighbouring warps and blocks
+// have neighbouring columns. (Halves of a sector at a time, marked as read once, are fetched from memory twice.)
 extern "C" __global__ void __launch_bounds__(256) geglu_ordered(Geglu p) {
-  const OrderedPiece at = ordered_piece((p.width + 255) / 256 * 4, p.groups);
+  const int blocks = (p.width + 255) / 256 * 4, wide = (blocks + 7) / 8, lane = threadIdx.x % 32;
+  const int block = blockIdx.x % wide * 8 + threadIdx.x / 32, column = block * 64 + lane % 8 * 8;
+  const int first_row = blockIdx.x / wide * 8 + lane / 8;
   next_kernel_may_start();
   previous_kernels_done();
-  if (!at.inside || at.row >= p.m) return;
+  if (block >= blocks) return;
   uint4 v[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int column = at.column + half * 8;
-    v[half] = column < p.width ? gated8(p, at.row, column) : make_uint4(0, 0, 0, 0);
+    const int row = first_row + half * 4;
+    v[half] = make_uint4(0, 0, 0, 0);
+    if (row < p.m && column < p.width) {
+      const uint4* const from = reinterpret_cast<const uint4*>(p.gate_up + (size_t)row * 2 * p.width + column);
+      v[half] = gated8(from[0], from[p.width / 8]);
+    }
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) store_ordered(static_cast<u32*>(p.out), p.groups, at.row, at.column + half * 8, v[half]);
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + half * 4;
+    if (row < p.m) store_ordered(static_cast<u32*>(p.out), p.groups, row, column, v[half]);
+  }
 }

@@ -34,6 +34,21 @@ struct Format {
     return value;
   }
 
+  // The fragment of a stage from memory: 64 bytes of each row at a time; rows past n: any, they are not stored.
+  __device__ __forceinline__ Fragment read(const Lane& lane, int tile, int step) const {
+    Fragment f;
+#pragma unroll
+    for (int b = 0; b < STEP / 64; ++b) {
+      const int column = step * STEP + b * 64 + lane.quad * 16, row = tile * TILE + lane.group;
+      f.low[b] = f.high[b] = make_uint4(0, 0, 0, 0);
+      if (column < k) {
+        f.low[b] = read16(weight + (long long)min(row, n - 1) * k + column);
+        f.high[b] = read16(weight + (long long)min(row + 8, n - 1) * k + column);
+      }
+    }
+    return f;
+  }
+
   __device__ __forceinline__ void multiply(const Fragment& f, const Scale&, const u8*, const u8* x, bool has_x, const Lane&,
                                            float (&sum)[4]) const {
 #pragma unroll
@@ -46,6 +61,25 @@ struct Format {
       multiply_add(sum, pair<0x4140>(low.y), pair<0x4140>(high.y), pair<0x4342>(low.y), pair<0x4342>(high.y), xa.z, xa.w);
       multiply_add(sum, pair<0x4140>(low.z), pair<0x4140>(high.z), pair<0x4342>(low.z), pair<0x4342>(high.z), xb.x, xb.y);
       multiply_add(sum, pair<0x4140>(low.w), pair<0x4140>(high.w), pair<0x4342>(low.w), pair<0x4342>(high.w), xb.z, xb.w);
+    }
+  }
+
+  // The same with x in registers, for groups of eight rows of it.
+  template <int GROUPS>
+  __device__ __forceinline__ void multiply_held(const Fragment& f, const Scale&, const uint4 (&xa)[2][GROUPS], const uint4 (&xb)[2][GROUPS],
+                                                const u8*, const Lane&, float (&sum)[GROUPS][4]) const {
+#pragma unroll
+    for (int b = 0; b < STEP / 64; ++b) {
+      const u32 low[4] = {f.low[b].x, f.low[b].y, f.low[b].z, f.low[b].w}, high[4] = {f.high[b].x, f.high[b].y, f.high[b].z, f.high[b].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const u32 a0 = pair<0x4140>(low[i]), a1 = pair<0x4140>(high[i]), a2 = pair<0x4342>(low[i]), a3 = pair<0x4342>(high[i]);
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+          const uint4& x = i < 2 ? xa[b][g] : xb[b][g];
+          multiply_add(sum[g], a0, a1, a2, a3, i % 2 == 0 ? x.x : x.z, i % 2 == 0 ? x.y : x.w);
+        }
+      }
     }
   }
 

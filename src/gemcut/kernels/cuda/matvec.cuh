@@ -18,7 +18,7 @@ struct Problem {
   u8* y;                 // bf16 or fp32 [m, n]
   float* partial;        // [slices, tiles, 16, m] where there are several slices
   u32* arrivals;         // [gridDim.x], zero between launches
-  float softcap;         // 0: none
+  float softcap;         // 0: none; of fp32 outputs only
   int m, n, k, x_stride, tiles, steps, slice_steps;
 };
 
@@ -82,9 +82,9 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], u32 a0, u32 a1, u32 
 }
 
 __device__ __forceinline__ void store_output(const Problem& p, int row, int column, float value) {
-  if (p.softcap > 0.f) value = p.softcap * tanhf(value / p.softcap);
   const size_t at = (size_t)column * p.n + row;
 #if FLOAT_OUTPUT
+  if (p.softcap > 0.f) value = p.softcap * tanhf(value / p.softcap);   // of logits only
   reinterpret_cast<float*>(p.y)[at] = value;
 #else
   u16 bits;
@@ -120,15 +120,25 @@ __device__ __forceinline__ void add_slices(const Problem& p, const Format& forma
   }
   __syncthreads();
   if (!is_last) return;
-  const int values = (tile_end - tile_begin) * TILE * p.m;
-  const float* const mine = p.partial + (size_t)tile_begin * TILE * p.m;
-  const size_t slice = (size_t)p.tiles * TILE * p.m;
-  for (int i = threadIdx.x; i < values; i += threads) {
-    float value = 0.f;
-#pragma unroll 4
-    for (int s = 0; s < gridDim.y; ++s) value += __ldcg(mine + s * slice + i);
-    const int row = tile_begin * TILE + i / p.m;
-    if (row < p.n) store_output(p, row, i % p.m, format.finish(row, value));
+  // Four sums a thread and all slices' loads in flight: each wait is a trip to the second-level cache.
+  const int fours = (tile_end - tile_begin) * TILE * p.m / 4;
+  const float4* const mine = reinterpret_cast<const float4*>(p.partial + (size_t)tile_begin * TILE * p.m);
+  const size_t slice = (size_t)p.tiles * TILE * p.m / 4;
+  for (int i = threadIdx.x; i < fours; i += threads) {
+    float value[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int first = 0; first < gridDim.y; first += 8) {
+      float4 v[8];
+#pragma unroll
+      for (int s = 0; s < 8; ++s) v[s] = first + s < gridDim.y ? __ldcg(mine + (first + s) * slice + i) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int s = 0; s < 8; ++s) value[0] += v[s].x, value[1] += v[s].y, value[2] += v[s].z, value[3] += v[s].w;
+    }
+    int row = tile_begin * TILE + i * 4 / p.m, column = i * 4 % p.m;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (row < p.n) store_output(p, row, column, format.finish(row, value[j]));
+      if (++column == p.m) column = 0, ++row;
+    }
   }
   if (threadIdx.x == 0) p.arrivals[blockIdx.x] = 0;
 }
@@ -219,11 +229,11 @@ __device__ __forceinline__ void run(const Problem& p, Format format) {
   }
   __syncthreads();
 
-  for (int i = threadIdx.x; i < (tile_end - tile_begin) * TILE; i += WARPS * 32) {
-    const int local = i / TILE, r = i % TILE, start = local * steps;
-    const int first = run_owner(start, total, WARPS), last = run_owner(start + steps - 1, total, WARPS);
+  for (int local = warp; local < tile_end - tile_begin; local += WARPS) {
+    const int start = local * steps, first = run_owner(start, total, WARPS), last = run_owner(start + steps - 1, total, WARPS);
     if (first == last) continue;   // one warp had the whole tile and has emitted it
-    for (int column = 0; column < p.m; ++column) {
+    for (int i = lane.id; i < TILE * p.m; i += 32) {
+      const int r = i % TILE, column = i / TILE;
       float value = 0.f;
       for (int w = first; w <= last; ++w) {
         const int w_begin = run_begin(w, total, WARPS);

@@ -2,7 +2,8 @@
 //
 // A matrix instruction has eight columns for x and one row needs one: column 2 * b + s holds block b of x in step s,
 // and 8 registers hold two whole steps. A product with block b is then right in column 2 * b + s alone, which is where
-// the lanes of quad b look; they have block b's scales too. Eight rows of one step take 32 registers and all columns.
+// the lanes of quad b look; they have block b's scales too. Eight rows of one step take 32 registers and all columns, 16 rows
+// 64 registers and two instructions.
 
 #if FIXED_ROWS == 1
 template <int WARPS, int TILES_AHEAD, int STEPS>
@@ -75,7 +76,7 @@ static_assert(FIXED_STEPS <= 2, "x has columns for two steps");
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCK_RESIDENT)
 nf4_fixed(Problem problem, Format format) { run_fixed_row<BLOCK_WARPS, BLOCK_STAGES / FIXED_STEPS, FIXED_STEPS>(problem, format); }
 #else
-static_assert(FIXED_STEPS == 1, "eight rows of one step fill the registers");
+static_assert(FIXED_STEPS == 1, "eight or 16 rows of one step fill the registers");
 extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCK_RESIDENT)
-nf4_fixed(Problem problem, Format format) { run_fixed_rows<Format, BLOCK_WARPS, FIXED_STEPS>(problem, format); }
+nf4_fixed(Problem problem, Format format) { run_fixed_rows<Format, BLOCK_WARPS, FIXED_STEPS, FIXED_ROWS / 8>(problem, format); }
 #endif

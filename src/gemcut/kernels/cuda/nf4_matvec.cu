@@ -108,45 +108,67 @@ struct Format {
 #endif
   }
 
+  // What the four matrix instructions of a block take for its codes, unscaled.
+  __device__ __forceinline__ static void operands(const uint4& q, const u8* tables, u32 lane4, u32 (&a)[4][4]) {
+    a[0][0] = pair<0>(tables, lane4, q.x), a[0][1] = pair<0>(tables, lane4, q.z);
+    a[0][2] = pair<1>(tables, lane4, q.x), a[0][3] = pair<1>(tables, lane4, q.z);
+    a[1][0] = pair<2>(tables, lane4, q.x), a[1][1] = pair<2>(tables, lane4, q.z);
+    a[1][2] = pair<3>(tables, lane4, q.x), a[1][3] = pair<3>(tables, lane4, q.z);
+    a[2][0] = pair<0>(tables, lane4, q.y), a[2][1] = pair<0>(tables, lane4, q.w);
+    a[2][2] = pair<1>(tables, lane4, q.y), a[2][3] = pair<1>(tables, lane4, q.w);
+    a[3][0] = pair<2>(tables, lane4, q.y), a[3][1] = pair<2>(tables, lane4, q.w);
+    a[3][2] = pair<3>(tables, lane4, q.y), a[3][3] = pair<3>(tables, lane4, q.w);
+  }
+  __device__ __forceinline__ static void multiply_operands(const u32 (&a)[4][4], const uint4& xa, const uint4& xb, float (&d)[4]) {
+    multiply_add(d, a[0][0], a[0][1], a[0][2], a[0][3], xa.x, xa.y);
+    multiply_add(d, a[1][0], a[1][1], a[1][2], a[1][3], xa.z, xa.w);
+    multiply_add(d, a[2][0], a[2][1], a[2][2], a[2][3], xb.x, xb.y);
+    multiply_add(d, a[3][0], a[3][1], a[3][2], a[3][3], xb.z, xb.w);
+  }
+
   // d = a block's codes, unscaled, times the x that this lane's quarter holds.
   __device__ __forceinline__ static void multiply_block(const uint4& q, const uint4& xa, const uint4& xb, const u8* tables, u32 lane4,
                                                         float (&d)[4]) {
+    u32 a[4][4];
+    operands(q, tables, lane4, a);
     d[0] = d[1] = d[2] = d[3] = 0.f;
-    multiply_add(d, pair<0>(tables, lane4, q.x), pair<0>(tables, lane4, q.z), pair<1>(tables, lane4, q.x),
-                 pair<1>(tables, lane4, q.z), xa.x, xa.y);
-    multiply_add(d, pair<2>(tables, lane4, q.x), pair<2>(tables, lane4, q.z), pair<3>(tables, lane4, q.x),
-                 pair<3>(tables, lane4, q.z), xa.z, xa.w);
-    multiply_add(d, pair<0>(tables, lane4, q.y), pair<0>(tables, lane4, q.w), pair<1>(tables, lane4, q.y),
-                 pair<1>(tables, lane4, q.w), xb.x, xb.y);
-    multiply_add(d, pair<2>(tables, lane4, q.y), pair<2>(tables, lane4, q.w), pair<3>(tables, lane4, q.y),
-                 pair<3>(tables, lane4, q.w), xb.z, xb.w);
+    multiply_operands(a, xa, xb, d);
   }
 
-  // Adds the product with block b; `scales` are those of the lane's own quarter.
-  __device__ __forceinline__ static void add_block(const Fragment& f, int b, const float2& scales, const uint4& xa, const uint4& xb,
-                                                   const u8* tables, const Lane& lane, float (&sum)[4]) {
-    float d[4];
-    multiply_block(f.codes[b], xa, xb, tables, lane.id * 4, d);
+  // Adds the product of each group of eight rows of x with block b; `scales` are those of the lane's own quarter.
+  template <int GROUPS>
+  __device__ __forceinline__ static void add_block(const Fragment& f, int b, const float2& scales, const uint4 (&xa)[GROUPS],
+                                                   const uint4 (&xb)[GROUPS], const u8* tables, const Lane& lane, float (&sum)[GROUPS][4]) {
+    u32 a[4][4];
+    operands(f.codes[b], tables, lane.id * 4, a);
     const float low = __shfl_sync(0xffffffffu, scales.x, (lane.id & 28) + b);
     const float high = __shfl_sync(0xffffffffu, scales.y, (lane.id & 28) + b);
-    sum[0] += d[0] * low, sum[1] += d[1] * low, sum[2] += d[2] * high, sum[3] += d[3] * high;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      float d[4] = {0.f, 0.f, 0.f, 0.f};
+      multiply_operands(a, xa[g], xb[g], d);
+      sum[g][0] += d[0] * low, sum[g][1] += d[1] * low, sum[g][2] += d[2] * high, sum[g][3] += d[3] * high;
+    }
   }
 
   __device__ __forceinline__ void multiply(const Fragment& f, const Scale& group, const u8* tables, const u8* x, bool has_x,
                                            const Lane& lane, float (&sum)[4]) const {
     const float2 scales = expand(f, group, tables);
+    float (&one)[1][4] = reinterpret_cast<float (&)[1][4]>(sum);
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      uint4 xa = make_uint4(0, 0, 0, 0), xb = xa;
-      fetch_x(xa, x + b * 128, has_x);
-      fetch_x(xb, x + b * 128 + 16, has_x);
-      add_block(f, b, scales, xa, xb, tables, lane, sum);
+      uint4 xa[1] = {make_uint4(0, 0, 0, 0)}, xb[1] = {xa[0]};
+      fetch_x(xa[0], x + b * 128, has_x);
+      fetch_x(xb[0], x + b * 128 + 16, has_x);
+      add_block(f, b, scales, xa, xb, tables, lane, one);
     }
   }
 
   // The same with x in registers.
-  __device__ __forceinline__ void multiply_held(const Fragment& f, const Scale& group, const uint4 (&xa)[4], const uint4 (&xb)[4],
-                                                const u8* tables, const Lane& lane, float (&sum)[4]) const {
+  template <int GROUPS>
+  __device__ __forceinline__ void multiply_held(const Fragment& f, const Scale& group, const uint4 (&xa)[4][GROUPS],
+                                                const uint4 (&xb)[4][GROUPS], const u8* tables, const Lane& lane,
+                                                float (&sum)[GROUPS][4]) const {
     const float2 scales = expand(f, group, tables);
 #pragma unroll
     for (int b = 0; b < 4; ++b) add_block(f, b, scales, xa[b], xb[b], tables, lane, sum);

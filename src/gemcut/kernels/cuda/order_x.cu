@@ -6,16 +6,18 @@ struct Order {
   int m, k, x_stride, blocks, groups;
 };
 
+// A warp writes eight rows of 64 columns, whole lines of 128 bytes; a lane has 16 columns of them.
 extern "C" __global__ void __launch_bounds__(256) order_x(Order p) {
-  const OrderedPiece at = ordered_piece(p.blocks, p.groups);
+  const int piece = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  const int row = piece % p.groups * 8 + lane / 4, column = piece / p.groups * 64 + lane % 4 * 16;
   next_kernel_may_start();
   previous_kernels_done();
-  if (!at.inside || at.row >= p.m) return;
+  if (piece >= p.blocks * p.groups || row >= p.m) return;
   uint4 low = make_uint4(0, 0, 0, 0), high = low;
-  if (at.column < p.k) {
-    const uint4* const from = reinterpret_cast<const uint4*>(p.x + (size_t)at.row * p.x_stride + at.column * 2);
+  if (column < p.k) {
+    const uint4* const from = reinterpret_cast<const uint4*>(p.x + (size_t)row * p.x_stride + column * 2);
     low = from[0], high = from[1];
   }
-  store_ordered(p.ordered, p.groups, at.row, at.column, low);
-  store_ordered(p.ordered, p.groups, at.row, at.column + 8, high);
+  store_ordered(p.ordered, p.groups, row, column, low);
+  store_ordered(p.ordered, p.groups, row, column + 8, high);
 }

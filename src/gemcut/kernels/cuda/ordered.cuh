@@ -7,13 +7,3 @@ __device__ __forceinline__ void store_ordered(u32* ordered, int groups, int row,
   u32* const to = ordered + ((size_t)block * groups + row / 8) * 256 + first_core * 32 + row % 8 * 4 + quad;
   to[0] = v.x, to[32] = v.y, to[64] = v.z, to[96] = v.w;
 }
-
-// A warp writes eight rows of 64 columns, whole lines of 128 bytes: which of them are this lane's 16 columns.
-struct OrderedPiece {
-  int row, column;
-  bool inside;
-};
-__device__ __forceinline__ OrderedPiece ordered_piece(int blocks, int groups) {
-  const int piece = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-  return {piece % groups * 8 + lane / 4, piece / groups * 64 + lane % 4 * 16, piece < blocks * groups};
-}

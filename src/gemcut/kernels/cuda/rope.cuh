@@ -7,17 +7,22 @@ __device__ __forceinline__ float sum_lanes(float value) {
   return value;
 }
 
-// `head` is bf16 [8 * LANES]; `weight` null: no norm. A normalised value is rounded to bf16 before it is rotated.
-// Pairs are (i, i + half); `rope` is one position's cosines, then its sines, each [half].
+// Of one position: the cosines, then the sines, each [4 * LANES]. Pairs are (i, i + half of the head).
 template <int LANES>
-__device__ __forceinline__ void rotated8(const u16* head, const float* weight, float eps, const float* rope, int part, float (&to)[8]) {
+__device__ __forceinline__ void load_angles(const float* rope, int part, float (&cosine)[8], float (&sine)[8]) {
   constexpr int HALF = LANES / 2;
-  const int partner = part ^ HALF, pair = part & (HALF - 1);
-  float own[8], other[8], cosine[8], sine[8];
-  unpack8(*reinterpret_cast<const uint4*>(head + part * 8), own);
-  unpack8(*reinterpret_cast<const uint4*>(head + partner * 8), other);
+  const int pair = part & (HALF - 1);
   load8(rope + pair * 8, cosine);
   load8(rope + (HALF + pair) * 8, sine);
+}
+
+// `own` and `other` are the lane's eight values and those half a head away; `weight` null: no norm. A normalised value is
+// rounded to bf16 before it is rotated.
+template <int LANES>
+__device__ __forceinline__ void rotate8(float (&own)[8], float (&other)[8], const float* weight, float eps, const float (&cosine)[8],
+                                        const float (&sine)[8], int part, float (&to)[8]) {
+  constexpr int HALF = LANES / 2;
+  const int partner = part ^ HALF;
   if (weight != nullptr) {
     float squares = 0.f, w[8];
 #pragma unroll
@@ -34,4 +39,15 @@ __device__ __forceinline__ void rotated8(const u16* head, const float* weight, f
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) to[i] = own[i] * cosine[i] + (part < HALF ? -other[i] : other[i]) * sine[i];
+}
+
+// The same from memory: `head` is bf16 [8 * LANES], `rope` as load_angles wants it.
+template <int LANES>
+__device__ __forceinline__ void rotated8(const u16* head, const float* weight, float eps, const float* rope, int part, float (&to)[8]) {
+  const int partner = part ^ LANES / 2;
+  float own[8], other[8], cosine[8], sine[8];
+  unpack8(*reinterpret_cast<const uint4*>(head + part * 8), own);
+  unpack8(*reinterpret_cast<const uint4*>(head + partner * 8), other);
+  load_angles<LANES>(rope, part, cosine, sine);
+  rotate8<LANES>(own, other, weight, eps, cosine, sine, part, to);
 }

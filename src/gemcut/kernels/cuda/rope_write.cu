@@ -14,25 +14,38 @@ struct RopeWrite {
   int heads, kv_heads;
 };
 
-constexpr int LANES = HEAD_DIM / 8;
+constexpr int LANES = HEAD_DIM / 8, TOGETHER = 256 / LANES;   // heads
 
 extern "C" __global__ void __launch_bounds__(256) rope_write(RopeWrite p) {
   const size_t row = blockIdx.x;
   const int part = threadIdx.x % LANES, all_heads = p.heads + 2 * p.kv_heads;
+  const int heads_up = (all_heads * LANES + 31) / 32 * 32 / LANES;   // whole warps: lanes exchange values
+  int head = threadIdx.x / LANES;
+  auto read = [&](int of) {
+    const u16* const from = p.qkv + (row * all_heads + min(of, all_heads - 1)) * HEAD_DIM + part * 8;
+    return __ldcs(reinterpret_cast<const uint4*>(from));
+  };
   next_kernel_may_start();
   previous_kernels_done();
-  const float* const rope = p.rope + row * HEAD_DIM;
+  uint4 next = read(head);
+  float cosine[8], sine[8];
+  load_angles<LANES>(p.rope + row * HEAD_DIM, part, cosine, sine);
   const long long slot = p.slots[row];
-  const int heads_up = (all_heads * LANES + 31) / 32 * 32 / LANES;   // whole warps: lanes exchange values
-  for (int head = threadIdx.x / LANES; head < heads_up; head += 256 / LANES) {
+  for (; head < heads_up; head += TOGETHER) {
+    const uint4 own = next;
+    if (head + TOGETHER < heads_up) next = read(head + TOGETHER);   // on its way while this one is rotated and stored
+    uint4 partner;
+    partner.x = __shfl_xor_sync(0xffffffffu, own.x, LANES / 2), partner.y = __shfl_xor_sync(0xffffffffu, own.y, LANES / 2);
+    partner.z = __shfl_xor_sync(0xffffffffu, own.z, LANES / 2), partner.w = __shfl_xor_sync(0xffffffffu, own.w, LANES / 2);
     const int real = min(head, all_heads - 1);
-    const u16* const from = p.qkv + (row * all_heads + real) * HEAD_DIM;
     const bool is_value = real >= p.heads + p.kv_heads, is_key = real >= p.heads;
-    float rotated[8];   // of values too, so that a warp's lanes stay together; it is not used
-    rotated8<LANES>(from, is_key ? p.k_norm : p.q_norm, p.eps, rope, part, rotated);
+    float mine[8], others[8], rotated[8];   // of values too, so that a warp's lanes stay together; it is not used
+    unpack8(own, mine);
+    unpack8(partner, others);
+    rotate8<LANES>(mine, others, is_key ? p.k_norm : p.q_norm, p.eps, cosine, sine, part, rotated);
     if (is_value) {
       const size_t at = (slot * p.kv_heads + real - p.heads - p.kv_heads) * HEAD_DIM + part * 8;
-      if (slot >= 0) *reinterpret_cast<uint4*>(p.values + at) = *reinterpret_cast<const uint4*>(from + part * 8);
+      if (slot >= 0) *reinterpret_cast<uint4*>(p.values + at) = own;
     } else if (is_key) {
       const uint4 packed = pack8(rotated);
       if (slot >= 0) *reinterpret_cast<uint4*>(p.keys + (slot * p.kv_heads + real - p.heads) * HEAD_DIM + part * 8) = packed;
