@@ -187,8 +187,9 @@ class _Replay(nn.Module):
         super().__init__()
         self.outputs = itertools.cycle(outputs)
 
-    def forward(self, x: Tensor, rotation: object, kv: object) -> Tensor:
-        return next(self.outputs)
+    def forward(self, x: Tensor, rotation: object, kv: object, wanted: Tensor | None = None) -> Tensor:
+        outputs = next(self.outputs)
+        return outputs if wanted is None else outputs[wanted]
 
 
 class _InputSeen(Exception):  # noqa: N818 - no error: ends a forward pass where nothing more is needed
