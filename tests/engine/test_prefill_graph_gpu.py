@@ -147,6 +147,8 @@ def test_an_engine_with_graphs_writes_the_text_of_one_without(weights: str) -> N
             assert (ours - theirs).abs().max() < 0.1
         else:
             same += ours == theirs
-    assert same >= (20 if weights == "nf4" else 16)  # of 20; bf16: cuBLAS rounds otherwise for other row counts
+    # Of 20. Not all: without graphs the last layer computes the wanted rows only, and another number of rows takes
+    # another kernel (bf16: in every layer), which rounds otherwise.
+    assert same >= 16
     assert engine.runner._prefills is not None
     assert any(graph._graph is not None for graph in engine.runner._prefills._sizes.values())

@@ -177,6 +177,34 @@ def test_layers_of_all_formats(name: str, buffer: int | None, monkeypatch: pytes
     cuda_linear._buffer.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["nf4-nested", "int8"])
+def test_layers_that_follow_each_other_decode_into_the_same_buffer(name: str) -> None:
+    """Gated products and others in turns, without a wait between them: as with one after each."""
+    k, width = 512, 1024
+    cuda_linear._buffer.cache_clear()
+    layers: list[tuple[Layer, bool]] = []
+    for _ in range(3):
+        parts = tuple(packed(name, part)[0] for part in random_weight(width, k).chunk(2))
+        down = packed(name, (torch.randn(k, width, device="cuda") * width**-0.5).bfloat16())[0]
+        layers.append((Layer(LinearCase(parts, torch.bfloat16, torch.bfloat16)), True))
+        layers.append((Layer(LinearCase((down,), torch.bfloat16, torch.bfloat16)), False))
+    x = torch.randn(2048, k, device="cuda").bfloat16()
+
+    def run(wait: bool) -> Tensor:
+        y = x
+        for layer, gate in layers * 4:
+            y = cuda_linear.gated_product(layer, y, 0) if gate else layer(y)  # type: ignore[assignment]
+            if wait:
+                torch.cuda.synchronize()
+            y = y if gate else (y / y.float().norm().to(y.dtype) * 1000)
+        return y
+
+    want = run(True)
+    assert bool(want.isfinite().all())
+    for _ in range(5):
+        assert torch.equal(run(False), want)
+
+
 def test_other_matrices_have_no_gated_product() -> None:
     odd = Layer(LinearCase((torch.randn(33, 64, device="cuda").bfloat16(),), torch.bfloat16, torch.bfloat16))
     narrow = Layer(LinearCase((torch.randn(24, 64, device="cuda").bfloat16(),), torch.bfloat16, torch.bfloat16))

@@ -108,9 +108,12 @@ def test_head(name: str, softcap: float | None) -> None:
     assert relative_error(plain, reference) < 2e-3  # float32 matmul may be tf32 on this device
 
 
-def test_a_graph_of_many_products_replays_the_same_sums() -> None:
-    cases = [case("nf4-nested", 4608, 4096), case("nf4-nested", 512, 4608), case("bf16", 4608, 512)]
-    x = torch.randn(1, 4096, device="cuda").bfloat16()
+# Products that follow each other overlap at their ends and share counters; (4608, 9216) is cut into slices.
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("format", ["nf4-nested", "int8"])
+def test_a_graph_of_many_products_replays_the_same_sums(format: str, m: int) -> None:
+    cases = [case(format, 9216, 4096), case(format, 4608, 9216), case(format, 512, 4608), case("bf16", 4608, 512)]
+    x = torch.randn(m, 4096, device="cuda").bfloat16()
 
     def chain() -> torch.Tensor:
         y = x

@@ -2,8 +2,9 @@
 
 Launching the layers takes the host longer than a GPU needs for so few tokens. A graph has a fixed number of rows; a
 batch takes the smallest that holds it, and the rows left over are a sequence of their own that is stored nowhere. No
-row's result depends on another sequence's rows. For packed weights and 9 to 384 rows it is the same as without a graph,
-bit for bit; elsewhere another number of rows may take another kernel, which rounds otherwise.
+row's result depends on another sequence's rows. For packed weights and 9 to 384 rows it is the same as that of launches
+for the same rows, bit for bit; elsewhere another number of rows may take another kernel, which rounds otherwise. So it
+is where the engine without a graph asks behind the last attention for a prompt's last row only.
 
 A size's first batch runs as it is, since most sizes are needed once only; the second is captured.
 """

@@ -103,6 +103,8 @@ class Runner:
         for scheduled, span in zip(batch, spans, strict=True):
             if scheduled.sequence.request.prompt_logprobs:
                 self._prompt_logprobs(scheduled, hidden[span.start : span.start + span.length])
+        if not last:
+            return torch.empty((0, self.model.config.vocab_size), device=self.device)
         return self.model.head(hidden[rows] if every else hidden)
 
     def _hidden(

@@ -42,6 +42,7 @@ DENSE_ROWS = 5
 # Decoded weights stand here. The more rows at a time, the smaller the share of processors that have nothing to do at a
 # product's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
 BUFFER_BYTES = 324 << 20
+HEAD_BYTES = 32 << 20
 
 
 def supports(case: LinearCase, device: torch.device) -> str | None:
@@ -141,6 +142,8 @@ def _packed_kernel(
     def many(x: Tensor) -> Tensor:
         return _by_runs(x, *shape, decode, out_dtype)
 
+    # The head's logits are wanted of few rows at a time: not worth a large buffer.
+    _buffer(codes.device).announce(*shape, BUFFER_BYTES if out_dtype == torch.bfloat16 else HEAD_BYTES)
     device = codes.device.index or 0
     if packed_gemm.unavailable_reason(device) is None:
         gated = None if _gated_reason(*shape, out_dtype, device) else functools.partial(_gated_by_runs, shape, decode)
@@ -256,11 +259,33 @@ def gated_product(linear: Any, x: Tensor | Ordered, groups: int) -> Tensor | Ord
     return geglu.geglu(product(linear, x), groups)
 
 
+class _Buffer:
+    """Where decoded weights stand: one for all layers of a device, since what is queued on the stream uses it in turn.
+
+    As large as the largest matrix that was announced, up to `BUFFER_BYTES` and a small part of the device's memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._announced = device, 0
+        #: Captured graphs go on using what they were captured with, so none is given back.
+        self.kept: list[Tensor] = []
+
+    def announce(self, n: int, k: int, most: int = BUFFER_BYTES) -> None:
+        """A matrix [n, k] will be decoded, whole or in parts of up to ``most`` bytes."""
+        self._announced = max(self._announced, min(-(-n // TILE) * TILE * k * 2, most))
+
+    def values(self, least: int) -> Tensor:
+        """bf16, at least so many, uninitialised."""
+        most = min(BUFFER_BYTES, torch.cuda.get_device_properties(self.device).total_memory // 128)
+        count = max(min(self._announced, most) // 2, least)
+        if not self.kept or len(self.kept[-1]) < count:
+            self.kept.append(torch.empty(count, dtype=torch.bfloat16, device=self.device))
+        return self.kept[-1]
+
+
 @functools.cache
-def _buffer(device: torch.device) -> Tensor:
-    """One for all layers: what is queued on the stream uses it in turn."""
-    most = torch.cuda.get_device_properties(device).total_memory // 128
-    return torch.empty(min(BUFFER_BYTES, most) // 2, dtype=torch.bfloat16, device=device)
+def _buffer(device: torch.device) -> _Buffer:
+    return _Buffer(device)
 
 
 @functools.cache
@@ -306,7 +331,7 @@ def decode_int8(values: Tensor, scales: Tensor, out: Tensor) -> None:
 
 def _by_runs(x: Tensor, n: int, k: int, decode: Decode, out_dtype: torch.dtype) -> Tensor:
     """x bf16 [m, k], any m, times W [n, k] transposed -> [m, n], W decoded a run of rows at a time for cuBLAS."""
-    buffer = _buffer(x.device)
+    buffer = _buffer(x.device).values(TILE * k)
     step = min(max(buffer.numel() // k // TILE * TILE, TILE), 65520)
     runs = -(-n // step)
     step = -(-n // runs // TILE) * TILE if runs > 1 else n
@@ -328,7 +353,8 @@ def _gated_by_runs(shape: tuple[int, int], decode: Decode, x: Tensor) -> Tensor:
 
     As many rows of both as the buffer holds are decoded at a time.
     """
-    (n, k), buffer = shape, _buffer(x.device)
+    n, k = shape
+    buffer = _buffer(x.device).values(2 * TILE * k)
     width, most = n // 2, max(min(buffer.numel() // k // 2, 65520) // TILE * TILE, TILE)
     runs = -(-width // most)
     step = -(-width // runs // TILE) * TILE

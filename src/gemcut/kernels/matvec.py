@@ -268,7 +268,8 @@ def matvec(
     m, k = x.shape
     y = output(m, n, out_dtype, out, x.device, softcap)
     kernel, split, tiles, steps = _launch(storage, m, n, k, y.dtype == torch.float32, x.device.index or 0)
-    partial = torch.empty(split.slices * tiles * TILE * m if split.slices > 1 else 0, device=x.device)
+    count = split.slices * tiles * TILE * m if split.slices > 1 else 0
+    partial = torch.empty(count, dtype=torch.float32, device=x.device)
     counters = arrivals(x.device, current_stream(kernel.device))
     problem = Problem(
         x.data_ptr(), y.data_ptr(), partial.data_ptr(), counters.data_ptr(), softcap or 0.0,
