@@ -7,7 +7,8 @@ import re
 import pytest
 
 from gemcut.kernels import int8_matvec, nf4_matvec
-from gemcut.kernels.packed_gemm import TILE_ROWS, choose_variant, shared_bytes, wgmma_source
+from gemcut.kernels.packed_gemm import TILE_ROWS, choose_variant, shared_bytes
+from gemcut.kernels.wgmma import wgmma_source
 
 HOPPER = 227 * 1024
 SHAPES = [(1, 64), (4608, 4096), (8192, 4608), (73728, 4608), (4608, 36864), (256000, 4608)]
@@ -29,7 +30,7 @@ def test_tiles_cover_all_rows_and_fit_shared_memory(storage, n: int, k: int) -> 
 
 @pytest.mark.parametrize("rows", TILE_ROWS)
 def test_the_generated_instruction_numbers_its_operands(rows: int) -> None:
-    source = wgmma_source(rows)
+    source = wgmma_source("wgmma", rows, a_in_registers=True)
     assert f"m64n{rows}k16" in source
     numbers = {int(number) for number in re.findall(r"%(\d+)", source)}
     assert numbers == set(range(rows // 2 + 6))

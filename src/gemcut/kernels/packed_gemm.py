@@ -17,6 +17,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels.matvec import SMALL_BYTES, TILE, Problem, Storage, aligned_rows, arrivals, limits, output
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, current_stream, read_sources
 from gemcut.kernels.ordered import UNIT, Ordered, order_x
+from gemcut.kernels.wgmma import wgmma_source
 
 #: Rows of x a tile can have.
 TILE_ROWS = (16, 32, 64, 96, 128)
@@ -71,23 +72,6 @@ def choose_variant(storage: Storage, m: int, n: int, k: int) -> Variant:
     return Variant(rows, 4, x_units, two_halves=rows <= 32)
 
 
-def wgmma_source(rows: int) -> str:
-    """The device function wgmma(): 64 x 16 from registers times 16 x ``rows`` from shared memory."""
-    count = rows // 2
-    sums = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    a0, a1, a2, a3, x, accumulate = (f"%{count + i}" for i in range(6))
-    return f"""
-__device__ __forceinline__ void wgmma(float (&d)[{count}], const u32* a, u64 x, bool accumulate) {{
-  asm volatile("{{\\n.reg .pred add;\\nsetp.ne.b32 add, {accumulate}, 0;\\n"
-               "wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.bf16.bf16 "
-               "{{{sums}}}, {{{a0}, {a1}, {a2}, {a3}}}, {x}, add, 1, 1, 0;\\n}}"
-               : {outputs}
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"((u32)accumulate));
-}}
-"""
-
-
 @dataclass(frozen=True)
 class _Launch:
     """How a product is launched: the problem's sizes in tiles, the grid, what the blocks need."""
@@ -128,8 +112,9 @@ def _kernel(storage: Storage, variant: Variant, float_output: bool, device: int)
         ("GEMM_PATIENCE", variant.patience),
     )
     name = storage.kernel.replace("matvec", "gemm")
-    frame = read_sources("launch.cuh", "matvec.cuh", f"{storage.kernel}.cu")
-    source = "\n".join((frame, wgmma_source(variant.rows), read_sources("gemm.cuh", f"{name}.cu")))
+    frame = read_sources("launch.cuh", "hopper.cuh", "matvec.cuh", f"{storage.kernel}.cu")
+    product = wgmma_source("wgmma", variant.rows, a_in_registers=True)
+    source = "\n".join((frame, product, read_sources("gemm.cuh", f"{name}.cu")))
     return compile_kernel(source, name, defines, device)
 
 

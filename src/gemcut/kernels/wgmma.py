@@ -6,7 +6,7 @@ from __future__ import annotations
 def wgmma_source(name: str, columns: int, *, a_in_registers: bool = False, b_by_rows: bool = False) -> str:
     """``name(d, a, b, accumulate)``: 64 x 16 times 16 x ``columns`` of bf16, added to fp32 ``d`` or in its place.
 
-    ``a`` and ``b`` are descriptors of shared memory, or ``a`` is four registers. ``b_by_rows``: b's 16 x ``columns``
+    ``a`` and ``b`` are descriptors of shared memory, or ``a`` points to four registers. ``b_by_rows``: b's 16 x ``columns``
     are stored row by row, else column by column.
     """
     count = columns // 2
@@ -14,7 +14,7 @@ def wgmma_source(name: str, columns: int, *, a_in_registers: bool = False, b_by_
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     rows = int(b_by_rows)
     if a_in_registers:
-        kind, inputs, at = "const u32 (&a)[4]", ", ".join(f'"r"(a[{i}])' for i in range(4)), count + 4
+        kind, inputs, at = "const u32* a", ", ".join(f'"r"(a[{i}])' for i in range(4)), count + 4
         a, last = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}", f"1, 1, {rows}"
     else:
         kind, inputs, at = "u64 a", '"l"(a)', count + 1

@@ -17,8 +17,8 @@
 // left their parts, in its high ones; from FLAGS on there is a flag for each such part. All are zero between launches.
 //
 // Of struct Problem, x is the ordered x, x_stride the bytes of one block of 64 columns of it, tiles counts 16 rows of W each,
-// steps the units of a tile, slice_steps the tiles along m. launch.cuh, matvec.cuh, the format's matvec file and the generated
-// wgmma() stand before this file; `struct Operand` after it.
+// steps the units of a tile, slice_steps the tiles along m. launch.cuh, hopper.cuh, matvec.cuh, the format's matvec file and the
+// generated wgmma() stand before this file; `struct Operand` after it.
 
 constexpr int ROWS = GEMM_ROWS, WARPGROUPS = GEMM_WARPGROUPS, W_STAGES = GEMM_W_STAGES, X_UNITS = GEMM_X_UNITS;
 constexpr int WARPS = WARPGROUPS * 4, THREADS = WARPS * 32;   // that multiply; one warpgroup more asks for x
@@ -30,42 +30,10 @@ constexpr bool TWO_HALVES = GEMM_TWO_HALVES;        // registers for two decoded
 constexpr long long PATIENCE = GEMM_PATIENCE;
 constexpr u32 DONE = 1u << 11, LEFT = 1u << 22, FLAGS = 2048;
 
-__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// The one arrival of a barrier that `bytes` of bulk copies complete.
-__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_close() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 // Registers move between warpgroups: those that multiply get what the one that asks for x leaves.
 constexpr int ASKING_REGISTERS = 24, MULTIPLYING_REGISTERS = WARPGROUPS == 4 ? 112 : 240;
 // All warps that multiply.
 __device__ __forceinline__ void multipliers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-// Sums are not read before the wait above this.
-__device__ __forceinline__ void settle(float (&sums)[ROWS / 2]) {
-#pragma unroll
-  for (int i = 0; i < ROWS / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
 
 // A matrix of ROWS x 16 in shared memory without swizzle: 8 x 8 cores of 128 bytes, 128 bytes apart along k, 1024 along the rows.
 __device__ __forceinline__ u64 x_descriptor(const u8* at) {
@@ -98,7 +66,7 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   next_kernel_may_start();
   if (threadIdx.x == THREADS) {
     for (int i = 0; i < SLOTS; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   if (warp >= WARPS) {   // ask for x
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(ASKING_REGISTERS));

@@ -26,7 +26,6 @@ struct Lane {
   int id, group, quad;   // group = row of the tile (and group + 8), quad = which quarter of the columns
 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Copies 16 bytes to shared memory without passing through registers; writes zeros where `valid` is false.
 // The second-level cache fetches the 256 bytes around: their other parts are wanted next, and memory likes long reads.
