@@ -6,8 +6,8 @@ from __future__ import annotations
 def wgmma_source(name: str, columns: int, *, a_in_registers: bool = False, b_by_rows: bool = False) -> str:
     """``name(d, a, b, accumulate)``: 64 x 16 times 16 x ``columns`` of bf16, added to fp32 ``d`` or in its place.
 
-    ``a`` and ``b`` are descriptors of shared memory, or ``a`` points to four registers. ``b_by_rows``: b's 16 x ``columns``
-    are stored row by row, else column by column.
+    ``a`` and ``b`` are descriptors of shared memory, or ``a`` points to four registers. ``b_by_rows``: b's 16 x
+    ``columns`` are stored row by row, else column by column.
     """
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
