@@ -41,7 +41,7 @@ def test_runs_cover_every_row_once(buffer: cuda_linear._Buffer, monkeypatch: pyt
     x = torch.randn(5, 40).bfloat16()
     for n in (16, 32, 336, 2080):
         weight, runs = torch.randn(n, 40).bfloat16(), []
-        buffer.announce(n, 40)
+        buffer.announce(n, 40, limit)
         out = cuda_linear._by_runs(x, n, 40, decoder(weight, runs), torch.bfloat16)
         assert torch.allclose(out.float(), x.float() @ weight.float().T, atol=0.05, rtol=0.02)
         assert sum(runs) == n
@@ -53,19 +53,20 @@ def test_runs_cover_every_row_once(buffer: cuda_linear._Buffer, monkeypatch: pyt
 
 
 def test_the_buffer_is_as_large_as_the_largest_matrix_and_no_larger(buffer: cuda_linear._Buffer) -> None:
-    buffer.announce(1000, 64)  # 63 tiles of 16 rows
-    buffer.announce(100, 64)
+    buffer.announce(1000, 64, cuda_linear.BUFFER_BYTES)  # 63 tiles of 16 rows
+    buffer.announce(100, 64, cuda_linear.BUFFER_BYTES)
     first = buffer.values(16 * 64)
     assert len(first) == 1008 * 64
     assert buffer.values(1) is first
     buffer.announce(256_000, 4608, cuda_linear.HEAD_BYTES)
     assert len(buffer.values(1)) == cuda_linear.HEAD_BYTES // 2
-    buffer.announce(1 << 20, 4608)
+    buffer.announce(1 << 20, 4608, cuda_linear.BUFFER_BYTES)
     assert len(buffer.values(1)) == cuda_linear.BUFFER_BYTES // 2
     assert buffer.kept[0] is first  # what a captured graph uses
 
 
-def test_a_small_gpu_gives_a_small_part(buffer: cuda_linear._Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_gpu_gives_a_small_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
-    buffer.announce(73728, 4608)
+    buffer = cuda_linear._Buffer(CPU)
+    buffer.announce(73728, 4608, cuda_linear.BUFFER_BYTES)
     assert len(buffer.values(1)) * 2 == (8 << 30) // 128

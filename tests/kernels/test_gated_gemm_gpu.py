@@ -18,14 +18,7 @@ from gemcut.quantization.weights import Weight
 from gpu_products import FORMATS, check_replays
 from gpu_support import relative_error
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def hopper() -> None:
-    reason = gated_gemm.unavailable_reason(torch.cuda.current_device())
-    if reason is not None:
-        pytest.skip(reason)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 
 def random_weight(width: int, k: int) -> Tensor:

@@ -18,14 +18,7 @@ from gemcut.quantization.int8 import quantize_int8
 from gpu_products import PACKED, Case, case, check_replays
 from gpu_support import relative_error
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def hopper() -> None:
-    reason = packed_gemm.unavailable_reason(torch.cuda.current_device())
-    if reason is not None:
-        pytest.skip(reason)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 
 def check(it: Case, m: int) -> None:

@@ -267,17 +267,17 @@ class _Buffer:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._announced = device, 0
+        self._share = torch.cuda.get_device_properties(device).total_memory // 128
         #: Captured graphs go on using what they were captured with, so none is given back.
         self.kept: list[Tensor] = []
 
-    def announce(self, n: int, k: int, most: int = BUFFER_BYTES) -> None:
+    def announce(self, n: int, k: int, most: int) -> None:
         """A matrix [n, k] will be decoded, whole or in parts of up to ``most`` bytes."""
         self._announced = max(self._announced, min(-(-n // TILE) * TILE * k * 2, most))
 
     def values(self, least: int) -> Tensor:
         """bf16, at least so many, uninitialised."""
-        most = min(BUFFER_BYTES, torch.cuda.get_device_properties(self.device).total_memory // 128)
-        count = max(min(self._announced, most) // 2, least)
+        count = max(min(self._announced, self._share, BUFFER_BYTES) // 2, least)
         if not self.kept or len(self.kept[-1]) < count:
             self.kept.append(torch.empty(count, dtype=torch.bfloat16, device=self.device))
         return self.kept[-1]

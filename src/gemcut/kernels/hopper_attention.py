@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import ParameterError
-from gemcut.kernels import nvrtc
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.packed_gemm import unavailable_reason
 from gemcut.kernels.prefill_attention import FIXED_CAP, LOG2E, Run, VarlenSpec, tile_table, triton_varlen
@@ -40,7 +39,7 @@ def supports(heads: int, kv_heads: int, head_dim: int, softcap: float | None, de
         return f"takes as many query heads a key head as divide {_ROWS}, not {heads // kv_heads}"
     if softcap is None or softcap > FIXED_CAP:
         return f"needs a soft-cap of up to {FIXED_CAP:g}, which keeps exp(score) in range"
-    return nvrtc.unavailable_reason() or unavailable_reason(device)
+    return unavailable_reason(device)
 
 
 @functools.cache

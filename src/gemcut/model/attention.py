@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import hopper_attention, prefill_attention
+from gemcut.kernels import hopper_attention, nvrtc, prefill_attention
 from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec, fresh_runs
 
 # Queries are taken in tiles so that fp32 scores of an 8k context stay small and keys no query sees are skipped.
@@ -193,8 +193,9 @@ def _hopper_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device
         return reason
     if dtype != torch.bfloat16:
         return f"computes in bfloat16, not in {dtype}"
-    if not torch.cuda.is_available():
-        return "needs a Hopper GPU"
+    reason = nvrtc.unavailable_reason()
+    if reason is not None:
+        return reason
     heads, kv_heads, cap = config.num_attention_heads, config.num_key_value_heads, config.attn_logit_softcapping
     return hopper_attention.supports(heads, kv_heads, config.head_dim, cap, device.index or 0)
 

@@ -26,7 +26,6 @@ struct Lane {
   int id, group, quad;   // group = row of the tile (and group + 8), quad = which quarter of the columns
 };
 
-
 // Copies 16 bytes to shared memory without passing through registers; writes zeros where `valid` is false.
 // The second-level cache fetches the 256 bytes around: their other parts are wanted next, and memory likes long reads.
 __device__ __forceinline__ void copy16(void* to, const void* from, bool valid = true) {
