@@ -34,6 +34,16 @@ constexpr u32 DONE = 1u << 11, LEFT = 1u << 22, FLAGS = 2048;
 constexpr int ASKING_REGISTERS = 24, MULTIPLYING_REGISTERS = WARPGROUPS == 4 ? 112 : 240;
 // All warps that multiply.
 __device__ __forceinline__ void multipliers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+// Zeros where not `wanted`; without a branch, so that many are in flight.
+__device__ __forceinline__ float4 read_if(bool wanted, const float4* from) {
+  float4 v;
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %4, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+               "@wanted ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%5];\n}"
+               : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
+               : "r"((u32)wanted), "l"(from)
+               : "memory");
+  return v;
+}
 
 // A matrix of ROWS x 16 in shared memory without swizzle: 8 x 8 cores of 128 bytes, 128 bytes apart along k, 1024 along the rows.
 __device__ __forceinline__ u64 x_descriptor(const u8* at) {
@@ -62,6 +72,10 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   const u32 all_units = (u32)w_tiles * m_tiles * units;
   const u32 begin = run_begin(blockIdx.x, all_units, gridDim.x), end = run_begin(blockIdx.x + 1, all_units, gridDim.x);
   int unit = begin % units, w_tile = begin / units / m_tiles, m_tile = begin / units % m_tiles;
+  // A thread block can share a tile with those before it and another with those after it.
+  const int first_tile = begin / units, last_tile = (end - 1) / units;
+  auto is_shared = [&](int tile) { return (u32)tile * units < begin || (u32)(tile + 1) * units > end; };
+  const bool two = first_tile < last_tile && is_shared(first_tile) && is_shared(last_tile);
 
   next_kernel_may_start();
   if (threadIdx.x == THREADS) {
@@ -239,9 +253,10 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
 #pragma unroll
       for (int j = 0; j < GROUPS; ++j) __stcg(to + j * THREADS, make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
       multipliers_meet();
-      if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(p.arrivals + run_owner(from, all_units, gridDim.x), 1u);
+      if (threadIdx.x == (two && begin < from ? THREADS / 2 : 0)) {   // who will wait for the others, too, and must see itself
+        // One for all: the barrier puts every thread's stores before it.
+        u32* const counter = p.arrivals + run_owner(from, all_units, gridDim.x);
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
       }
     }
     unit = 0;
@@ -249,75 +264,95 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   }
   copies_wait<0>();
 
-  // Tiles shared with the thread blocks before and after this one.
-  const int first_tile = begin / units, last_tile = (end - 1) / units;
-  for (int shared_tile = first_tile; shared_tile <= last_tile; shared_tile += max(last_tile - first_tile, 1)) {
-    const u32 from = (u32)shared_tile * units;
-    if (from >= begin && from + units <= end) continue;
-    const int first = run_owner(from, all_units, gridDim.x), last = run_owner(from + units - 1, all_units, gridDim.x);
-    const u32 sharers = last - first + 1;
-    u32* const counter = p.arrivals + first;
-    auto place_of = [&](int c) { return c * 2 + (run_begin(c, all_units, gridDim.x) < from); };
-    auto done = [&](u32 how) {   // how many had come
-      const u32 count = atomicAdd(counter, how);
-      if (count / DONE % DONE == sharers - 1) {   // the last
-        for (int c = first; count + how >= LEFT && c <= last; ++c) p.arrivals[FLAGS + place_of(c)] = 0;
-        *counter = 0;
-      }
-      return count % DONE;
-    };
-    const int place = begin < from;
-    bool is_done = false;
-    if (threadIdx.x == 0) {
-      const long long give_up = clock64() + PATIENCE;
-      u32 count;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-      } while (count % DONE < sharers && clock64() < give_up);
-      adds_part[place] = true, others_left[place] = count >= LEFT;
-      if (count % DONE < sharers) {
-        p.arrivals[FLAGS + place_of(blockIdx.x)] = 1;
-        __threadfence();
-        is_done = true, others_left[place] = false;
-        adds_part[place] = done(DONE + LEFT) == sharers;   // they all came after all
-        __threadfence();
-      }
+  // Shared tiles, of which half of the warps see to each where there are two. A small product spends half of its time here:
+  // nothing waits for what could be under way.
+  const int team = two && warp >= WARPS / 2, team_threads = two ? THREADS / 2 : THREADS, member = threadIdx.x - team * (THREADS / 2);
+  const int tile = team == 1 || !is_shared(first_tile) ? last_tile : first_tile;
+  if (!is_shared(tile)) return;
+  auto team_meets = [&] { asm volatile("bar.sync %0, %1;" ::"r"(2 + team), "r"(team_threads) : "memory"); };
+  const u32 from = (u32)tile * units;
+  const int first = run_owner(from, all_units, gridDim.x), last = run_owner(from + units - 1, all_units, gridDim.x);
+  const u32 sharers = last - first + 1;
+  u32* const counter = p.arrivals + first;
+  auto place_of = [&](int c) { return c * 2 + (run_begin(c, all_units, gridDim.x) < from); };
+  auto clean_up = [&](u32 count, u32 how) {   // the last to be done; `count` is what it found
+    if (count / DONE % DONE != sharers - 1) return;
+    for (int c = first; count + how >= LEFT && c <= last; ++c) p.arrivals[FLAGS + place_of(c)] = 0;
+    *counter = 0;
+  };
+  bool is_done = false;
+  if (member == 0) {
+    const long long give_up = clock64() + PATIENCE;
+    u32 count;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    } while (count % DONE < sharers && clock64() < give_up);
+    adds_part[team] = true, others_left[team] = count >= LEFT;
+    if (count % DONE < sharers) {
+      p.arrivals[FLAGS + place_of(blockIdx.x)] = 1;
+      __threadfence();
+      is_done = true, others_left[team] = false;
+      count = atomicAdd(counter, DONE + LEFT);
+      clean_up(count, DONE + LEFT);
+      adds_part[team] = count % DONE == sharers;   // they all came after all
+      __threadfence();
     }
-    multipliers_meet();
-    constexpr u32 VALUES = GROUPS * THREADS, TOGETHER = GROUPS < 4 ? 2 : 4;   // of four sums; loads in flight
-    const float4* const parts = reinterpret_cast<const float4*>(p.partial);
-    auto add_part = [&](u32 part) {
-      const u32 to = VALUES * (part + 1) / sharers;
-      for (u32 at = VALUES * part / sharers + threadIdx.x; at < to; at += THREADS * TOGETHER) {
-        float total[TOGETHER][4] = {};
-#pragma unroll 2
-        for (int c = first; c <= last; ++c) {
-          const float4* const from_c = parts + (size_t)place_of(c) * VALUES;
-          float4 v[TOGETHER];
+  }
+  team_meets();
+  constexpr u32 VALUES = GROUPS * THREADS, TOGETHER = GROUPS < 4 ? 2 : 4;   // of four sums
+  constexpr int PARTS = WARPGROUPS == 4 ? 3 : 6;                            // whose loads are in flight together
+  const float4* const parts = reinterpret_cast<const float4*>(p.partial);
+  auto add_part = [&](u32 part) {
+    const u32 to = VALUES * (part + 1) / sharers;
+    for (u32 begin_at = VALUES * part / sharers + member - lane.id; begin_at < to; begin_at += team_threads * TOGETHER) {   // whole warps
+      const u32 at = begin_at + lane.id;
+      float total[TOGETHER][4] = {};
+      for (int c = first; c <= last; c += PARTS) {
+        const int place = place_of(min(c + lane.id % 8, last));   // one division for all
+        const float4* from_part[PARTS];
+        float4 v[PARTS][TOGETHER];
 #pragma unroll
-          for (int j = 0; j < TOGETHER; ++j) v[j] = __ldcg(from_c + min(at + j * THREADS, VALUES - 1));
+        for (int i = 0; i < PARTS; ++i) from_part[i] = parts + (size_t)__shfl_sync(0xffffffffu, place, i) * VALUES + at;
 #pragma unroll
-          for (int j = 0; j < TOGETHER; ++j) total[j][0] += v[j].x, total[j][1] += v[j].y, total[j][2] += v[j].z, total[j][3] += v[j].w;
+        for (int i = 0; i < PARTS; ++i) {
+#pragma unroll
+          for (int j = 0; j < TOGETHER; ++j) {
+            v[i][j] = read_if(c + i <= last && at + j * team_threads < to, from_part[i] + j * team_threads);
+          }
         }
 #pragma unroll
-        for (int j = 0; j < TOGETHER; ++j) {
-          const u32 i = at + j * THREADS;
-          const int thread = i % THREADS;
+        for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int row = (shared_tile / m_tiles * WARPS + thread / 32) * TILE + thread % 32 / 4 + (c & 2) * 4;
-            const int column = shared_tile % m_tiles * ROWS + i / THREADS * 8 + thread % 4 * 2 + (c & 1);
-            if (i < to && row < p.n && column < p.m) store_output(p, row, column, format.finish(row, total[j][c]));
+          for (int j = 0; j < TOGETHER; ++j) {
+            const float4& w = v[i][j];
+            total[j][0] += w.x, total[j][1] += w.y, total[j][2] += w.z, total[j][3] += w.w;
           }
         }
       }
-    };
-    // Its own part, and those that were left: all who see these add up the same values. One loop, so that the code is there once.
-    const bool more = others_left[place];
-    for (int c = more ? first : (int)blockIdx.x; c <= (more ? last : (int)blockIdx.x); ++c) {
-      if (c == blockIdx.x ? adds_part[place] : __ldcg(p.arrivals + FLAGS + place_of(c)) != 0) add_part(c - first);
+#pragma unroll
+      for (int j = 0; j < TOGETHER; ++j) {
+        const u32 i = at + j * team_threads;
+        const int thread = i % THREADS;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int row = (tile / m_tiles * WARPS + thread / 32) * TILE + thread % 32 / 4 + (c & 2) * 4;
+          const int column = tile % m_tiles * ROWS + i / THREADS * 8 + thread % 4 * 2 + (c & 1);
+          if (i < to && row < p.n && column < p.m) store_output(p, row, column, format.finish(row, total[j][c]));
+        }
+      }
     }
-    if (more) multipliers_meet();   // all have read the flags
-    if (threadIdx.x == 0 && !is_done) done(DONE);
+  };
+  // Its own part, and those that were left: all who see these add up the same values. One loop, so that the code is there
+  // once. Where none was left nobody looks at the counter again, and its answer comes while the part is added up.
+  const bool more = others_left[team];
+  u32 count = 0;
+  if (member == 0 && !is_done && !more) count = atomicAdd(counter, DONE);
+  for (int c = more ? first : (int)blockIdx.x; c <= (more ? last : (int)blockIdx.x); ++c) {
+    if (c == blockIdx.x ? adds_part[team] : __ldcg(p.arrivals + FLAGS + place_of(c)) != 0) add_part(c - first);
+  }
+  if (more) team_meets();   // all have read the flags
+  if (member == 0 && !is_done) {
+    if (more) count = atomicAdd(counter, DONE);
+    clean_up(count, DONE);
   }
 }

@@ -81,14 +81,20 @@ struct Format {
     return f;
   }
 
+  // One read a thread, whose value it stores to its row of 128 bytes, or to half of it; neighbours begin at different banks.
   __device__ __forceinline__ void fill_tables(u8* tables, int threads) const {
-    for (int i = threadIdx.x; i < PAIR_BYTES / 16; i += threads) {
-      const u32 v = __ldg(pairs + i / 8);
-      reinterpret_cast<uint4*>(tables)[i] = make_uint4(v, v, v, v);
-    }
+    const int parts = threads < 512 ? 1 : 2, chunks = 8 / parts;
+    for (int i = threadIdx.x; i < 256 * parts; i += threads) {
+      const u32 v = __ldg(pairs + i % 256);
 #if NESTED
-    for (int i = threadIdx.x; i < 256; i += threads) reinterpret_cast<float*>(tables + PAIR_BYTES)[i] = __ldg(byte_map + i);
+      if (i < 256) reinterpret_cast<float*>(tables + PAIR_BYTES)[i] = __ldg(byte_map + i);
 #endif
+      uint4* const row = reinterpret_cast<uint4*>(tables) + i % 256 * 8 + i / 256 * chunks;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (j < chunks) row[(i + j) % chunks] = make_uint4(v, v, v, v);
+      }
+    }
   }
 
   template <int BYTE>
