@@ -76,7 +76,7 @@ ROWS, KEYS = 497, 1637
 @pytest.mark.parametrize(("softcap", "size"), [(50.0, 1.0), (50.0, 40.0), (None, 1.0), (5.0, 3.0), (500.0, 8.0)])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(8, 4, 128), (4, 1, 128), (3, 3, 128), (4, 2, 256), (6, 2, 64), (4, 1, 16), (2, 2, 32)],
+    [(8, 4, 128), (4, 1, 128), (3, 3, 128), (4, 2, 256), (4, 1, 256), (6, 2, 64), (4, 1, 16), (2, 2, 32)],
 )
 def test_attention(
     heads: int, kv_heads: int, head_dim: int, softcap: float | None, size: float, window: int | None
@@ -95,27 +95,29 @@ def test_attention(
         assert torch.equal(out, varlen(query, keys, values, RUNS, spec)), varlen
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 255, 257])
-def test_attention_at_every_edge_of_a_block(length: int) -> None:
+def test_attention_at_every_edge_of_a_block(length: int, head_dim: int) -> None:
     for window in (None, 64, 65, 127):
         for offset in (0, 1, 63, 64, 128):
-            keys, values = torch.randn(2, length + offset, 2, 128, device=CUDA).bfloat16()
-            query = torch.randn(length, 4, 128, device=CUDA).bfloat16() / 11
+            keys, values = torch.randn(2, length + offset, 2, head_dim, device=CUDA).bfloat16()
+            query = torch.randn(length, 4, head_dim, device=CUDA).bfloat16() / 11
             runs, spec = ((0, length, 0, offset),), VarlenSpec(50.0, window)
             want = exact(query, keys, values, runs, spec)
-            for varlen in kernels(4, 2, 128, spec):
-                poison(length, 512)
+            for varlen in kernels(4, 2, head_dim, spec):
+                poison(length, 4 * head_dim)
                 out = varlen(query, keys, values, runs, spec)
                 assert relative_error(out, want) < 5e-3, (varlen, window, offset)
 
 
-def test_a_row_that_looks_at_one_key_gets_its_value_and_rows_of_no_run_stay_as_they_are() -> None:
-    query, keys, values = (torch.randn(200, n, 128, device=CUDA).bfloat16() for n in (4, 2, 2))
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_row_that_looks_at_one_key_gets_its_value_and_rows_of_no_run_stay_as_they_are(head_dim: int) -> None:
+    query, keys, values = (torch.randn(200, n, head_dim, device=CUDA).bfloat16() for n in (4, 2, 2))
     spec, runs = VarlenSpec(50.0, 1), ((3, 150, 20, 0),)
-    for varlen in kernels(4, 2, 128, spec):
-        poison(200, 512)
+    for varlen in kernels(4, 2, head_dim, spec):
+        poison(200, 4 * head_dim)
         out = varlen(query, keys, values, runs, spec)
-        assert torch.equal(out[3:153].view(150, 4, 128), values[20:170].repeat_interleave(2, dim=1)), varlen
+        assert torch.equal(out[3:153].view(150, 4, head_dim), values[20:170].repeat_interleave(2, dim=1)), varlen
         assert bool(out[:3].isnan().all() & out[153:].isnan().all()), varlen
 
 
@@ -127,7 +129,7 @@ def test_the_kernel_for_hopper_names_what_it_does_not_take() -> None:
     for wrong, given, text in (
         ((query, keys, keys), VarlenSpec(None, None), "soft-cap"),
         ((query, keys, keys), VarlenSpec(61.0, None), "soft-cap"),
-        ((query[..., :64], keys[..., :64], keys[..., :64]), spec, "heads of 128"),
+        ((query[..., :64], keys[..., :64], keys[..., :64]), spec, "heads of 128 or 256"),
         ((query[:, :3], keys[:, :1], keys[:, :1]), spec, "divide"),
         ((query.half(), keys, keys), spec, "query must be"),
         ((query, keys.transpose(1, 2).contiguous().transpose(1, 2), keys), spec, "keys must be"),
@@ -226,7 +228,7 @@ def test_choices() -> None:
         assert "not installed" in found.detail
 
 
-@pytest.mark.parametrize(("weights", "head_dim"), [("bf16", 64), ("nf4", 64), ("bf16", 128)])
+@pytest.mark.parametrize(("weights", "head_dim"), [("bf16", 64), ("nf4", 64), ("bf16", 128), ("bf16", 256)])
 def test_a_step_gives_the_plain_networks_hidden_states(weights: str, head_dim: int) -> None:
     """Prompts in chunks beside single tokens, windows shorter than a chunk; the cache's contents too."""
     model, plain = (network(weights, bound=bound, head_dim=head_dim) for bound in (True, False))

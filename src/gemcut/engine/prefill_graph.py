@@ -22,8 +22,9 @@ from torch import Tensor
 from gemcut.config import FULL
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.paged import Pages, gather, gathered_runs, live_blocks, token_slots
+from gemcut.kernels import hopper_attention, prefill_attention
 from gemcut.kernels.hopper_attention import hopper_varlen
-from gemcut.kernels.prefill_attention import VarlenAttention, fresh_runs, tile_queries, tiles, triton_varlen
+from gemcut.kernels.prefill_attention import VarlenAttention, fresh_runs, tiles, triton_varlen
 from gemcut.model import Model
 from gemcut.model.attention import Span
 
@@ -40,7 +41,7 @@ def supports(varlen: VarlenAttention | None, decode_refusal: str | None) -> str 
 
     ``varlen``: what computes attention of many queries; ``decode_refusal``: why decode graphs do not serve.
     """
-    return decode_refusal or (None if varlen in (triton_varlen, hopper_varlen) else "needs the Triton attention kernel")
+    return decode_refusal or (None if varlen in (triton_varlen, hopper_varlen) else "needs gemcut's attention kernels")
 
 
 @dataclass
@@ -178,7 +179,11 @@ class PrefillGraphs:
 
     def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
         config = model.config
-        queries = tile_queries(config.num_attention_heads, config.num_key_value_heads, config.head_dim, device)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if getattr(model.step, "varlen", None) is hopper_varlen:
+            queries = hopper_attention.tile_queries(heads, kv_heads)
+        else:
+            queries = prefill_attention.tile_queries(heads, kv_heads, config.head_dim, device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._shared = _Shared(model, cache, device, queries, stream, torch.cuda.graph_pool_handle())
         self._sizes: dict[tuple[int, int], _Graph] = {}

@@ -1,4 +1,4 @@
-"""Attention of many queries with a soft-cap on Hopper GPUs, heads of 128: cuda/prefill_attention.cu.
+"""Attention of many queries with a soft-cap on Hopper GPUs, heads of 128 or 256: cuda/prefill_attention.cu.
 
 `hopper_varlen` computes what `gemcut.kernels.prefill_attention.triton_varlen` does, for fewer cases and faster.
 """
@@ -15,11 +15,12 @@ from torch import Tensor
 from gemcut.errors import ParameterError
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.packed_gemm import unavailable_reason
-from gemcut.kernels.prefill_attention import FIXED_CAP, LOG2E, Run, VarlenSpec, tile_table, triton_varlen
+from gemcut.kernels.prefill_attention import FIXED_CAP, LOG2E, Run, VarlenSpec, tile_table
 from gemcut.kernels.wgmma import wgmma_source
 
-_DIM, _ROWS, _KEYS, _STAGES, _THREADS = 128, 128, 64, 4, 384  # as in the source
-_SHARED_BYTES = _STAGES * 2 * _KEYS * _DIM * 2 + _ROWS * _DIM * 2 + _STAGES * 16  # keys and values, queries, barriers
+_ROWS, _KEYS, _THREADS = 128, 64, 384  # as in the source
+#: By the heads' size: slots of keys or values in shared memory; steps of 16 columns whose queries stay in registers.
+_SHAPES = {128: (8, 8), 256: (5, 4)}
 
 
 class _Task(ctypes.Structure):
@@ -33,8 +34,8 @@ class _Task(ctypes.Structure):
 
 def supports(heads: int, kv_heads: int, head_dim: int, softcap: float | None, device: int) -> str | None:
     """None where the kernel serves bf16 heads of this shape, else one line that says why not."""
-    if head_dim != _DIM:
-        return f"takes heads of {_DIM}, not of {head_dim}"
+    if head_dim not in _SHAPES:
+        return f"takes heads of {' or '.join(map(str, _SHAPES))}, not of {head_dim}"
     if _ROWS % (heads // kv_heads):
         return f"takes as many query heads a key head as divide {_ROWS}, not {heads // kv_heads}"
     if softcap is None or softcap > FIXED_CAP:
@@ -42,25 +43,37 @@ def supports(heads: int, kv_heads: int, head_dim: int, softcap: float | None, de
     return unavailable_reason(device)
 
 
+def tile_queries(heads: int, kv_heads: int) -> int:
+    """Queries of a tile."""
+    return _ROWS // (heads // kv_heads)
+
+
 @functools.cache
-def _kernel(device: int) -> CudaKernel:
+def _kernel(head_dim: int, device: int) -> CudaKernel:
     products = (
         wgmma_source("wgmma_scores", _KEYS, a_in_registers=True),
-        wgmma_source("wgmma_values", _DIM, a_in_registers=True, b_by_rows=True),
+        wgmma_source("wgmma_more_scores", _KEYS),
+        wgmma_source("wgmma_values", head_dim, a_in_registers=True, b_by_rows=True),
     )
     source = "\n".join((read_sources("launch.cuh", "hopper.cuh"), *products, read_sources("prefill_attention.cu")))
-    return compile_kernel(source, "prefill_attention", (), device)
+    slots, held = _SHAPES[head_dim]
+    defines = ("HEAD_DIM", head_dim), ("KEY_SLOTS", slots), ("HELD_STEPS", held)
+    return compile_kernel(source, "prefill_attention", defines, device)
+
+
+def _shared_bytes(head_dim: int) -> int:
+    """Keys and values, queries, barriers."""
+    slots, _ = _SHAPES[head_dim]
+    return (slots * _KEYS + _ROWS) * head_dim * 2 + slots * 16
 
 
 def hopper_varlen(
     query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run] | Tensor, spec: VarlenSpec
 ) -> Tensor:
-    """Attention; arguments and result as those of ``triton_varlen``, to which tiles made for its kernel are left.
+    """Attention; arguments and result as those of ``triton_varlen``. Tiles hold up to ``tile_queries``.
 
     ParameterError where ``supports`` gives a reason, or heads do not stand side by side.
     """
-    if isinstance(runs, Tensor):
-        return triton_varlen(query, keys, values, runs, spec)
     (rows, heads, head_dim), kv_heads, device = query.shape, keys.shape[1], query.device
     reason = supports(heads, kv_heads, head_dim, spec.softcap, device.index or 0)
     if reason is not None:
@@ -71,7 +84,7 @@ def hopper_varlen(
             raise ParameterError(f"{name} must be bf16 heads side by side, in rows at multiples of 16 bytes")
     assert spec.softcap is not None
     group = heads // kv_heads
-    tiles = tile_table(tuple(runs), _ROWS // group, device)
+    tiles = runs if isinstance(runs, Tensor) else tile_table(tuple(runs), _ROWS // group, device)
     out = torch.empty((rows, heads * head_dim), dtype=query.dtype, device=device)
     maps = (
         tensor_map(part.data_ptr(), len(part), kv_heads * head_dim, part.stride(0) * 2, _KEYS, 64)
@@ -81,5 +94,6 @@ def hopper_varlen(
         query.data_ptr(), out.data_ptr(), tiles.data_ptr(), query.stride(0), out.stride(0),
         group, spec.window or 0, 1 / spec.softcap, spec.softcap * LOG2E,
     )  # fmt: skip
-    _kernel(device.index or 0).launch((kv_heads, len(tiles)), _THREADS, _SHARED_BYTES, (*maps, task))
+    kernel = _kernel(head_dim, device.index or 0)
+    kernel.launch((kv_heads, len(tiles)), _THREADS, _shared_bytes(head_dim), (*maps, task))
     return out

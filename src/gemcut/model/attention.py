@@ -188,9 +188,8 @@ def _triton_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device
 
 
 def _hopper_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    reason = _triton_reason(config, dtype, device)  # graphs of short prompts are left to that
-    if reason is not None:
-        return reason
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU"
     if dtype != torch.bfloat16:
         return f"computes in bfloat16, not in {dtype}"
     reason = nvrtc.unavailable_reason()

@@ -1,19 +1,22 @@
-// Attention of many queries with a soft-cap on Hopper: causal, window, grouped heads, sequences of any lengths; heads of 128.
+// Attention of many queries with a soft-cap on Hopper: causal, window, grouped heads, sequences of any lengths; heads of 128 or 256.
 //
 // A thread block takes one key head and 128 rows: queries of one sequence, the heads that share the key head side by side.
 // Scores lie within the cap, so that exp(score) and its sums stay far inside what fp32 and bf16 hold: no running maximum, and
-// nothing is scaled again. Two warpgroups have 64 rows each, with their queries in registers; keys and values come through
-// tensor maps, 64 of them at a time, asked for by a third.
+// nothing is scaled again. Two warpgroups have 64 rows each, with their queries in registers, heads of 256 in part in shared
+// memory; keys and values come through tensor maps, 64 of them at a time, asked for by a third.
 //
-// tanh and exp2 take the special-function unit as long as both products take the matrix units. So the values of the keys before
-// are summed while a warpgroup turns scores into weights, and one warpgroup does so while the other multiplies.
+// tanh and exp2 take the special-function unit as long as both products take the matrix units, with heads of 256 half as long.
+// So the values of the keys before are summed while a warpgroup turns scores into weights, and one warpgroup does so while the
+// other multiplies. Slots of shared memory hold keys or values, in the order of their use: keys 0, 1, values 0, keys 2, values 1 ...
 //
-// launch.cuh, hopper.cuh and the generated wgmma_scores() and wgmma_values() stand before this file.
+// launch.cuh, hopper.cuh and the generated wgmma_scores(), wgmma_more_scores() (queries in shared memory) and wgmma_values()
+// stand before this file.
 
-constexpr int ROWS = 128, KEYS = 64, DIM = 128, STAGES = 4;
-constexpr int BOX_BYTES = KEYS * 128, STAGE_BYTES = 4 * BOX_BYTES;   // 64 columns each: keys, keys, values, values
-constexpr int ROW_BYTES = DIM * 2;
-constexpr int WARPS = 8;                                             // that multiply
+constexpr int ROWS = 128, KEYS = 64, DIM = HEAD_DIM, SLOTS = KEY_SLOTS;
+constexpr int BOXES = DIM / 64, BOX_BYTES = KEYS * 128, SLOT_BYTES = BOXES * BOX_BYTES;   // a box: 64 columns
+constexpr int WORDS = DIM / 8;                                                            // of 16 bytes, a row
+constexpr int STEPS = DIM / 16, HELD = HELD_STEPS;                                        // of scores; with queries in registers
+constexpr int WARPS = 8;                                                                  // that multiply
 
 struct Task {
   const u16* query;
@@ -33,13 +36,13 @@ __device__ __forceinline__ float capped(float score, const Task& p) {
 extern "C" __global__ void __launch_bounds__(384, 1)
     prefill_attention(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values, const Task p) {
   extern __shared__ __align__(1024) u8 shared[];
-  u8* const rows = shared + STAGES * STAGE_BYTES;   // queries, then results
-  u64* const full = reinterpret_cast<u64*>(rows + ROWS * ROW_BYTES);
-  u64* const empty = full + STAGES;
+  u8* const rows = shared + SLOTS * SLOT_BYTES;   // queries, then results
+  u64* const full = reinterpret_cast<u64*>(rows + ROWS * DIM * 2);
+  u64* const empty = full + SLOTS;
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS);
+    for (int i = 0; i < SLOTS; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS);
     barriers_ready();
   }
   __syncthreads();
@@ -58,17 +61,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x == 0) {
       int slot = 0;
       u32 phase = 1;
-      for (int block = 0; block < blocks; ++block) {
-        u8* const stage = shared + slot * STAGE_BYTES;
-        const int row = key_start + begin + block * KEYS;
+      auto load = [&](const TensorMap& from, int block) {
         barrier_wait(empty + slot, phase);
-        barrier_expect(full + slot, STAGE_BYTES);
-        load_box(stage, keys, head * DIM, row, full + slot);
-        load_box(stage + BOX_BYTES, keys, head * DIM + 64, row, full + slot);
-        load_box(stage + 2 * BOX_BYTES, values, head * DIM, row, full + slot);
-        load_box(stage + 3 * BOX_BYTES, values, head * DIM + 64, row, full + slot);
-        if (++slot == STAGES) slot = 0, phase ^= 1;
-      }
+        barrier_expect(full + slot, SLOT_BYTES);
+#pragma unroll
+        for (int i = 0; i < BOXES; ++i) {
+          load_box(shared + slot * SLOT_BYTES + i * BOX_BYTES, from, head * DIM + i * 64, key_start + begin + block * KEYS, full + slot);
+        }
+        if (++slot == SLOTS) slot = 0, phase ^= 1;
+      };
+      if (blocks) load(keys, 0);
+      for (int block = 1; block < blocks; ++block) load(keys, block), load(values, block - 1);
+      if (blocks) load(values, blocks - 1);
     }
     return;
   }
@@ -77,12 +81,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16;   // of the tile
 
-  // Each warp's 16 rows through shared memory into the form that wgmma takes from registers.
-  const int words = ROW_BYTES / 16;
-  auto word_at = [&](int row, int word) { return shared_address(rows) + row * ROW_BYTES + (word ^ row % 8) * 16; };
+  // A warpgroup's 64 rows in shared memory as wgmma finds them, box after box of 64 columns.
+  u8* const own = rows + (warpgroup - 1) * 64 * DIM * 2;
+  auto word_at = [&](int row, int word) {   // row of the tile, one of this warpgroup's
+    return shared_address(own) + word / 8 * (64 * 128) + row % 64 * 128 + (word % 8 ^ row % 8) * 16;
+  };
+  auto warpgroup_meets = [&] { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory"); };
 #pragma unroll
-  for (int i = 0; i < 16 * words / 32; ++i) {
-    const int row = warp_row + i * 2 + lane / 16, word = lane % 16, index = row / p.group;
+  for (int i = 0; i < 16 * WORDS / 32; ++i) {
+    const int row = warp_row + (i * 32 + lane) / WORDS, word = (i * 32 + lane) % WORDS, index = row / p.group;
     uint4 v = make_uint4(0, 0, 0, 0);
     if (index < count) {
       const u16* const from = p.query + (first_row + index) * p.query_stride + (head * p.group + row % p.group) * DIM;
@@ -91,9 +98,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(word_at(row, word)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
   }
   __syncwarp();
-  u32 q[DIM / 16][4];
+  u32 q[HELD][4];
 #pragma unroll
-  for (int i = 0; i < DIM / 16; ++i) load_matrices(word_at(warp_row + lane % 16, i * 2 + lane / 16), q[i]);
+  for (int i = 0; i < HELD; ++i) load_matrices(word_at(warp_row + lane % 16, i * 2 + lane / 16), q[i]);
+  if constexpr (HELD < STEPS) {   // the matrix unit reads the others' rows and its own
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    warpgroup_meets();
+  }
 
   // This thread's sums stand in rows lane / 4 and lane / 4 + 8 of its warp.
   int place[2];
@@ -108,16 +119,32 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
   int slot = 0;
   u32 phase = 0;
+  auto next_slot = [&] {   // the next one in use, filled
+    const int next = slot;
+    barrier_wait(full + next, phase);
+    if (++slot == SLOTS) slot = 0, phase ^= 1;
+    return next;
+  };
+  auto release = [&](int of) {
+    if (lane == 0) barrier_arrive(empty + of);
+  };
   float scores[KEYS / 2];
   auto ask_scores = [&](int of) {
-    const u8* const stage = shared + of * STAGE_BYTES;
+    const u8* const from = shared + of * SLOT_BYTES;
     wgmma_begin();
 #pragma unroll
-    for (int i = 0; i < DIM / 16; ++i) wgmma_scores(scores, q[i], descriptor(stage + i / 4 * BOX_BYTES) + i % 4 * 2, i > 0);
+    for (int i = 0; i < STEPS; ++i) {
+      const u64 key = descriptor(from + i / 4 * BOX_BYTES) + i % 4 * 2;
+      if (i < HELD) {
+        wgmma_scores(scores, q[i < HELD ? i : 0], key, i > 0);
+      } else {
+        wgmma_more_scores(scores, descriptor(own + i / 4 * (64 * 128)) + i % 4 * 2, key, i > 0);
+      }
+    }
     wgmma_close();
   };
   auto ask_values = [&](int of) {
-    const u64 from = descriptor(shared + of * STAGE_BYTES + 2 * BOX_BYTES, BOX_BYTES);
+    const u64 from = descriptor(shared + of * SLOT_BYTES, BOX_BYTES);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < KEYS / 16; ++i) wgmma_values(sum, weights[i], from + i * (16 * 128 / 16), true);
@@ -148,27 +175,28 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       }
     }
   };
-  barrier_wait(full, 0);
-  ask_scores(0);
+  int now = next_slot();
+  ask_scores(now);
   wgmma_wait<0>();
   settle(scores);
+  release(now);
   weigh(begin);
   round();
   for (int at = begin + KEYS; at < last; at += KEYS) {
-    const int now = slot;
-    if (++slot == STAGES) slot = 0, phase ^= 1;
-    barrier_wait(full + slot, phase);
-    ask_scores(slot);
-    ask_values(now);
+    now = next_slot();
+    ask_scores(now);
+    const int before = next_slot();
+    ask_values(before);
     wgmma_wait<1>();
     settle(scores);
+    release(now);
     weigh(at);
     wgmma_wait<0>();
     settle(sum);
-    if (lane == 0) barrier_arrive(empty + now);
+    release(before);
     round();
   }
-  ask_values(slot);
+  ask_values(next_slot());
   wgmma_wait<0>();
   settle(sum);
 
@@ -178,8 +206,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
     total[r] = 1.f / total[r];
   }
+  if constexpr (HELD < STEPS) warpgroup_meets();   // nobody's queries are read any more
 #pragma unroll
-  for (int j = 0; j < DIM / 8; j += 2) {
+  for (int j = 0; j < WORDS; j += 2) {
     u32 pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = pack_bf16(sum[j * 4 + i * 2] * total[i % 2], sum[j * 4 + i * 2 + 1] * total[i % 2]);
@@ -187,8 +216,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   }
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < 16 * words / 32; ++i) {
-    const int row = warp_row + i * 2 + lane / 16, word = lane % 16, index = row / p.group;
+  for (int i = 0; i < 16 * WORDS / 32; ++i) {
+    const int row = warp_row + (i * 32 + lane) / WORDS, word = (i * 32 + lane) % WORDS, index = row / p.group;
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(word_at(row, word)) : "memory");
     if (index < count) {
