@@ -9,8 +9,8 @@ from gemcut.kernels.gated_gemm import MANY_ROWS, gated_gemm_plain, pays
 
 
 def test_it_pays_for_many_rows_that_fill_its_tiles() -> None:
-    counts = (1, 512, 1023, 1024, 1025, 1200, 1205, 1280, 1281, 2048, 2049, 3600, 3900, 4096, 4097)
-    assert [m for m in counts if pays(m)] == [1024, 1205, 1280, 2048, 3900, 4096, 4097]
+    counts = (1, 512, 767, 768, 769, 896, 963, 964, 1023, 1024, 1025, 1200, 1205, 1280, 1281, 2048, 2049, 3600, 3900)
+    assert [m for m in counts if pays(m)] == [768, 964, 1023, 1024, 1205, 1280, 2048, 3900]
     assert all(pays(m) for m in range(16 * 256, 20 * 256)), "little is added to so many"
     assert not any(pays(m) for m in range(MANY_ROWS))
 

@@ -1,7 +1,7 @@
 """Products on an NVIDIA GPU for dispatch: matrix-vector kernels, fused products, decode and cuBLAS, by the rows of x.
 
 Up to eight rows of x, 16 of some small four-bit matrices, go through the matrix-vector kernels. More, up to
-`FUSED_ROWS`, are multiplied by weights decoded in registers (packed_gemm, Hopper only; elsewhere up to ``8 · PASSES``
+`fused_rows`, are multiplied by weights decoded in registers (packed_gemm, Hopper only; elsewhere up to ``8 · PASSES``
 rows go through the matrix-vector kernels eight at a time). Beyond, the weights are decoded to bf16, a run of rows at a
 time, in a buffer all layers share, for cuBLAS. bf16 weights need none of this: cuBLAS takes them from `DENSE_ROWS` rows
 on.
@@ -35,14 +35,21 @@ from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 # Without fused products. Decoding a matrix for cuBLAS writes and reads 4 bytes a weight more: about as much as eight
 # passes over packed ones.
 PASSES = 8
-# Up to so many rows a fused product is faster than decoding and cuBLAS: of a small matrix, of a larger (on an H100).
-FUSED_ROWS = (384, 896)
 # From this many rows on cuBLAS multiplies bf16 weights at least as fast as the matrix-vector kernel (measured).
 DENSE_ROWS = 5
 # Decoded weights stand here. The more rows at a time, the smaller the share of processors that have nothing to do at a
 # product's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
 BUFFER_BYTES = 324 << 20
 HEAD_BYTES = 32 << 20
+
+
+def fused_rows(weights: int, four_bit: bool) -> int:
+    """Up to so many rows a fused product with a matrix of so many weights beats decoding and cuBLAS (on an H100)."""
+    if weights < 20 << 20:
+        return 384
+    if weights < 128 << 20:
+        return 640 if four_bit else 512
+    return 896
 
 
 def supports(case: LinearCase, device: torch.device) -> str | None:
@@ -147,7 +154,7 @@ def _packed_kernel(
     device = codes.device.index or 0
     if packed_gemm.unavailable_reason(device) is None:
         gated = None if _gated_reason(*shape, out_dtype, device) else functools.partial(_gated_by_runs, shape, decode)
-        most_some = FUSED_ROWS[codes.numel() > SMALL_BYTES]
+        most_some = fused_rows(shape[0] * shape[1], not isinstance(rows, Int8Rows))
         return _Packed(rows, few, many, most_few, fused, most_some, ordered=True, gated=gated)
 
     def passes(x: Tensor) -> Tensor:
