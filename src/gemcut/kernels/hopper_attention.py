@@ -84,7 +84,7 @@ def hopper_varlen(
             raise ParameterError(f"{name} must be bf16 heads side by side, in rows at multiples of 16 bytes")
     assert spec.softcap is not None
     group = heads // kv_heads
-    tiles = runs if isinstance(runs, Tensor) else tile_table(tuple(runs), _ROWS // group, device)
+    tiles = runs if isinstance(runs, Tensor) else tile_table(tuple(runs), tile_queries(heads, kv_heads), device)
     out = torch.empty((rows, heads * head_dim), dtype=query.dtype, device=device)
     maps = (
         tensor_map(part.data_ptr(), len(part), kv_heads * head_dim, part.stride(0) * 2, _KEYS, 64)
