@@ -34,9 +34,7 @@ def batch(parts: list[tuple[int, int]], seed: int) -> tuple[list[int], list[int]
     return ids, positions, spans
 
 
-@pytest.mark.parametrize(
-    ("weights", "head_dim"), [("bf16", 64), ("int8", 64), ("nf4", 64), ("nf4", 128), ("nf4", 256)]
-)
+@pytest.mark.parametrize(("weights", "head_dim"), [("bf16", 64), ("int8", 64), ("nf4", 64), ("nf4", 128), ("nf4", 256)])
 def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str, head_dim: int) -> None:
     """First runs, captures and replays with other tokens, lengths and tables; one sequence and several; older keys."""
     model, plain = (network(weights, bound=bound, head_dim=head_dim) for bound in (True, False))
