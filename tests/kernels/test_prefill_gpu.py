@@ -136,6 +136,10 @@ def test_the_kernel_for_hopper_names_what_it_does_not_take() -> None:
     ):
         with pytest.raises(ParameterError, match=text):
             hopper_varlen(*wrong, runs, given)
+    room = torch.tensor([0, 0, 9, 0, 0, 0], dtype=torch.int32, device=CUDA)
+    for tiles in (room[:4].long()[None], room[2:][None], room[:4].expand(3, 4)[:, ::2]):
+        with pytest.raises(ParameterError, match="tiles must be int32"):
+            hopper_varlen(query, keys, keys, tiles, spec)
 
 
 def test_attention_in_fp16_keeps_scores_at_the_cap_finite() -> None:

@@ -34,6 +34,7 @@ SIZES = (16, 32, 64, 96, 128, 192, 256, 288, 384, 512)
 CONTEXTS = (0, 512, 1024, 2048, 4096, 8192)
 #: The rows left over counted as one.
 MOST_SEQUENCES = 8
+_GROUPS = ("full", "sliding")  # of the cache
 
 
 def supports(varlen: VarlenAttention | None, decode_refusal: str | None) -> str | None:
@@ -42,6 +43,17 @@ def supports(varlen: VarlenAttention | None, decode_refusal: str | None) -> str 
     ``varlen``: what computes attention of many queries; ``decode_refusal``: why decode graphs do not serve.
     """
     return decode_refusal or (None if varlen in (triton_varlen, hopper_varlen) else "needs gemcut's attention kernels")
+
+
+def input_sizes(rows: int, blocks: int, tiles: int) -> dict[str, int]:
+    """How many int64 each of a graph's inputs takes, in the order in which they stand in one buffer.
+
+    A tile is 16 bytes, which kernels read at once: tiles stand first, where they begin at multiples of 16.
+    """
+    sizes = {f"{group} tiles": 2 * tiles for group in _GROUPS} | {"ids": rows, "positions": rows}
+    for group in _GROUPS:
+        sizes |= {f"{group} slots": rows, f"{group} blocks": blocks}
+    return sizes
 
 
 @dataclass
@@ -87,11 +99,7 @@ class _Graph:
 
     def __init__(self, shared: _Shared, rows: int, context: int) -> None:
         self._shared, self.rows, self.context = shared, rows, context
-        blocks = context // shared.cache.block_size
-        count = 2 * (-(-rows // shared.queries) + MOST_SEQUENCES)  # of tiles: 16 bytes each, two of the buffer's values
-        sizes = {"ids": rows, "positions": rows}
-        for group in ("full", "sliding"):
-            sizes |= {f"{group} slots": rows, f"{group} blocks": blocks, f"{group} tiles": count}
+        sizes = input_sizes(rows, context // shared.cache.block_size, -(-rows // shared.queries) + MOST_SEQUENCES)
         self._host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=True)
         self._device = torch.zeros_like(self._host, device=shared.device)
         names = list(sizes)
@@ -125,7 +133,7 @@ class _Graph:
         rest = [(used, self.rows - used, 0 if self.context else used, 0)] if used < self.rows else []
         fresh = fresh_runs(spans)
         firsts = [0] * len(tables), [table.first_sliding for table in tables]
-        for group, first in zip(("full", "sliding"), firsts, strict=True):
+        for group, first in zip(_GROUPS, firsts, strict=True):
             lists = [getattr(table, group) for table in tables]
             slots, at = host[f"{group} slots"], 0
             slots[used:] = -1

@@ -49,7 +49,7 @@ def fused_rows(weights: int, four_bit: bool) -> int:
         return 384
     if weights < 128 << 20:
         return 640 if four_bit else 512
-    return 896
+    return 896 if four_bit else 768
 
 
 def supports(case: LinearCase, device: torch.device) -> str | None:

@@ -72,7 +72,8 @@ def hopper_varlen(
 ) -> Tensor:
     """Attention; arguments and result as those of ``triton_varlen``. Tiles hold up to ``tile_queries``.
 
-    ParameterError where ``supports`` gives a reason, or heads do not stand side by side.
+    ParameterError where ``supports`` gives a reason, heads do not stand side by side, or tiles are not int32 at a
+    multiple of 16 bytes.
     """
     (rows, heads, head_dim), kv_heads, device = query.shape, keys.shape[1], query.device
     reason = supports(heads, kv_heads, head_dim, spec.softcap, device.index or 0)
@@ -82,6 +83,8 @@ def hopper_varlen(
         row, head, value = part.stride()
         if part.dtype != torch.bfloat16 or value != 1 or head != head_dim or row % 8 or part.data_ptr() % 16:
             raise ParameterError(f"{name} must be bf16 heads side by side, in rows at multiples of 16 bytes")
+    if isinstance(runs, Tensor) and (runs.dtype != torch.int32 or not runs.is_contiguous() or runs.data_ptr() % 16):
+        raise ParameterError("tiles must be int32 [n, 4] that begin at a multiple of 16 bytes")
     assert spec.softcap is not None
     group = heads // kv_heads
     tiles = runs if isinstance(runs, Tensor) else tile_table(tuple(runs), tile_queries(heads, kv_heads), device)

@@ -82,9 +82,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const int warp_row = warp * 16;   // of the tile
 
   // A warpgroup's 64 rows in shared memory as wgmma finds them, box after box of 64 columns.
-  u8* const own = rows + (warpgroup - 1) * 64 * DIM * 2;
+  u8* const queries = rows + (warpgroup - 1) * 64 * DIM * 2;
   auto word_at = [&](int row, int word) {   // row of the tile, one of this warpgroup's
-    return shared_address(own) + word / 8 * (64 * 128) + row % 64 * 128 + (word % 8 ^ row % 8) * 16;
+    return shared_address(queries) + word / 8 * (64 * 128) + row % 64 * 128 + (word % 8 ^ row % 8) * 16;
   };
   auto warpgroup_meets = [&] { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory"); };
 #pragma unroll
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (i < HELD) {
         wgmma_scores(scores, q[i < HELD ? i : 0], key, i > 0);
       } else {
-        wgmma_more_scores(scores, descriptor(own + i / 4 * (64 * 128)) + i % 4 * 2, key, i > 0);
+        wgmma_more_scores(scores, descriptor(queries + i / 4 * (64 * 128)) + i % 4 * 2, key, i > 0);
       }
     }
     wgmma_close();
