@@ -28,8 +28,7 @@ struct Tiles {
 __device__ __forceinline__ void cluster_meets() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void warpgroup_meets(int which) { asm volatile("bar.sync %0, 128;" ::"r"(1 + which) : "memory"); }
-constexpr int BOTH = 3;   // the barrier of both multiplying warpgroups
+constexpr int BOTH = 3;   // the barrier of both multiplying warpgroups; 1 and 2 are their own
 
 // gelu(gate) * up: 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (g + 0.044715 g^3), right at both ends.
 __device__ __forceinline__ float gated(float gate, float up) {
@@ -122,7 +121,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       release();
 
       if (asks_to_store) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");   // the result before has been read
-      warpgroup_meets(half);
+      warpgroup_meets(warpgroup);
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; j += 2) {   // 16 rows and 16 columns of each warp
         u32 pairs[4];
@@ -137,7 +136,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         store_matrices(to, pairs);
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      warpgroup_meets(half);
+      warpgroup_meets(warpgroup);
       if (asks_to_store) {
         int row, column;
         place(tile, row, column);

@@ -32,6 +32,8 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
+// The 128 threads of a warpgroup, at a barrier of their own from 1 on; a block's is 0.
+__device__ __forceinline__ void warpgroup_meets(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
 
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),

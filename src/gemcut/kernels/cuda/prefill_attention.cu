@@ -86,7 +86,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   auto word_at = [&](int row, int word) {   // row of the tile, one of this warpgroup's
     return shared_address(queries) + word / 8 * (64 * 128) + row % 64 * 128 + (word % 8 ^ row % 8) * 16;
   };
-  auto warpgroup_meets = [&] { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory"); };
 #pragma unroll
   for (int i = 0; i < 16 * WORDS / 32; ++i) {
     const int row = warp_row + (i * 32 + lane) / WORDS, word = (i * 32 + lane) % WORDS, index = row / p.group;
@@ -103,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   for (int i = 0; i < HELD; ++i) load_matrices(word_at(warp_row + lane % 16, i * 2 + lane / 16), q[i]);
   if constexpr (HELD < STEPS) {   // the matrix unit reads the others' rows and its own
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    warpgroup_meets();
+    warpgroup_meets(warpgroup);
   }
 
   // This thread's sums stand in rows lane / 4 and lane / 4 + 8 of its warp.
@@ -206,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
     total[r] = 1.f / total[r];
   }
-  if constexpr (HELD < STEPS) warpgroup_meets();   // nobody's queries are read any more
+  if constexpr (HELD < STEPS) warpgroup_meets(warpgroup);   // nobody's queries are read any more
 #pragma unroll
   for (int j = 0; j < WORDS; j += 2) {
     u32 pairs[4];
