@@ -56,8 +56,8 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
         reason = gated_gemm.supports(config.intermediate_size, config.hidden_size, device.index or 0)
         apart = "product and GeGLU apart"
         report["gate and up"] = [
-            f"one launch with GeGLU for many rows ({gated_gemm.MANY_ROWS} or more, where they fill its tiles) of whole or "
-            f"decoded weights, else {apart}"
+            f"one launch with GeGLU for {gated_gemm.MANY_ROWS} rows or more that fill its tiles and whole or decoded "
+            f"weights, else {apart}"
             if reason is None
             else f"{apart} ({reason})"
         ]
