@@ -43,5 +43,9 @@ class CapacityError(GemcutError):
     """The memory there is cannot hold what was asked for. The message names both numbers."""
 
 
+class RequestError(GemcutError):
+    """One request ended with finish reason "error"; the message says why. The others are not concerned."""
+
+
 class UnsupportedError(GemcutError, NotImplementedError):
     """A known option of another library that gemcut does not have. The message names the option."""

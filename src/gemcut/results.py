@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gemcut.engine.request import FinishReason, Sequence, TokenEvent, TokenLogprob
+from gemcut.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Completion:
         prompt_ids: the prompt's token ids.
         token_ids: every generated id, the stop token included.
         text: the answer without special tokens and without the stop text.
-        finish_reason: "stop" (a stop token or text), "length" (max_new_tokens reached) or "cancelled".
+        finish_reason: "stop" (a stop token or text), "length" (max_new_tokens reached), "cancelled" or "error".
         stop_reason: the stop token's id or the stop text that ended it.
         logprobs: one entry a token where they were asked for.
         prompt_logprobs: log-probability of each prompt token after the first, where asked for.
@@ -69,6 +70,13 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None
     prompt_logprobs: tuple[float, ...] | None
     stats: Stats
+    error: str | None = None  # with finish reason "error": what happened, in one line
+
+    def checked(self) -> Completion:
+        """This answer. Raises RequestError where it ended by an error and is not whole."""
+        if self.error is not None:
+            raise RequestError(self.error)
+        return self
 
     @property
     def prompt_tokens(self) -> int:
@@ -112,6 +120,7 @@ class Collector:
             logprobs=tuple(self._logprobs) if request.params.logprobs is not None else None,
             prompt_logprobs=tuple(self.sequence.prompt_logprobs) if request.prompt_logprobs else None,
             stats=Stats.of(self.sequence),
+            error=self._end.error,
         )
 
 

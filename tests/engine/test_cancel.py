@@ -12,6 +12,7 @@ import pytest
 from engine.driver import GREEDY, Recording, assert_consistent, assert_nothing_held, greedy, small_model
 from gemcut.engine import Engine, Request, SamplingParams
 from gemcut.engine.cache import bytes_per_block
+from gemcut.engine.request import RowError
 
 # ---- cancelling --------------------------------------------------------------------------------------------------
 
@@ -205,25 +206,41 @@ def test_failed_step_can_be_done_again(error: BaseException, place: str, monkeyp
     assert_nothing_held(engine)
 
 
-def test_failing_text_sink_harms_nobody_else() -> None:
+@pytest.mark.parametrize("place", ["push", "finish", "logit_bias", "logits"])
+def test_failing_request_ends_alone(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(Meddler):
         def push(self, token_id: int) -> str:
+            if place == "push":
+                raise ValueError("no such token")
+            return "x"
+
+        def finish(self) -> str:
             raise ValueError("no such token")
 
     model = small_model()
     engine = Recording(model, max_batch_tokens=16)
     expected = crowd(engine, Recording(model))
-    broken = engine.add([9, 9], greedy(4), text=Broken(engine, 0))
-    errors = 0
-    while engine.has_work:
-        try:
-            engine.step()
-        except ValueError:
-            errors += 1
-            assert_consistent(engine)
-            if errors == 2:
-                engine.cancel(broken.id)
-    assert errors == 2
+    params = SamplingParams(temperature=0, max_new_tokens=4, logit_bias={1: 1.0})
+    sink = Broken(engine, 0) if place in ("push", "finish") else None
+    broken = engine.add([9, 9], params, text=sink)
+    if place == "logit_bias":
+        params.logit_bias[10**6] = 1.0  # type: ignore[index]
+    elif place == "logits":
+        module = sys.modules["gemcut.engine.engine"]
+        working = module.sample  # type: ignore[attr-defined]
+
+        def with_a_bad_row(logits: Any, sequences: Any) -> Any:
+            tokens, logprobs = working(logits, sequences)
+            return [
+                RowError("no such token") if s is broken else t for s, t in zip(sequences, tokens, strict=True)
+            ], logprobs
+
+        monkeypatch.setattr(module, "sample", with_a_bad_row)
+    events = engine.finish()
+    last = [e for e in events if e.request_id == broken.id][-1]
+    assert (last.finish_reason, last.token_id, last.text) == ("error", None, "")
+    assert last.error is not None
+    assert ("IndexError" if place == "logit_bias" else "no such token") in last.error
     assert [s.tokens[s.prompt_length :] for s in list(engine.live.values())[:6]] == expected
     assert_nothing_held(engine)
 

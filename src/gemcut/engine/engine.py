@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from gemcut.engine.cache import (
     shape_for_tokens,
     sliding_blocks_needed,
 )
-from gemcut.engine.request import FinishReason, Request, Sequence, TokenEvent, TokenLogprob
+from gemcut.engine.request import FinishReason, Request, RowError, Sequence, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
 from gemcut.engine.sampler import sample
 from gemcut.engine.scheduler import Scheduled, Scheduler
@@ -141,7 +142,7 @@ class Engine:
         ready = [s.sequence for s in batch if s.completes]
         wants = [i for i, sequence in enumerate(ready) if sequence.request.params.max_new_tokens > 0]
         logprobs: list[TokenLogprob | None] = [None] * len(wants)
-        tokens = self.runner.tokens(batch, tables)
+        tokens: Many[int | RowError] | None = self.runner.tokens(batch, tables)
         if tokens is None:
             logits = self.runner.run(batch, tables)
             tokens, logprobs = sample(logits if len(wants) == len(ready) else logits[wants], [ready[i] for i in wants])
@@ -149,7 +150,11 @@ class Engine:
             for scheduled in batch:
                 self.scheduler.computed(scheduled)
             chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
+            for sequence in [s.sequence for s in batch if s.sequence.failure is not None]:
+                self._fail(sequence, sequence.failure or RowError(""))
             for index, sequence in enumerate(ready):
+                if sequence.failure is not None:
+                    continue
                 if index in chosen:
                     self._take(sequence, *chosen[index])
                 else:
@@ -188,8 +193,21 @@ class Engine:
                 text = sequence.request.text.finish() if sequence.request.text is not None else ""
                 self._end(sequence, TokenEvent(request_id, None, text=text, finish_reason="cancelled"))
 
-    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
-        """Add a sampled token to its sequence and see whether that ends it."""
+    def _take(self, sequence: Sequence, token: int | RowError, logprob: TokenLogprob | None) -> None:
+        """Add a sampled token to its sequence and see whether that ends it. Its own failures end it alone."""
+        failure = token if isinstance(token, RowError) else None
+        if not isinstance(token, RowError):
+            try:
+                self._add(sequence, token, logprob)
+            except Exception as error:  # of its text sink, its stop rule or its parameters
+                failure = RowError.of(error)
+        if failure is not None:
+            self._fail(sequence, failure)
+
+    def _fail(self, sequence: Sequence, failure: RowError) -> None:
+        self._end(sequence, TokenEvent(sequence.id, None, finish_reason="error", error=failure.message))
+
+    def _add(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         request, sink = sequence.request, sequence.request.text
         sequence.first_token = sequence.first_token or time.perf_counter()
         sequence.append(token)

@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 
 from gemcut.engine.blocks import BlockKey
 from gemcut.engine.sampling import SamplingParams
+from gemcut.errors import GemcutError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 _ids = itertools.count()
 
 
@@ -61,6 +62,27 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class RowError:
+    """Stands in the place of a row's token where the row can have none: the request of that row alone ends.
+
+    Whoever chooses the tokens of a step (``sampler.sample``, ``Runner.tokens``) puts it there for the row that has
+    something wrong with it: logits that are not finite, parameters that cannot be applied. The engine ends the request
+    with finish reason "error" and this message, and gives its blocks back; the other rows go on. The message is one
+    line: what happened, in which tensor where that is known, and what to do.
+    """
+
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> RowError:
+        """What ``error`` says; errors that are not gemcut's own are named by their class."""
+        text = str(error)
+        return cls(
+            text if isinstance(error, GemcutError) and text else f"{type(error).__name__}: {text or 'no message'}"
+        )
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One step of one request: a token, or its end, or both."""
 
@@ -70,6 +92,7 @@ class TokenEvent:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or the stop text
+    error: str | None = None  # with finish reason "error": what happened, in one line
 
 
 class Status(Enum):
@@ -95,6 +118,9 @@ class Sequence:
         self.block_keys: list[BlockKey] = []  # names of its blocks, as far as they were needed; tokens never change
         self._seen: dict[int, None] | None = None
         self.prompt_logprobs: list[float] = []
+        #: Set while a step runs by whoever finds that this request cannot go on (prompt log-probabilities that are not
+        #: finite); the engine ends it behind the step, as a RowError in the place of its token does.
+        self.failure: RowError | None = None
         self.cached_tokens = 0  # prompt tokens found in the cache at the first start
         self.submitted = time.perf_counter()
         self.started: float | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import numbers, same_kind
 from gemcut.engine.draw_graphs import most_draws
 from gemcut.engine.paged import PagedKeyValues
+from gemcut.engine.request import RowError
 from gemcut.engine.sampler import changes_logits, uniform
 from gemcut.engine.scheduler import Scheduled
 from gemcut.model import Model
@@ -34,7 +37,7 @@ class Runner:
         self._prefills: prefill_graph.PrefillGraphs | None = None
 
     @torch.inference_mode()
-    def tokens(self, batch: list[Scheduled], tables: list[Tables]) -> list[int] | None:
+    def tokens(self, batch: list[Scheduled], tables: list[Tables]) -> Sequence[int | RowError] | None:
         """The next token of each sequence as CUDA graphs, where all have one token to compute and want nothing else.
 
         None where this step or this device needs the general way.

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from gemcut.engine.request import Sequence, TokenLogprob
+from gemcut.engine.request import RowError, Sequence, TokenLogprob
 
 # Nucleus sampling sorts this many of the likeliest tokens first, and the whole vocabulary only if they do not suffice.
 SORT_FIRST = 1024
@@ -29,7 +29,7 @@ def uniform(seed: int, place: int) -> float:
     return (x >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int | RowError], list[TokenLogprob | None]]:
     """Choose the next token of each sequence.
 
     Args:
@@ -37,19 +37,31 @@ def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int], list[T
         sequences: the n sequences; their parameters and tokens so far decide.
 
     Returns:
-        n token ids, and for those that asked for it the log-probability of the choice with its alternatives.
+        n token ids, and for those that asked for it the log-probability of the choice with its alternatives. Where a
+        row's own parameters fail, a RowError stands in its place, and the others are what they would be without it.
     """
+    errors: dict[int, RowError] = {}
     raw = logits
-    if any(changes_logits(s) for s in sequences):
-        logits = logits.clone()
-        for row, sequence in zip(logits, sequences, strict=True):
-            if changes_logits(sequence):
-                change_logits(row, sequence)
-    tokens = _likeliest(logits)
     for index, sequence in enumerate(sequences):
-        if not sequence.request.params.greedy:
-            tokens[index] = _draw(logits[index], sequence)
-    return tokens, token_logprobs(raw, tokens, [s.request.params.logprobs for s in sequences])
+        try:
+            if changes_logits(sequence):
+                if logits is raw:
+                    logits = raw.clone()
+                change_logits(logits[index], sequence)
+        except Exception as error:  # whatever it is, it is this request's own
+            errors[index] = RowError.of(error)
+    tokens: list[int | RowError] = [*_likeliest(logits)]
+    wanted: list[int | None] = [None] * len(sequences)
+    for index, sequence in enumerate(sequences):
+        try:
+            if index not in errors and not sequence.request.params.greedy:
+                tokens[index] = _draw(logits[index], sequence)
+            wanted[index] = sequence.request.params.logprobs
+        except Exception as error:
+            errors[index] = RowError.of(error)
+    for index, failure in errors.items():
+        tokens[index], wanted[index] = failure, None
+    return tokens, token_logprobs(raw, tokens, wanted)
 
 
 def _likeliest(logits: Tensor) -> list[int]:
@@ -137,10 +149,10 @@ def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p:
     return probabilities[keep], ids[keep]
 
 
-def token_logprobs(logits: Tensor, tokens: Many[int], wanted: Many[int | None]) -> list[TokenLogprob | None]:
+def token_logprobs(logits: Tensor, tokens: Many[int | RowError], wanted: Many[int | None]) -> list[TokenLogprob | None]:
     """Log-probability of each row's token under softmax of ``logits`` [n, V], with its likeliest alternatives.
 
-    ``wanted[i]`` is how many alternatives row i asks for; None asks for nothing.
+    ``wanted[i]`` is how many alternatives row i asks for; None asks for nothing, as a row without a token must.
     """
     results: list[TokenLogprob | None] = [None] * len(tokens)
     rows = [i for i, count in enumerate(wanted) if count is not None]
@@ -153,5 +165,7 @@ def token_logprobs(logits: Tensor, tokens: Many[int], wanted: Many[int | None]) 
         top: tuple[tuple[int, float], ...] = ()
         if values is not None and ids is not None and (count := wanted[i]):
             top = tuple(zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True))
-        results[i] = TokenLogprob(tokens[i], float(logprobs[place, tokens[i]]), top)
+        token = tokens[i]
+        assert not isinstance(token, RowError)
+        results[i] = TokenLogprob(token, float(logprobs[place, token]), top)
     return results
