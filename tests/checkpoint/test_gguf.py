@@ -22,7 +22,9 @@ from gemcut.checkpoint.source import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.model.gemma import Model
-from support import gguf_path, hf_model, tiny_config
+from gemcut.quantization.spec import Quantization
+from gemcut.streamed import Rounded, compare_checkpoints
+from support import gguf_path, hf_model, save_checkpoint, tiny_config
 
 # llama.cpp's names of a Gemma 2 layer, written out a second time.
 LLAMA_CPP = {
@@ -176,6 +178,40 @@ def test_a_gemma2_file_comes_back(tmp_path: Path, kind: Q, dtype: torch.dtype | 
         model = Model(model_config, dtype=torch.float32)
     load_model_weights(model, source.tensors(), dtype=torch.float32, device="cpu")
     assert torch.equal(model.norm.scale, torch.from_numpy(expected["output_norm.weight"]))
+
+
+@pytest.mark.parametrize("kind", [Q.F16, Q.Q8_0, Q.Q5_0])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_file_can_be_read_in_inference_mode(tmp_path: Path, kind: Q, dtype: torch.dtype | None) -> None:
+    """The threads that dequantize are not in the mode of whoever asked, and fill tensors that were made in it."""
+    expected = write_gguf(tmp_path / "x.gguf", kind)
+    with torch.inference_mode():
+        found = dict(resolve(tmp_path / "x.gguf").tensors(dtype=dtype))
+    for name, tensor in found.items():
+        reference = torch.from_numpy(expected[names.to_gguf(name)]).to(tensor.dtype)
+        assert torch.equal(tensor, reference), name
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+def test_a_comparison_from_a_file_is_that_from_a_folder(tmp_path: Path, form: Any) -> None:
+    """What held-out text loses, the whole weights read from a quantized GGUF file or from a folder of the same."""
+    expected = write_gguf(tmp_path / "x.gguf", Q.Q8_0)
+    config = tiny_config(hidden_size=64, intermediate_size=96, vocab_size=32, query_pre_attn_scalar=16)
+    model, values = hf_model(config), {}
+    for name in model.state_dict():
+        if name != "lm_head.weight":
+            value = torch.from_numpy(expected[llama_cpp_name(name)])
+            values[name] = value - 1.0 if "norm" in name else value
+    model.load_state_dict(values, strict=False)
+    file, folder = resolve(tmp_path / "x.gguf"), resolve(save_checkpoint(tmp_path / "folder", model))
+    documents = [[2, 5, 9, 11, 30, 4, 4, 8], [2, 31, 17, 3]]
+    spec = Quantization(form, block_size=32)
+    found, wanted = (
+        compare_checkpoints(source, [Rounded(source, spec), source], documents, dtype=torch.float32)
+        for source in (file, folder)
+    )
+    assert found == wanted
+    assert found[0].kl > found[1].kl == 0
 
 
 def test_gemma2_metadata_becomes_the_config(tmp_path: Path) -> None:

@@ -158,7 +158,9 @@ class GgufFile:
             out[first * block : first * block + len(values)].copy_(values)
 
         with np.errstate(all="ignore"):
-            list(pool.map(convert, range(0, tensor.nbytes // block_bytes, step)))
+            # A thread of the pool is not in the caller's inference mode, and may fill a tensor made there only in one
+            # of its own; tensors made outside it may be filled in it, too.
+            list(pool.map(torch.inference_mode()(convert), range(0, tensor.nbytes // block_bytes, step)))
         return out.view(tensor.shape)
 
     def _config(self) -> GemmaConfig:
