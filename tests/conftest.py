@@ -7,6 +7,8 @@ import os
 # Quiet and offline, before any library reads these.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a person has chosen for the command line must not change what tests see.
+os.environ["XDG_CONFIG_HOME"] = os.devnull
 
 import pytest
 import torch

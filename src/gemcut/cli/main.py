@@ -14,6 +14,7 @@ import typer
 
 import gemcut
 from gemcut.cli.chat import chat
+from gemcut.cli.config import app as config_app
 from gemcut.cli.failures import explain, one_line
 from gemcut.cli.generate import generate
 from gemcut.cli.info import info
@@ -36,6 +37,7 @@ app.command()(chat)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)
+app.add_typer(config_app)
 
 
 def _version(wanted: bool) -> None:

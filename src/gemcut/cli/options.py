@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 import typer
 
 from gemcut.errors import ParameterError
+from gemcut.settings import read_settings
 
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
@@ -198,7 +199,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def need_model(name: str | None, how: str) -> str:
-    """The model's name, or an error that says what one can pass. ``how`` is how this command takes it."""
+    """The model's name: the one given, else the one that settings name.
+
+    Raises ParameterError where there is none, saying what one can pass. ``how`` is how this command takes it.
+    """
+    if name is None and (setting := read_settings().get("model")) is not None:
+        return str(setting.value)
     if not name:
-        raise ParameterError(f"no model given: pass {how}, where the name is {_MODELS}")
+        raise ParameterError(
+            f"no model given: pass {how}, or set one for good with gemcut config set model NAME; a name is {_MODELS}"
+        )
     return name
