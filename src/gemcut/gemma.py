@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 
@@ -26,12 +26,21 @@ from gemcut.model import Model
 from gemcut.network import effective_quantization, load_network
 from gemcut.plan import CHUNK, MemoryPlan
 from gemcut.progress import LoadProgress
+from gemcut.prompts import (
+    Prompt,
+    check_n,
+    refuse_pickle,
+    run_several,
+    sampling_for_each,
+    several,
+    split_prompts,
+    token_ids,
+)
 from gemcut.quantization.parse import parse_quantization
 from gemcut.quantization.spec import Quantization
 from gemcut.results import Collector, Completion, TextStream
 from gemcut.text import Detokenizer, Tokenizer, encode_chat, render_template, stop_ids, uses_gemma_format
 
-Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 #: New tokens where the caller names no number, as far as the context has room for them.
@@ -149,34 +158,58 @@ class Gemma:
         gemma.load_seconds = time.perf_counter() - started
         return gemma
 
+    def __repr__(self) -> str:
+        name = self.source.name if self.source is not None else self.config.model_type
+        spec = self.model.quantization
+        kind = str(self.dtype).removeprefix("torch.") + ("" if spec is None else f", {spec.format}")
+        size = f"{self.config.num_parameters() / 1e9:.2f}B parameters"
+        return f"Gemma({name!r}, {size}, {kind}, {self.device}, context {self.engine.max_context})"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_pickle("a Gemma", "its engine and cache belong to this process; call Gemma.load in each process")
+
     # ---- generate ------------------------------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompts: str, *, stream: Literal[False] = False, **sampling: Any) -> str: ...
+    def generate(self, prompts: str, *, stream: Literal[False] = False, n: None = None, **sampling: Any) -> str: ...
     @overload
-    def generate(self, prompts: Sequence[Prompt], *, stream: Literal[False] = False, **sampling: Any) -> list[str]: ...
+    def generate(self, prompts: str, *, stream: Literal[False] = False, n: int, **sampling: Any) -> list[str]: ...
     @overload
-    def generate(self, prompts: str, *, stream: Literal[True], **sampling: Any) -> TextStream: ...
     def generate(
-        self, prompts: str | Sequence[Prompt], *, stream: bool = False, **sampling: Any
-    ) -> str | list[str] | TextStream:
+        self, prompts: Sequence[str], *, stream: Literal[False] = False, n: None = None, **sampling: Any
+    ) -> list[str]: ...
+    @overload
+    def generate(self, prompts: Prompt, *, stream: Literal[True], n: None = None, **sampling: Any) -> TextStream: ...
+    @overload
+    def generate(self, prompts: Any, *, stream: bool = False, n: int | None = None, **sampling: Any) -> Any: ...
+    def generate(self, prompts: Any, *, stream: bool = False, n: int | None = None, **sampling: Any) -> Any:
         """Continue texts. A list of prompts is computed together; the answers are the continuations alone.
 
         Args:
-            prompts: a text, a list of texts, or a list of token-id lists. ``<bos>`` is added to texts.
+            prompts: one prompt (a text, a list of token ids, an integer array of one dimension), or several (a list
+                of these, an array of two dimensions). ``<bos>`` is added to texts, ids are taken as they are.
             stream: give a TextStream instead (one prompt only).
+            n: answers for each prompt. Their seeds are derived from ``seed``, so that each differs and the call can
+                be repeated; the first is the answer that ``seed`` gives without ``n``. The prompt is computed once.
             sampling: fields of SamplingParams.
+
+        Returns:
+            One prompt: its text, or with ``n`` a list of n texts. Several: a list with an entry a prompt, which is a
+            text, or with ``n`` (1 too) a list of n texts.
+
+        Raises:
+            ParameterError: something in ``prompts`` is no prompt, or a sampling parameter is wrong.
+            ContextLengthError: a prompt and its answer do not fit the context.
         """
+        many, one = split_prompts(prompts, pad_id=self.tokenizer.pad_id)
         if stream:
-            if not isinstance(prompts, str):
-                raise ParameterError("stream=True takes one text; call stream() once for each prompt")
-            return self.stream(prompts, **sampling)
+            if not one or n is not None:
+                raise ParameterError("stream=True gives one answer to one prompt; call stream() once for each")
+            return self.stream(many[0], **sampling)
         _refuse_logprobs(sampling)
-        one = isinstance(prompts, str)
-        many = cast(Sequence[Prompt], [prompts] if one else prompts)
         ids = [self.encode(prompt) for prompt in many]
-        results = self.complete(ids, [self._params(i, sampling, DEFAULT_NEW_TOKENS) for i in ids])
-        return results[0].text if one else [result.text for result in results]
+        texts = self._answers(ids, [self._params(i, sampling, DEFAULT_NEW_TOKENS) for i in ids], n)
+        return texts[0] if one else texts
 
     def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
         """Continue one text piece by piece."""
@@ -189,9 +222,20 @@ class Gemma:
         messages: Messages,
         *,
         stream: Literal[False] = False,
+        n: None = None,
         system: Literal["fold", "error"] = "fold",
         **sampling: Any,
     ) -> str: ...
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        stream: Literal[False] = False,
+        n: int,
+        system: Literal["fold", "error"] = "fold",
+        **sampling: Any,
+    ) -> list[str]: ...
     @overload
     def chat(
         self, messages: Messages, *, stream: Literal[True], system: Literal["fold", "error"] = "fold", **sampling: Any
@@ -201,14 +245,16 @@ class Gemma:
         messages: Messages,
         *,
         stream: bool = False,
+        n: int | None = None,
         system: Literal["fold", "error"] = "fold",
         **sampling: Any,
-    ) -> str | TextStream:
+    ) -> str | list[str] | TextStream:
         """Answer a dialogue: ``[{"role": "user", "content": "..."}, ...]``, roles alternating.
 
         Args:
             messages: the dialogue so far; it ends with the user's turn.
             stream: give a TextStream instead of the whole answer.
+            n: give a list of so many answers, as in `generate`.
             system: what to do with a system message, which Gemma has no turn for: "fold" puts it in front of the
                 first user turn, "error" refuses.
             sampling: fields of SamplingParams.
@@ -216,12 +262,21 @@ class Gemma:
         if not stream:
             _refuse_logprobs(sampling)
         ids = self.encode_messages(messages, system=system)
-        answer = self.stream_ids(ids, self._params(ids, sampling, DEFAULT_CHAT_TOKENS))
+        params = self._params(ids, sampling, DEFAULT_CHAT_TOKENS)
+        if n is not None and stream:
+            raise ParameterError("stream=True gives one answer; leave n out")
+        if n is not None:
+            return cast(list[str], self._answers([ids], [params], n)[0])
+        answer = self.stream_ids(ids, params)
         return answer if stream else answer.result.text
 
-    def score(self, texts: str | Sequence[str]) -> list[list[float]]:
-        """Log-probabilities: for each text, one number for each token after ``<bos>`` (natural logarithm)."""
-        many = [texts] if isinstance(texts, str) else texts
+    def score(self, texts: Any) -> list[list[float]]:
+        """Log-probabilities: for each text, one number for each token after the first (natural logarithm).
+
+        ``texts`` are prompts as in `generate`: a text's first token is ``<bos>``, ids are taken as they are. The
+        result has an entry a prompt, also where there is one alone.
+        """
+        many, _ = split_prompts(texts, pad_id=self.tokenizer.pad_id)
         params = SamplingParams(max_new_tokens=0)
         results = self.complete([self.encode(text) for text in many], [params] * len(many), prompt_logprobs=True)
         return [list(result.prompt_logprobs or ()) for result in results]
@@ -229,13 +284,12 @@ class Gemma:
     # ---- the layer of token ids ----------------------------------------------------------------------------------
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; a text gets exactly one ``<bos>``, ids are taken as they are."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        ids = list(prompt)
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise ParameterError("a prompt is a text or a list of token ids (whole numbers)")
-        return ids
+        """Token ids of a prompt; a text gets exactly one ``<bos>``, ids (an array's too) are taken as they are.
+
+        Raises:
+            ParameterError: ``prompt`` is neither a text nor the token ids of one prompt.
+        """
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
 
     def encode_messages(self, messages: Messages, *, system: Literal["fold", "error"] = "fold") -> list[int]:
         """Token ids of a dialogue, ready for the model's answer, with exactly one ``<bos>``.
@@ -251,23 +305,31 @@ class Gemma:
 
     def complete(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Any,
         params: SamplingParams | Sequence[SamplingParams],
         *,
         prompt_logprobs: bool = False,
     ) -> list[Completion]:
-        """Run prompts of token ids together to their ends; whole results, in the prompts' order."""
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ParameterError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        """Run prompts together to their ends; whole results, in the prompts' order, a list for one prompt too.
+
+        ``prompts`` are those of `generate`; ``params`` hold for all of them, or are a sequence, one a prompt.
+        """
+        many = [self.encode(prompt) for prompt in split_prompts(prompts, pad_id=self.tokenizer.pad_id)[0]]
+        each = sampling_for_each(params, len(many))
         streams: list[TextStream] = []
         try:
-            for ids, own in zip(prompts, each, strict=True):
+            for ids, own in zip(many, each, strict=True):
                 streams.append(self.stream_ids(ids, own, prompt_logprobs=prompt_logprobs))
             return [stream.result for stream in streams]
         finally:  # after an error or Ctrl-C nothing keeps running
             for stream in streams:
                 stream.cancel()
+
+    def _answers(self, prompts: list[list[int]], params: list[SamplingParams], n: int | None) -> list[Any]:
+        """For each prompt its text, or with ``n`` a list of n texts."""
+        if n is None:
+            return [result.text for result in self.complete(prompts, params)]
+        return run_several(self.stream_ids, prompts, [several(own, check_n(n)) for own in params])
 
     def stream_ids(
         self,
@@ -281,6 +343,9 @@ class Gemma:
 
         Every front door ends here.
         """
+        ids = token_ids(ids)
+        if not isinstance(params, SamplingParams):
+            raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
         text = Detokenizer(self.tokenizer, prompt_ids=ids, stop=params.stop)
         request = Request(
             prompt_ids=tuple(ids),

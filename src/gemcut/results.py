@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from gemcut.engine.request import FinishReason, Sequence, TokenEvent, TokenLogprob
 from gemcut.errors import RequestError
+from gemcut.prompts import refuse_pickle
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,9 @@ class TextStream(Iterator[str]):
     def close(self) -> None:
         """The same as ``cancel``."""
         self.cancel()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_pickle("a TextStream", "it belongs to the engine that runs it; pass on its result, or its pieces")
 
     def __enter__(self) -> TextStream:
         return self
