@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemcut.quantization.weights import Weight
 
-#: ``x`` [T, in] in the case's compute dtype -> [T, out] in its out dtype.
+#: ``x`` [T, in] in the case's compute dtype (where that is fp16, or in a wider one) -> [T, out] in its out dtype.
 LinearKernel = Callable[[Tensor], Tensor]
 
 

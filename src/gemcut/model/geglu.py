@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The largest product a row may hold before it is scaled down; its fp16 sum over the MLP's width must stay finite too.
-FP16_SAFE = 2.0**7
+from gemcut.kernels.plain import fp16_rows
 
 GegluDown = Callable[[Tensor, nn.Module], Tensor]
 
 
 def choose_geglu(dtype: torch.dtype) -> GegluDown:
-    """The gated product that is safe in ``dtype``."""
+    """The gated product that is safe where it is stored in ``dtype``.
+
+    What ``down`` computes in may be narrower (``Quantization.compute_dtype``): that product keeps its own rows safe,
+    whoever made them.
+    """
     return geglu_down_fp16 if dtype == torch.float16 else geglu_down
 
 
@@ -34,7 +37,6 @@ def geglu_down_fp16(gate_up: Tensor, down: nn.Module) -> Tensor:
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     product = F.gelu(gate, approximate="tanh").mul_(up)
-    peak = product.abs().amax(dim=-1, keepdim=True)
-    shrink = torch.exp2((peak / FP16_SAFE).clamp_min(1.0).log2().ceil())
-    out: Tensor = down((product / shrink).to(gate_up.dtype))
-    return out.float() * shrink
+    rows, factor = fp16_rows(product)
+    out: Tensor = down(rows)
+    return out.float() * factor
