@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gemcut.checkpoint.quantize import quantize_checkpoint
+from gemcut.checkpoint.names import hf_module
 from gemcut.checkpoint.source import resolve
 from gemcut.checkpoint.write import save_folder
 from gemcut.errors import CheckpointError
@@ -136,6 +137,35 @@ def test_what_transformers_saved_loads_with_equal_weights_and_logits(
     torch.testing.assert_close(dense_logits(ours, ids), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_was_saved_after_a_forward_pass_on_a_cpu_loads(whole: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """With AVX512-BF16 the pass packs weights another way, and saving nests their statistics anew, in their dtype.
+
+    Their packing is called here, so that every processor tests it.
+    """
+    config = BitsAndBytesConfig(**CONFIGS["nf4-nested"])
+    model = AutoModelForCausalLM.from_pretrained(whole, quantization_config=config, dtype=dtype, device_map="cpu")
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:
+        weight = layer.weight
+        if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = bitsandbytes.functional._convert_weight_packed_for_cpu(
+                weight.data, weight.quant_state
+            )
+    model.save_pretrained(tmp_path / "model")
+    source = resolve(tmp_path / "model")
+    states = [bytes(t.tolist()) for n, t in load_file(tmp_path / "model/model.safetensors").items() if "state" in n]
+    assert {json.loads(state)["nested_dtype"] for state in states} == {str(dtype).removeprefix("torch.")}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype, device_map="cpu")
+    seen = 0
+    for name, found in source.tensors(dtype=dtype):
+        if isinstance(found, FourBitWeight):
+            module = theirs.get_submodule(hf_module(name))
+            assert torch.equal(decode(found, dtype), decoded_by_bitsandbytes(module, dtype)), name
+            seen += 1
+    assert seen == len(layers) == 14
+
+
 def test_a_network_in_bf16_runs_from_a_cut_folder(whole: Path, tmp_path: Path) -> None:
     folder, _ = cut_by_transformers(whole, tmp_path / "cut", "nf4-nested")
     model = load_network(resolve(folder), dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -214,6 +244,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "offset beyond fp32": (_state(nested_offset=1e39), "finite"),
     "offset beyond every float": (_state(nested_offset=10**400), "finite"),
     "nested blocks": (_state(nested_blocksize=128), "nested blocks"),
+    "nested dtype": (_state(nested_dtype="int8"), "nested blocks"),
+    "no nested dtype": (_state(nested_dtype=32), "nested blocks"),
     "no JSON": (lambda t: t.update({STATE: torch.full((40,), 91, dtype=torch.uint8)}), "JSON"),
     "long state": (lambda t: t.update({STATE: torch.zeros(5000, dtype=torch.uint8)}), "short text"),
     "a stray companion": (

@@ -103,15 +103,29 @@ def from_stored(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Four
         _expect(name, parts, "nested_absmax", torch.float32, -(-blocks // NESTED_BLOCK_SIZE))
         _expect_table(name, parts, "nested_quant_map", dynamic_map())
         inner = Nested(parts["nested_absmax"].reshape(-1), float(state["nested_offset"]))
+    statistics = parts["absmax"].reshape(-1)
+    if inner is not None and state["nested_dtype"] != "float32":
+        statistics, inner = _rounded_statistics(statistics, inner, _DTYPES[state["nested_dtype"]]), None
     return FourBitWeight(
         codes[: -(-rows * columns // 2)],
-        parts["absmax"].reshape(-1),
+        statistics,
         cast(FourBitType, quant_type),
         state["blocksize"],
         (rows, columns),
         _DTYPES[state["dtype"]],
         inner,
     )
+
+
+def _rounded_statistics(codes: Tensor, nested: Nested, dtype: torch.dtype) -> Tensor:
+    """Block statistics fp32 [blocks] whose decoding is rounded to ``dtype`` at each step.
+
+    bitsandbytes decodes so what it has packed for a forward pass on a CPU with AVX512-BF16 and unpacked to save: in the
+    dtype of the weights.
+    """
+    scales = nested.scale.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    products = dynamic_map().index_select(0, codes.int()).mul_(scales).to(dtype)
+    return products.add_(torch.tensor(nested.offset, dtype=dtype)).float()
 
 
 def check_statistics(name: str, weight: FourBitWeight | Int8Weight) -> None:
@@ -167,8 +181,9 @@ def _read_state(name: str, packed: Tensor, quant_type: str) -> dict[str, Any]:
         offset = state["nested_offset"]
         if type(offset) not in (int, float) or not abs(offset) <= _LARGEST:  # NaN is not
             raise damaged("has a nested_offset that is no finite fp32 number")
-        if state["nested_blocksize"] != NESTED_BLOCK_SIZE or state["nested_dtype"] != "float32":
-            raise damaged(f"has other nested blocks than {NESTED_BLOCK_SIZE} in float32")
+        kind = state["nested_dtype"]
+        if state["nested_blocksize"] != NESTED_BLOCK_SIZE or not isinstance(kind, str) or kind not in _DTYPES:
+            raise damaged(f"has other nested blocks than {NESTED_BLOCK_SIZE} in {', '.join(_DTYPES)}")
     return cast("dict[str, Any]", state)
 
 
