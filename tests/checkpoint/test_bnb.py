@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gemcut.checkpoint.quantize import quantize_checkpoint
 from gemcut.checkpoint.names import hf_module
+from gemcut.checkpoint.quantize import quantize_checkpoint
 from gemcut.checkpoint.source import resolve
 from gemcut.checkpoint.write import save_folder
 from gemcut.errors import CheckpointError
