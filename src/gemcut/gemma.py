@@ -7,9 +7,7 @@ where the middle three are the engine's steps.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, Literal, NoReturn, cast, overload
 import torch
 
 from gemcut.checkpoint.source import Source, resolve
-from gemcut.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent
+from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import bytes_per_block, shape_for_tokens
 from gemcut.errors import CapacityError, ParameterError
 from gemcut.hardware import free_memory, parse_device, parse_dtype
@@ -38,7 +36,7 @@ from gemcut.prompts import (
 )
 from gemcut.quantization.parse import parse_quantization
 from gemcut.quantization.spec import Quantization
-from gemcut.results import Collector, Completion, TextStream
+from gemcut.results import Completion, TextStream
 from gemcut.text import Detokenizer, Tokenizer, encode_chat, render_template, stop_ids, uses_gemma_format
 
 Messages = Sequence[Mapping[str, Any]]
@@ -71,8 +69,6 @@ class Gemma:
         self._gemma_format = uses_gemma_format(tokenizer)
         self.engine = Engine(model, device, engine)
         self.load_seconds = 0.0
-        self._mailboxes: dict[int, deque[TokenEvent]] = {}
-        self._lock = threading.RLock()
 
     # ---- load ----------------------------------------------------------------------------------------------------
 
@@ -268,7 +264,7 @@ class Gemma:
         if n is not None:
             return cast(list[str], self._answers([ids], [params], n)[0])
         answer = self.stream_ids(ids, params)
-        return answer if stream else answer.result.text
+        return answer if stream else answer.result.checked().text
 
     def score(self, texts: Any) -> list[list[float]]:
         """Log-probabilities: for each text, one number for each token after the first (natural logarithm).
@@ -279,7 +275,7 @@ class Gemma:
         many, _ = split_prompts(texts, pad_id=self.tokenizer.pad_id)
         params = SamplingParams(max_new_tokens=0)
         results = self.complete([self.encode(text) for text in many], [params] * len(many), prompt_logprobs=True)
-        return [list(result.prompt_logprobs or ()) for result in results]
+        return [list(result.checked().prompt_logprobs or ()) for result in results]
 
     # ---- the layer of token ids ----------------------------------------------------------------------------------
 
@@ -328,7 +324,7 @@ class Gemma:
     def _answers(self, prompts: list[list[int]], params: list[SamplingParams], n: int | None) -> list[Any]:
         """For each prompt its text, or with ``n`` a list of n texts."""
         if n is None:
-            return [result.text for result in self.complete(prompts, params)]
+            return [result.checked().text for result in self.complete(prompts, params)]
         return run_several(self.stream_ids, prompts, [several(own, check_n(n)) for own in params])
 
     def stream_ids(
@@ -346,44 +342,17 @@ class Gemma:
         ids = token_ids(ids)
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
-        text = Detokenizer(self.tokenizer, prompt_ids=ids, stop=params.stop)
         request = Request(
             prompt_ids=tuple(ids),
             params=params,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
-            text=text,
+            text=partial(Detokenizer, self.tokenizer, prompt_ids=tuple(ids), stop=params.stop),
             prompt_logprobs=prompt_logprobs,
         )
-        with self._lock:
-            mailbox = self._mailboxes[request.request_id] = deque()
-            try:
-                sequence = self.engine.submit(request)
-            except BaseException:  # Ctrl-C too: nothing may run on without an owner
-                self._mailboxes.pop(request.request_id, None)
-                self.engine.cancel(request.request_id)
-                raise
-
-        def events() -> list[TokenEvent]:
-            with self._lock:
-                if not mailbox:
-                    self._step()
-                arrived = list(mailbox)
-                mailbox.clear()
-                return arrived
-
-        def cancel() -> None:
-            self.engine.cancel(request.request_id)
-
-        return TextStream(Collector(sequence), events, cancel)
-
-    def _step(self) -> None:
-        """One step of the engine for everybody; events go to the streams they belong to."""
-        for event in self.engine.step():
-            mailbox = self._mailboxes.get(event.request_id)
-            if mailbox is not None:
-                mailbox.append(event)
-                if event.finish_reason is not None:  # the stream keeps its own hold on the box
-                    del self._mailboxes[event.request_id]
+        # The stream first: whatever strikes here, a request that is started has an owner or is dropped with it.
+        stream = TextStream(self.engine, self.engine.prepare(request))
+        stream.start()
+        return stream
 
     def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], default: int) -> SamplingParams:
         """Sampling parameters; where no length is named, ``default`` tokens or what the context still holds."""

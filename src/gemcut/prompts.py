@@ -142,7 +142,7 @@ def run_several(
         for ids, own, row in zip(prompts, each, rows, strict=True):
             next(row[0].events(), None)
             row += [running.enter_context(start(ids, other)) for other in own[1:]]
-        return [[stream.result.text for stream in row] for row in rows]
+        return [[stream.result.checked().text for stream in row] for row in rows]
 
 
 def derived_seed(seed: int, k: int) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
-from typing import NoReturn
+from operator import length_hint
+from typing import TYPE_CHECKING, NoReturn
 
 from gemcut.engine.request import FinishReason, Sequence, TokenEvent, TokenLogprob
 from gemcut.errors import RequestError
 from gemcut.prompts import refuse_pickle
+
+if TYPE_CHECKING:
+    from gemcut.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -80,95 +85,90 @@ class Completion:
             raise RequestError(self.error)
         return self
 
+    @classmethod
+    def of(cls, sequence: Sequence) -> Completion:
+        """The whole answer of a sequence that has ended."""
+        if not sequence.finished:
+            raise RuntimeError("the request is still running")
+        request, events, end = sequence.request, sequence.events, sequence.events[-1]
+        assert end.finish_reason is not None
+        logprobs = tuple(event.logprob for event in events if event.logprob is not None)
+        return cls(
+            prompt_ids=request.prompt_ids,
+            token_ids=tuple(sequence.output_ids),
+            text="".join(event.text for event in events),
+            finish_reason=end.finish_reason,
+            stop_reason=end.stop_reason,
+            logprobs=logprobs if request.params.logprobs is not None else None,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if request.prompt_logprobs else None,
+            stats=Stats.of(sequence),
+            error=end.error,
+        )
+
     @property
     def prompt_tokens(self) -> int:
         """Number of tokens in the prompt."""
         return len(self.prompt_ids)
 
 
-class Collector:
-    """Gathers one request's events into a Completion."""
-
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._end: TokenEvent | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether the request's last event has come."""
-        return self._end is not None
-
-    def add(self, event: TokenEvent) -> None:
-        """Take the next event."""
-        self._text.append(event.text)
-        if event.logprob is not None:
-            self._logprobs.append(event.logprob)
-        if event.finish_reason is not None:
-            self._end = event
-
-    def completion(self) -> Completion:
-        """The whole answer. Only after the last event."""
-        if self._end is None or self._end.finish_reason is None:
-            raise RuntimeError("the request is still running")
-        request = self.sequence.request
-        return Completion(
-            prompt_ids=request.prompt_ids,
-            token_ids=tuple(self.sequence.tokens[self.sequence.prompt_length :]),
-            text="".join(self._text),
-            finish_reason=self._end.finish_reason,
-            stop_reason=self._end.stop_reason,
-            logprobs=tuple(self._logprobs) if request.params.logprobs is not None else None,
-            prompt_logprobs=tuple(self.sequence.prompt_logprobs) if request.prompt_logprobs else None,
-            stats=Stats.of(self.sequence),
-            error=self._end.error,
-        )
-
-
 class TextStream(Iterator[str]):
     """Pieces of an answer's text as they become certain. Iterating does the work; ``result`` has it all at the end.
 
     Leaving the stream early (``close``, a ``with`` block, or dropping it) cancels the request and frees its memory.
+    Where the request ends by an error of its own, reading on raises RequestError; ``result`` then has
+    ``finish_reason == "error"``, ``error`` and what there was before.
     """
 
-    def __init__(
-        self, collector: Collector, events: Callable[[], list[TokenEvent]], cancel: Callable[[], None]
-    ) -> None:
-        self._collector, self._events, self._cancel = collector, events, cancel
-        self._arrived: deque[TokenEvent] = deque()  # several come at once while another thread does the steps
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
+        self._engine, self._sequence = engine, sequence
+        # A list's own iterator moves on in the same instant in which it gives an event: nothing can come between, and
+        # an interrupted reader finds the next one where it was. It may only be asked where there is one.
+        self._unread = iter(sequence.events)
+        sequence.reader = weakref.ref(self)
+
+    def start(self) -> None:
+        """Submit the request; its steps are done by whoever reads, here or elsewhere."""
+        self._engine.start(self._sequence)
 
     def __iter__(self) -> TextStream:
         return self
 
     def __next__(self) -> str:
-        """The next piece that is not empty."""
-        for event in self.events():
+        """The next piece that is not empty. Raises RequestError where the request failed."""
+        while (event := self._peek()) is not None:
             if event.text:
-                return event.text
+                return next(self._unread).text
+            next(self._unread)
         raise StopIteration
 
     def events(self) -> Iterator[TokenEvent]:
         """The events themselves, one a token, for callers that want ids and log-probabilities too."""
-        while not self._collector.done:
-            if not self._arrived:
-                self._arrived.extend(self._events())
-                continue
-            event = self._arrived.popleft()
-            self._collector.add(event)
-            yield event
+        return _Events(self)
+
+    def _peek(self) -> TokenEvent | None:
+        """The next event, which is not taken yet, or None behind the last one. Works until it is there."""
+        sequence = self._sequence
+        while True:
+            finished, seen = sequence.finished, len(sequence.events)  # before the look: others may be at work
+            if length_hint(self._unread):
+                event: TokenEvent = next(copy(self._unread))
+                if event.error is not None:
+                    raise RequestError(event.error)
+                return event
+            if finished:
+                return None
+            self._engine.advance(sequence, seen)
 
     @property
     def result(self) -> Completion:
-        """The whole answer; runs the rest of it if it has not ended yet."""
-        for _ in self.events():
-            pass
-        return self._collector.completion()
+        """The whole answer; runs the rest of it if it has not ended yet. What was not read can still be read."""
+        while not self._sequence.finished:
+            self._engine.advance(self._sequence, len(self._sequence.events))
+        return Completion.of(self._sequence)
 
     def cancel(self) -> None:
         """Stop the answer now. ``result`` then holds what there was, with finish_reason "cancelled"."""
-        if not self._collector.done:
-            self._cancel()
+        self._engine.drop(self._sequence)
 
     def close(self) -> None:
         """The same as ``cancel``."""
@@ -184,6 +184,18 @@ class TextStream(Iterator[str]):
         self.cancel()
 
     def __del__(self) -> None:
-        # A stream that failed to be built has no collector; one that is dropped must not hold cache blocks.
-        if getattr(self, "_collector", None) is not None:
+        # One that is dropped must not hold cache blocks. (One that failed to be built has no engine.)
+        if getattr(self, "_engine", None) is not None:
             self.cancel()
+
+
+class _Events(Iterator[TokenEvent]):
+    """A stream's events. Not a generator: that would be at its end after an exception."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+
+    def __next__(self) -> TokenEvent:
+        if self._stream._peek() is None:
+            raise StopIteration
+        return next(self._stream._unread)

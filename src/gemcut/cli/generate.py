@@ -50,7 +50,7 @@ def generate(
     gemma = load.load(name)
     with gemma.stream(text, **fields) as stream:
         if as_json:
-            completion = stream.result
+            completion = stream.result.checked()
             output.print_json(_report(gemma, completion, text if show_prompt else None))
         else:
             tidy = output.safe if output.is_terminal(sys.stdout) else str  # a pipe gets the text as it is

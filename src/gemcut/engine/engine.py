@@ -1,17 +1,18 @@
 """Engine: submit requests, step, take the tokens. Everything a person does goes through here.
 
-    submit -> [step: schedule -> run -> sample -> detokenise and check stops] -> events
+    submit -> [step: schedule -> run -> sample -> detokenise and check stops] -> the sequence's events
 
-Calls may come from several threads; each step is one at a time.
+Calls may come from several threads. Steps are one at a time; ``submit`` and ``cancel`` are messages that the next step
+takes in, and never wait for one. Every sequence owns its events. Exceptions may strike at any line (Ctrl-C does): what
+was being changed is then made anew from the events (see ``_mend``).
 """
 
 from __future__ import annotations
 
-import threading
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Many
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +26,11 @@ from gemcut.engine.cache import (
     shape_for_tokens,
     sliding_blocks_needed,
 )
-from gemcut.engine.request import FinishReason, Request, RowError, Sequence, TokenEvent, TokenLogprob
+from gemcut.engine.request import FinishReason, Request, RowError, Sequence, Status, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
 from gemcut.engine.sampler import sample
 from gemcut.engine.scheduler import Scheduled, Scheduler
+from gemcut.engine.turns import Claim, Turns
 from gemcut.errors import CapacityError, ContextLengthError, ParameterError
 from gemcut.model import Model
 
@@ -78,60 +80,143 @@ class Engine:
             self.cache, max_batch_size=config.max_batch_size, max_batch_tokens=config.max_batch_tokens
         )
         self.runner = Runner(model, self.cache, device)
+        # The living requests in order of submission: the one register, which every thread may add to.
         self._sequences: dict[int, Sequence] = {}
-        self._events: list[TokenEvent] = []  # not handed over yet
-        self._lock = threading.RLock()
-        self._busy = False
-        self._cancel_later: list[int] = []
+        self._turns = Turns()
+        self._whole = True  # False while tables, blocks and sequences are being changed
+        self._asked = False  # somebody has submitted or cancelled since it was last looked for
+        self._fresh: list[TokenEvent] = []  # events that no step has returned yet
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._sequences or self._events)
+        return bool(self._sequences or self._fresh)
 
     def submit(self, request: Request) -> Sequence:
-        """Queue a request; raises before anything starts if it can never be served.
+        """Queue a request; raises before anything starts if it can never be served. Does not wait for other work.
 
         Raises:
             ParameterError: empty prompt, or a token id outside the vocabulary.
             ContextLengthError: prompt and answer do not fit the context.
             CapacityError: they do not fit the cache even alone.
         """
-        self._check(request)
-        sequence = Sequence(request)
-        with self._exclusive():
-            if request.request_id in self._sequences:
-                raise ParameterError(f"request id {request.request_id} is already in use")
-            with self._bookkeeping():
-                self._sequences[request.request_id] = sequence
-                self.scheduler.add(sequence)
+        sequence = self.prepare(request)
+        self.start(sequence)
         return sequence
 
+    def prepare(self, request: Request) -> Sequence:
+        """The first half of ``submit``: check a request and give it its state. Raises as ``submit`` does."""
+        self._check(request)
+        return Sequence(request)
+
+    def start(self, sequence: Sequence) -> None:
+        """The second half of ``submit``. Raises ParameterError where its id is in use."""
+        if self._sequences.setdefault(sequence.id, sequence) is not sequence:
+            raise ParameterError(f"request id {sequence.id} is already in use")
+        self._asked = True
+        self._settle()
+
     def cancel(self, request_id: int) -> bool:
-        """Stop a request and give its blocks back at once. False if it has ended already."""
-        with self._lock:
-            if request_id not in self._sequences:
-                return False
-            if self._busy:  # a stream's destructor, run by the garbage collector in the middle of a step
-                self._cancel_later.append(request_id)
-                return True
-            with self._exclusive():
-                self._cancel(request_id)
-            return True
+        """Stop a request and give its blocks back: at once, or at the end of the step that is under way.
+
+        False if it has ended already.
+        """
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and self.drop(sequence)
+
+    def drop(self, sequence: Sequence) -> bool:
+        """The same for a sequence."""
+        if sequence.finished:
+            return False
+        sequence.unwanted = True
+        self._asked = True
+        self._settle()
+        return True
 
     def step(self) -> list[TokenEvent]:
-        """Do one step of work for all requests and return what happened, in batch order.
+        """Do one step of work for all requests and return what happened since the last one, in batch order.
 
-        Where the network fails (out of memory) or Ctrl-C comes, the error passes through; nothing is lost, and the
-        next step goes on.
+        Where the network fails (out of memory) or Ctrl-C comes, the error passes through; no token is lost, and the
+        next step goes on. The list is for callers who own all requests; ``Sequence.events`` holds the same for each.
         """
-        with self._exclusive():
-            with self._bookkeeping():
-                batch = self.scheduler.schedule()
-            if batch:
-                self._run(batch)
-            events, self._events = self._events, []
-            return events
+        self._turn(self._step)
+        events, self._fresh = self._fresh, []
+        return events
+
+    def advance(self, sequence: Sequence, seen: int) -> None:
+        """Work until ``sequence`` has more than ``seen`` events, or has ended. Others may step meanwhile."""
+
+        def enough() -> bool:
+            return len(sequence.events) > seen or sequence.finished
+
+        while not enough():
+            if self._sequences.get(sequence.id) is not sequence and not enough():
+                raise RuntimeError(f"request {sequence.id} is not in this engine")
+            self._turn(self._step, enough)
+            self._fresh = []  # it reads what is its own
+
+    # ---- one at a time -------------------------------------------------------------------------------------------
+
+    def _turn(self, work: Callable[[], None], enough: Callable[[], bool] = lambda: False, *, wait: bool = True) -> bool:
+        """Do ``work`` while nobody else does any. False where it was not done: ``enough()``, or it had to wait."""
+        claim, worked = Claim(sys._getframe(), wait), False
+        try:
+            worked = self._turns.take(claim, enough)
+            if not worked:
+                return False
+            self._mend()
+            work()
+        except BaseException:
+            if worked:
+                self._mend()
+            raise
+        finally:
+            self._turns.leave(claim, worked=worked)
+        if self._asked:  # while the work was being finished
+            self._settle()
+        return True
+
+    def _settle(self) -> None:
+        """Take in what was asked for, unless a step is under way: that does it at its end."""
+        while self._asked and self._turn(self._tend, wait=False):
+            pass
+
+    def _mend(self) -> None:
+        """Where an exception struck amid changes: start all living requests again, with an empty cache and the tokens
+        they have; their random numbers stay the same. May itself be interrupted and done again."""
+        if self._whole:
+            return
+        for sequence in list(self._sequences.values()):
+            if sequence.finished:
+                sequence.status = Status.FINISHED
+                self._sequences.pop(sequence.id, None)
+        self.scheduler.restart(list(self._sequences.values()))
+        self._whole = True
+
+    def _tend(self) -> None:
+        """Let new requests in and take out those that nobody wants any more."""
+        self._asked = False
+        for sequence in list(self._sequences.values()):
+            if sequence.status is Status.NEW:
+                self._whole = False
+                self.scheduler.add(sequence)
+                self._whole = True
+            if sequence.abandoned:
+                self._whole = False
+                self._cancel(sequence)
+                self._whole = True
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        self._tend()
+        self._whole = False
+        batch = self.scheduler.schedule()
+        self._whole = True
+        if batch:
+            self._run(batch)
+        if self._asked:
+            self._tend()
 
     def _run(self, batch: list[Scheduled]) -> None:
         now = time.perf_counter()
@@ -146,98 +231,54 @@ class Engine:
         if tokens is None:
             logits = self.runner.run(batch, tables)
             tokens, logprobs = sample(logits if len(wants) == len(ready) else logits[wants], [ready[i] for i in wants])
-        with self._bookkeeping():
-            for scheduled in batch:
-                self.scheduler.computed(scheduled)
-            chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
-            for sequence in [s.sequence for s in batch if s.sequence.failure is not None]:
-                self._fail(sequence, sequence.failure or RowError(""))
-            for index, sequence in enumerate(ready):
-                if sequence.failure is not None:
-                    continue
-                if index in chosen:
-                    self._take(sequence, *chosen[index])
-                else:
-                    self._end(sequence, TokenEvent(sequence.id, None, finish_reason="length"))
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One caller at a time; cancellations that come from within wait until the state is whole again."""
-        with self._lock:
-            self._busy = True
-            try:
-                yield
-            finally:
-                try:
-                    while self._cancel_later:
-                        self._cancel(self._cancel_later.pop())
-                finally:
-                    self._busy = False
-
-    @contextmanager
-    def _bookkeeping(self) -> Iterator[None]:
-        """Changes of tables and blocks that must happen wholly. If they are interrupted (Ctrl-C comes anywhere), all
-        living requests start again with an empty cache and the tokens they have; their random numbers stay the same.
-        """
-        try:
-            yield
-        except BaseException:
-            self._sequences = {i: s for i, s in self._sequences.items() if s.ended is None}
-            self.scheduler.restart(self._sequences.values())
-            raise
-
-    def _cancel(self, request_id: int) -> None:
-        sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            with self._bookkeeping():
-                text = sequence.request.text.finish() if sequence.request.text is not None else ""
-                self._end(sequence, TokenEvent(request_id, None, text=text, finish_reason="cancelled"))
+        chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
+        self._whole = False
+        for scheduled in batch:
+            self.scheduler.computed(scheduled)
+        for sequence in [s.sequence for s in batch if s.sequence.failure is not None]:
+            self._fail(sequence, sequence.failure or RowError(""))
+        for index, sequence in enumerate(ready):
+            if sequence.failure is not None:
+                continue
+            if index in chosen:
+                self._take(sequence, *chosen[index])
+            else:
+                self._add(sequence, TokenEvent(sequence.id, None, finish_reason="length"))
+        self._whole = True
 
     def _take(self, sequence: Sequence, token: int | RowError, logprob: TokenLogprob | None) -> None:
         """Add a sampled token to its sequence and see whether that ends it. Its own failures end it alone."""
-        failure = token if isinstance(token, RowError) else None
-        if not isinstance(token, RowError):
-            try:
-                self._add(sequence, token, logprob)
-            except Exception as error:  # of its text sink, its stop rule or its parameters
-                failure = RowError.of(error)
-        if failure is not None:
-            self._fail(sequence, failure)
+        sequence.first_token = sequence.first_token or time.perf_counter()
+        if isinstance(token, RowError):
+            self._fail(sequence, token)
+            return
+        try:
+            event = _event(sequence, token, logprob)
+        except Exception as error:  # of its text sink, its stop rule or its parameters
+            self._fail(sequence, RowError.of(error))
+        else:
+            self._add(sequence, event)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        try:
+            text = sink.finish() if (sink := sequence.sink) is not None else ""
+        except Exception as error:
+            self._fail(sequence, RowError.of(error))
+        else:
+            self._add(sequence, TokenEvent(sequence.id, None, text=text, finish_reason="cancelled"))
 
     def _fail(self, sequence: Sequence, failure: RowError) -> None:
-        self._end(sequence, TokenEvent(sequence.id, None, finish_reason="error", error=failure.message))
+        self._add(sequence, TokenEvent(sequence.id, None, finish_reason="error", error=failure.message))
 
-    def _add(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
-        request, sink = sequence.request, sequence.request.text
-        sequence.first_token = sequence.first_token or time.perf_counter()
-        sequence.append(token)
-        reason: FinishReason | None = None
-        stop: int | str | None = None
-        text = ""
-        if token in request.stop_ids and not request.params.ignore_eos:
-            reason, stop = "stop", token
-        else:
-            text = sink.push(token) if sink is not None else ""
-            if sink is not None and sink.stopped is not None:
-                reason, stop = "stop", sink.stopped
-            elif sequence.output_length >= request.params.max_new_tokens:
-                reason = "length"
-        if reason is not None and sink is not None and not isinstance(stop, str):
-            text += sink.finish()
-            if isinstance(sink.stopped, str):  # completed only by the text held back till now
-                reason, stop = "stop", sink.stopped
-        event = TokenEvent(sequence.id, token, text, logprob, reason, stop)
-        if reason is None:
-            self._events.append(event)
-        else:
-            self._end(sequence, event)
-
-    def _end(self, sequence: Sequence, event: TokenEvent) -> None:
-        """Take a sequence out for good, with its last event."""
-        self._events.append(event)
-        sequence.ended = time.perf_counter()
-        self.scheduler.remove(sequence)
-        del self._sequences[sequence.id]
+    def _add(self, sequence: Sequence, event: TokenEvent) -> None:
+        """Give a sequence its next event; after the last one it is taken out for good."""
+        if event.finish_reason is not None:
+            sequence.ended = time.perf_counter()
+        sequence.add(event)
+        self._fresh.append(event)
+        if event.finish_reason is not None:
+            self.scheduler.remove(sequence)
+            self._sequences.pop(sequence.id, None)
 
     def _check(self, request: Request) -> None:
         prompt, new = len(request.prompt_ids), request.params.max_new_tokens
@@ -284,3 +325,24 @@ class Engine:
                 f"kv_memory of {self.config.kv_memory} bytes holds no sequence; at least {least} bytes are needed"
             )
         return shape
+
+
+def _event(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
+    """The event of a sampled token, which its text sink is given. The sequence itself is not changed."""
+    request, sink = sequence.request, sequence.sink
+    reason: FinishReason | None = None
+    stop: int | str | None = None
+    text = ""
+    if token in request.stop_ids and not request.params.ignore_eos:
+        reason, stop = "stop", token
+    else:
+        text = sink.push(token) if sink is not None else ""
+        if sink is not None and sink.stopped is not None:
+            reason, stop = "stop", sink.stopped
+        elif sequence.output_length + 1 >= request.params.max_new_tokens:
+            reason = "length"
+    if reason is not None and sink is not None and not isinstance(stop, str):
+        text += sink.finish()
+        if isinstance(sink.stopped, str):  # completed only by the text held back till now
+            reason, stop = "stop", sink.stopped
+    return TokenEvent(sequence.id, token, text, logprob, reason, stop)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, Protocol
@@ -39,7 +42,8 @@ class Request:
         prompt_ids: the prompt's token ids, ``<bos>`` included.
         params: how to sample.
         stop_ids: token ids that end the answer (they are not part of its text).
-        text: receives the tokens and watches for stop texts; None where only ids are wanted.
+        text: makes what receives the tokens and watches for stop texts; None where only ids are wanted. It is called
+            again where an exception struck inside a sink: the new one is fed with the same tokens.
         prompt_logprobs: also compute the log-probability of every prompt token after the first.
         request_id: unique while the request lives.
     """
@@ -47,7 +51,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()
-    text: TextSink | None = None
+    text: Callable[[], TextSink] | None = None
     prompt_logprobs: bool = False
     request_id: int = field(default_factory=lambda: next(_ids))
 
@@ -98,29 +102,41 @@ class TokenEvent:
 class Status(Enum):
     """Where a request is in its life."""
 
+    NEW = "new"  # submitted; the scheduler does not know it yet
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
 
 
 class Sequence:
-    """A request's state in the engine: its tokens so far and how many of them have keys and values."""
+    """A request's state in the engine: its events, and what follows from them.
+
+    ``events`` is the one truth. It only grows, by one atomic ``append`` a token; its last event has a finish reason,
+    and every other one has a token. Everything else follows from it, so that ``restore`` can make it anew wherever an
+    exception struck. Readers keep a place in the list and never take anything out of it.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.events: list[TokenEvent] = []
         self.tokens: list[int] = list(request.prompt_ids)
         self.computed = 0  # tokens whose keys and values are in the cache
-        self.status = Status.WAITING
+        self.status = Status.NEW
         self.preemptions = 0
         # A fresh seed is drawn once, so that a preempted request goes on as it would have.
         self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         self.output_counts: dict[int, int] = {}
         self.block_keys: list[BlockKey] = []  # names of its blocks, as far as they were needed; tokens never change
         self._seen: dict[int, None] | None = None
+        self._sink = request.text() if request.text is not None else None
         self.prompt_logprobs: list[float] = []
         #: Set while a step runs by whoever finds that this request cannot go on (prompt log-probabilities that are not
         #: finite); the engine ends it behind the step, as a RowError in the place of its token does.
         self.failure: RowError | None = None
+        #: Set by whoever wants it cancelled, in any thread; the engine does it between two steps.
+        self.unwanted = False
+        #: Who reads the events. A request whose reader is gone is unwanted.
+        self.reader: weakref.ref[object] | None = None
         self.cached_tokens = 0  # prompt tokens found in the cache at the first start
         self.submitted = time.perf_counter()
         self.started: float | None = None
@@ -130,6 +146,21 @@ class Sequence:
     @property
     def id(self) -> int:
         return self.request.request_id
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last event is there."""
+        return bool(self.events) and self.events[-1].finish_reason is not None
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody wants the rest of it."""
+        return self.unwanted or (self.reader is not None and self.reader() is None)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The tokens that were generated."""
+        return [event.token_id for event in self.events if event.token_id is not None]
 
     @property
     def prompt_length(self) -> int:
@@ -151,9 +182,36 @@ class Sequence:
             self._seen = dict.fromkeys(self.tokens)
         return list(self._seen)
 
+    @property
+    def sink(self) -> TextSink | None:
+        """What its tokens go to, fed with all of them up to now."""
+        if self._sink is None and self.request.text is not None:
+            sink = self.request.text()
+            for token in self.output_ids:
+                sink.push(token)
+            self._sink = sink
+        return self._sink
+
     def append(self, token: int) -> None:
-        """Add a sampled token."""
+        """Add a token."""
         self.tokens.append(token)
         if self._seen is not None:
             self._seen[token] = None
         self.output_counts[token] = self.output_counts.get(token, 0) + 1
+
+    def add(self, event: TokenEvent) -> None:
+        """Add an event, and its token if it has one."""
+        if event.token_id is not None:
+            self.append(event.token_id)
+        self.events.append(event)
+
+    def restore(self) -> None:
+        """Make everything anew from the events, with nothing in the cache. It may be done again at any point."""
+        ids = self.output_ids
+        self.tokens = [*self.request.prompt_ids, *ids]
+        self.output_counts = dict(Counter(ids))
+        self.block_keys = []
+        self._seen = self._sink = None
+        self.prompt_logprobs = []
+        self.failure = None
+        self.status, self.computed = Status.WAITING, 0

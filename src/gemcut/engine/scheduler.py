@@ -40,6 +40,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self.waiting.append(sequence)
+        sequence.status = Status.WAITING
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out for good, wherever it is."""
@@ -57,8 +58,7 @@ class Scheduler:
         self.running.clear()
         self.waiting = deque(sequences)
         for sequence in self.waiting:
-            sequence.status, sequence.computed = Status.WAITING, 0
-            sequence.prompt_logprobs.clear()
+            sequence.restore()
 
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's work and take the blocks it needs."""
