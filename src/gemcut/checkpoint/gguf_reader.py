@@ -7,27 +7,19 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from typing import TYPE_CHECKING, Any
 
 from gemcut.checkpoint import names
-from gemcut.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
-from gemcut.config import GemmaConfig
+from gemcut.checkpoint.ggml_types import WHOLE, refusal
+from gemcut.checkpoint.gguf_config import LAYERS_OF_27B, read_config
+from gemcut.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor, read_header
 from gemcut.errors import CheckpointError, ConfigError
 
-_PLAIN = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
+if TYPE_CHECKING:
+    import torch
+
 _CHUNK = 1 << 20  # weights dequantized in one go: small enough for the cache, large enough to hide NumPy's overhead
-# The 27B of each generation divides queries by sqrt(hidden / heads), all others by sqrt(head_dim). The file does not
-# say so; the number of layers tells them apart.
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+_ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufFile:
@@ -39,20 +31,24 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._header: GgufHeader = read_header(path)
-        self.architecture = self._text("general.architecture")
-        if self.architecture not in _LAYERS_OF_27B:
-            raise ConfigError(
-                f"{path} holds a model of architecture {self.architecture!r}; gemcut reads 'gemma2' and 'gemma3'"
-            )
         if self._header.metadata.get("split.count", 0) not in (0, 1):
             raise CheckpointError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
+        check_kind(path, self._header)
         self._tensors: dict[str, GgufTensor] = {}
-        self._head: GgufTensor | None = None
+        self._heads: list[GgufTensor] = []  # the output head, where the file repeats the embedding
+        self._tied = False
         for name, tensor in self._header.tensors.items():
             self._add(name, tensor)
-        self.config = self._config()
+        if "embed.weight" not in self._tensors:
+            raise CheckpointError(f"{path}: tensor token_embd.weight is missing; the checkpoint is incomplete")
+        ids = {"eos_token_id": [1], "bos_token_id": 2, "pad_token_id": 0, **self._special_ids()}
+        self.config = read_config(path, self._header.metadata, self.shapes, ids)
         theirs = {ours: tensor.name for ours, tensor in self._tensors.items()}
         names.check_shapes(path, self.shapes, self.config, theirs, "gguf")
+        table = self._tensors["embed.weight"]
+        for head in self._heads:
+            if head.shape != table.shape:
+                raise CheckpointError(f"{path}: {head.name} has shape {list(head.shape)}, unlike the embedding")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,48 +77,60 @@ class GgufFile:
         ``dtype`` None: F32, F16 and BF16 tensors as stored, quantized ones dequantized to fp32.
         ``only`` names the tensors wanted; None: all.
         """
+        import torch
+
         done, total = 0, self.nbytes
         with ThreadPoolExecutor(
             max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)),
             thread_name_prefix="dequantize",
         ) as pool:
+            self._require_tied(pool)
             for name, tensor in self._tensors.items():
                 if only is not None and name not in only:
                     continue
                 wanted = torch.float32 if name.endswith(".scale") else dtype
                 yield name, self._read(tensor, wanted, pool)
-                self._header.file.release(tensor.offset, tensor.nbytes)
+                tensor.file.release(tensor.offset, tensor.nbytes)
                 done += tensor.nbytes
                 if progress:
                     progress(done, total)
-        if self._head and progress and only is None:
+        if self._heads and progress and only is None:
             progress(total, total)
 
     def generation_config(self) -> dict[str, Any]:
         """Token ids of the metadata under generation_config.json's names."""
-        stops = [self._id("eos"), self._id("eot"), self._id("eom")]
-        found = {"bos_token_id": self._id("bos"), "pad_token_id": self._id("padding")}
-        found["eos_token_id"] = list(dict.fromkeys(i for i in stops if i is not None)) or None  # type: ignore[assignment]
-        return {key: value for key, value in found.items() if value is not None}
+        return self._special_ids()
 
     def vocabulary(self) -> dict[str, Any]:
         """The keyword arguments of ``Tokenizer.from_gguf_vocab``."""
-        tokens, scores, types = (self._list(key) for key in ("tokens", "scores", "token_type"))
-        if not (len(tokens) == len(scores) == len(types) == self.config.vocab_size):
+        metadata, rows = self._header.metadata, self.config.vocab_size
+        model = metadata.get("tokenizer.ggml.model", "llama")
+        merges = self._list("merges", "string") if "tokenizer.ggml.merges" in metadata else None
+        if model not in ("llama", "gpt2") or (model == "gpt2" and not merges):
             raise CheckpointError(
-                f"{self.path}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} types for a vocabulary of "
-                f"{self.config.vocab_size}"
+                f"{self.path}: metadata tokenizer.ggml.model is {str(model)[:40]!r}; gemcut reads the vocabulary "
+                "'llama', and 'gpt2' with its merges"
             )
-        if not all(isinstance(token, str) for token in tokens):
-            raise CheckpointError(f"{self.path}: tokenizer.ggml.tokens holds other things than texts")
-        metadata = self._header.metadata
+        tokens, types = self._list("tokens", "string"), self._list("token_type", "int32", "uint32")
+        scores = [0.0] * len(tokens)
+        if model == "llama":
+            scores = self._list("scores", "float32", "float64")
+        if not len(tokens) == len(scores) == len(types):
+            raise CheckpointError(
+                f"{self.path}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} types; expected as many of "
+                "each"
+            )
+        # Ollama keeps tokens that have no row; no text can be computed with them. A row without a token is legal.
+        kept = _without_padding(tokens[:rows], types[:rows])
         template = metadata.get("tokenizer.chat_template")
         return {
-            "tokens": tokens,
-            "scores": scores,
-            "types": types,
+            "tokens": tokens[:kept],
+            "scores": scores[:kept],
+            "types": types[:kept],
+            "merges": merges,
             "chat_template": template if isinstance(template, str) else None,
-            "add_space_prefix": metadata.get("tokenizer.ggml.add_space_prefix", True) is True,
+            # Gemma puts none in front; Ollama's converter does not say so.
+            "add_space_prefix": metadata.get("tokenizer.ggml.add_space_prefix", False) is not False,
             "bos_id": self._id("bos", 2),
             "eos_id": self._id("eos", 1),
             "pad_id": self._id("padding", 0),
@@ -130,31 +138,74 @@ class GgufFile:
             "cache_key": self._header.digest,
         }
 
+    def _special_ids(self) -> dict[str, Any]:
+        stops = [self._id("eos"), self._id("eot"), self._id("eom")]
+        if "tokenizer.ggml.eos_token_ids" in self._header.metadata:  # Ollama's, from generation_config.json
+            stops += self._list("eos_token_ids", "int32", "uint32")
+        found = {"bos_token_id": self._id("bos"), "pad_token_id": self._id("padding")}
+        found["eos_token_id"] = list(dict.fromkeys(i for i in stops if i is not None)) or None  # type: ignore[assignment]
+        return {key: value for key, value in found.items() if value is not None}
+
     def _add(self, name: str, tensor: GgufTensor) -> None:
+        if name == _ROPE_FACTORS:
+            _require_ones(self.path, tensor)
+            return
         try:
             ours = names.from_gguf(name)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        if tensor.type not in _PLAIN:
-            _require_dequantizer(self.path, tensor)
+        if ours is None:
+            return
+        if not tensor.type.readable:
+            raise CheckpointError(f"{self.path}: tensor {name} has type {refusal(tensor.type.number)}")
         if ours == names.LM_HEAD:
-            self._head = tensor
-        elif ours is not None:
+            self._heads.append(tensor)
+        else:
             self._tensors[ours] = tensor
 
+    def _require_tied(self, pool: ThreadPoolExecutor) -> None:
+        """Raise CheckpointError where the file brings an output head whose values are not the embedding's.
+
+        A few rows are compared at a time; the answer is kept.
+        """
+        import torch
+
+        table = self._tensors["embed.weight"]
+        for head in [] if self._tied else self._heads:
+            rows = max(1, (64 << 20) // (head.shape[1] * 4))
+            for start in range(0, head.shape[0], rows):
+                parts = [_rows(each, start, rows) for each in (table, head)]
+                ours, theirs = (self._read(part, torch.float32, pool) for part in parts)
+                if not torch.equal(ours, theirs):
+                    raise CheckpointError(
+                        f"{self.path}: {head.name} differs from the embedding; every Gemma ties the two, so this file "
+                        "is of another kind or damaged"
+                    )
+                for part in parts:
+                    part.file.release(part.offset, part.nbytes)
+        self._tied = True
+
     def _read(self, tensor: GgufTensor, dtype: torch.dtype | None, pool: ThreadPoolExecutor) -> torch.Tensor:
-        if tensor.type in _PLAIN:
-            stored = self._header.file.tensor(tensor.offset, tensor.shape, _PLAIN[tensor.type])
+        import torch
+
+        if tensor.type.name in WHOLE:
+            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+            stored = tensor.file.tensor(tensor.offset, tensor.shape, kinds[tensor.type.name])
             return stored if dtype is None else stored.to(dtype)
+        import numpy as np
+        from gguf import quants
+        from gguf.constants import GGMLQuantizationType
+
+        kind = GGMLQuantizationType(tensor.type.number)
         out = torch.empty(math.prod(tensor.shape), dtype=dtype or torch.float32)
-        block, block_bytes = GGML_QUANT_SIZES[tensor.type]
-        data = np.frombuffer(self._header.file.map, np.uint8, tensor.nbytes, tensor.offset)
+        block, block_bytes = tensor.type.block, tensor.type.nbytes
+        data = np.frombuffer(tensor.file.map, np.uint8, tensor.nbytes, tensor.offset)
         step = max(1, _CHUNK // block)
 
         def convert(first: int) -> None:
             # One long row: blocks do not know of rows, and gguf works through few long rows fastest.
             raw = data[first * block_bytes : (first + step) * block_bytes]
-            values = torch.from_numpy(quants.dequantize(raw.reshape(1, -1), tensor.type)).view(-1)
+            values = torch.from_numpy(quants.dequantize(raw.reshape(1, -1), kind)).view(-1)
             out[first * block : first * block + len(values)].copy_(values)
 
         with np.errstate(all="ignore"):
@@ -163,67 +214,16 @@ class GgufFile:
             list(pool.map(torch.inference_mode()(convert), range(0, tensor.nbytes // block_bytes, step)))
         return out.view(tensor.shape)
 
-    def _config(self) -> GemmaConfig:
-        gemma3 = self.architecture == "gemma3"
-        layers, heads = self._number("block_count"), self._number("attention.head_count")
-        hidden, head_dim = self._number("embedding_length"), self._number("attention.key_length")
-        if self._number("attention.value_length", head_dim) != head_dim:
-            raise ConfigError(f"{self.path}: value_length differs from key_length {head_dim}; gemcut needs them equal")
-        embedding = self._tensors.get("embed.weight")
-        if embedding is None:
-            raise CheckpointError(f"{self.path}: tensor token_embd.weight is missing; the checkpoint is incomplete")
-        large = layers == _LAYERS_OF_27B[self.architecture] and heads
-        theta = self._number("rope.freq_base", 1_000_000.0 if gemma3 else 10_000.0)
-        data: dict[str, Any] = {
-            "model_type": "gemma3_text" if gemma3 else "gemma2",
-            "vocab_size": embedding.shape[0],
-            "hidden_size": hidden,
-            "intermediate_size": self._number("feed_forward_length"),
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._number("attention.head_count_kv"),
-            "head_dim": head_dim,
-            "query_pre_attn_scalar": hidden / heads if large else head_dim,
-            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
-            "max_position_embeddings": self._number("context_length"),
-            "sliding_window": self._number("attention.sliding_window"),
-            "attn_logit_softcapping": self._number("attn_logit_softcapping", None if gemma3 else 50.0),
-            "final_logit_softcapping": self._number("final_logit_softcapping", None if gemma3 else 30.0),
-            "rope_theta": theta,
-            "eos_token_id": self.generation_config().get("eos_token_id", [1]),
-            "bos_token_id": self._id("bos", 2),
-            "pad_token_id": self._id("padding", 0),
-        }
-        if gemma3:
-            data["rope_local_base_freq"] = self._number("rope.freq_base_swa", 10_000.0)
-            data["sliding_window_pattern"] = self._number("attention.sliding_window_pattern", 6)
-        scaling = self._header.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        if scaling != "none":
-            data["rope_scaling"] = {"rope_type": scaling, "factor": self._number("rope.scaling.factor")}
-        try:
-            return GemmaConfig.from_dict(data)
-        except ConfigError as error:
-            raise ConfigError(f"{self.path}: {error}") from None
-
-    def _text(self, key: str) -> str:
-        value = self._header.metadata.get(key)
-        if not isinstance(value, str):
-            raise CheckpointError(f"{self.path}: metadata {key} is {str(value)[:40]!r}; expected a text")
-        return value
-
-    def _number(self, key: str, *default: Any) -> Any:
-        """A number of the architecture's own section. Raises ConfigError when it is absent and has no default."""
-        full = f"{self.architecture}.{key}"
-        value = self._header.metadata.get(full, *default)
-        if (value is None and not default) or isinstance(value, (bool, str, list)):
-            raise ConfigError(f"{self.path}: metadata {full} is {str(value)[:40]!r}; expected a number")
-        return value
-
-    def _list(self, key: str) -> list[Any]:
-        value = self._header.metadata.get(f"tokenizer.ggml.{key}")
-        if not isinstance(value, list):
-            raise CheckpointError(f"{self.path}: metadata tokenizer.ggml.{key} is missing; the file has no vocabulary")
-        return value
+    def _list(self, key: str, *kinds: str) -> list[Any]:
+        """An array of the vocabulary. Raises CheckpointError where it is missing or holds another kind of thing."""
+        full = f"tokenizer.ggml.{key}"
+        value = self._header.metadata.get(full)
+        if value is None:
+            raise CheckpointError(f"{self.path}: metadata {full} is missing; the file has no vocabulary")
+        if not isinstance(value, GgufArray) or value.kind not in kinds:
+            found = f"{len(value)} of {value.kind}" if isinstance(value, GgufArray) else str(value)[:40]
+            raise CheckpointError(f"{self.path}: metadata {full} is {found!r}; expected an array of {kinds[0]}")
+        return value.values()
 
     def _id(self, key: str, default: int | None = None) -> int | None:
         value = self._header.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
@@ -232,12 +232,61 @@ class GgufFile:
         return value
 
 
-def _require_dequantizer(path: Path, tensor: GgufTensor) -> None:
-    """Raise unless gguf can dequantize this type, found out on one block of zeros."""
-    try:
-        quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.type][1]), np.uint8), tensor.type)
-    except NotImplementedError:
+def check_kind(path: Path, header: GgufHeader) -> None:
+    """Raise ConfigError or CheckpointError, and say what to do, unless the file holds a model of the family."""
+    metadata = header.metadata
+    kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind == "adapter" or "adapter.type" in metadata:
+        base = metadata.get("general.base_model.0.name") or metadata.get("general.base_model.0.repo_url")
+        of = f" of {base}" if isinstance(base, str) else f" of a {architecture} model"
         raise CheckpointError(
-            f"{path}: tensor {tensor.name} has type {tensor.type.name}, which cannot be dequantized here; use a file "
-            "quantized as Q4_K_M, Q8_0, F16 or similar"
-        ) from None
+            f"{path} is a LoRA adapter{of}, not a model; merge it into its base (llama-export-lora, or peft's "
+            "merge_and_unload) and load the result"
+        )
+    if kind == "mmproj" or architecture == "clip":
+        raise CheckpointError(
+            f"{path} is an image encoder (mmproj) that belongs to a model; give the .gguf file of the model itself"
+        )
+    if kind == "imatrix" or "imatrix.datasets" in metadata:
+        raise CheckpointError(f"{path} is an importance matrix for quantizing, not a model; give the model's own file")
+    if not isinstance(architecture, str):
+        raise CheckpointError(
+            f"{path}: metadata general.architecture is {str(architecture)[:40]!r}; expected 'gemma2' or 'gemma3'"
+        )
+    if architecture not in LAYERS_OF_27B:
+        raise ConfigError(f"{path} holds a model of architecture {architecture!r}; gemcut reads 'gemma2' and 'gemma3'")
+    if not header.tensors:
+        raise CheckpointError(f"{path} holds a vocabulary and no weights; give the model's own file")
+    version = metadata.get("general.quantization_version", 2)
+    if version != 2 and any(tensor.type.name not in WHOLE for tensor in header.tensors.values()):
+        raise CheckpointError(
+            f"{path} is quantized in blocks of version {str(version)[:40]}, which are laid out otherwise; gemcut reads "
+            "version 2: take a file made by a current llama.cpp"
+        )
+
+
+def _rows(tensor: GgufTensor, start: int, count: int) -> GgufTensor:
+    """``count`` rows of a matrix from ``start`` on (fewer at its end)."""
+    columns, row_bytes = tensor.shape[1], tensor.nbytes // tensor.shape[0]
+    count = min(count, tensor.shape[0] - start)
+    offset = tensor.offset + start * row_bytes
+    return GgufTensor(tensor.name, tensor.file, tensor.type, (count, columns), offset, count * row_bytes)
+
+
+def _without_padding(tokens: list[str], types: list[int]) -> int:
+    """How many tokens there are before the dummies that converters put at the end for rows without a token."""
+    end = len(tokens)
+    while end and types[end - 1] in (4, 5) and tokens[end - 1].startswith("[PAD") and tokens[end - 1][4:-1].isdigit():
+        end -= 1
+    return end
+
+
+def _require_ones(path: Path, tensor: GgufTensor) -> None:
+    """Rotary frequencies' own factors are what long-context models have; all ones changes nothing."""
+    import numpy as np
+
+    if tensor.type.name != "F32" or any(np.frombuffer(tensor.file.map, "<f4", tensor.nbytes // 4, tensor.offset) != 1):
+        raise CheckpointError(
+            f"{path}: tensor {tensor.name} stretches the rotary angles, which no published Gemma does; take a file "
+            "made from the original model"
+        )

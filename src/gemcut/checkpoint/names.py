@@ -46,7 +46,7 @@ _TO_GGUF = {ours: theirs for ours, _, theirs in _OUTER + _INNER}
 #: The output head, where a file repeats the embedding it is tied to.
 LM_HEAD = "lm_head.weight"
 #: Constants that old exporters saved; they are computed from the config.
-_COMPUTED = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope_freqs\.weight")
+_COMPUTED = re.compile(r"((model\.)?layers|blk)\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 #: Fused parameters of the network and the tensors their rows come from, top to bottom.
 FUSED = {
@@ -65,6 +65,8 @@ def from_hf(name: str) -> str | None:
 
 def from_gguf(name: str) -> str | None:
     """Our name of a GGUF tensor; as ``from_hf`` otherwise."""
+    if name == LM_HEAD:  # Ollama's converter for Gemma 2 leaves this name
+        return LM_HEAD
     return _translate(name, "", "blk", _FROM_GGUF, "output.weight")
 
 

@@ -2,7 +2,8 @@
 
 The file lists pieces with scores and kinds but no merges. SentencePiece's BPE joins, again and again, the two
 neighbours whose joint piece has the best score (the leftmost on a tie); user-defined pieces are matched whole first.
-The same result comes from a list of merges: every way to cut a piece into two pieces, best score first.
+The same result comes from a list of merges: every way to cut a piece into two pieces, best score first. Ollama's files
+may bring the merges of the tokenizer.json they were made from, which are taken as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from gemcut.errors import TokenizerError
 
 #: Raise when `build` gives another result for the same vocabulary, so that older caches are no longer read.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Kinds of pieces: tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -33,21 +34,29 @@ def cache_folder(cache_key: str) -> Path:
 
 
 def build(
-    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], special: Mapping[str, int]
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    special: Mapping[str, int],
+    merges: Sequence[str] | None = None,
 ) -> tuple[Tokenizer, dict[str, str]]:
     """The backend of a vocabulary, and the special tokens' texts.
 
     Args:
         tokens, scores, types: one entry a token, in order of id.
         special: ids of "bos_token", "eos_token", "pad_token", "unk_token".
+        merges: "left right", best first; None derives them from the scores.
 
     Raises:
         TokenizerError: lengths differ, a token stands twice, a kind or special id is unknown.
     """
     _check(tokens, scores, types, special)
     names = {role: tokens[token_id] for role, token_id in special.items()}
+    types = with_user_defined(tokens, scores, types, merges)
     # llama.cpp stores runs of spaces as real spaces; the text has ▁ by the time they are looked up.
-    space_runs = {i for i, kind in enumerate(types) if kind in (NORMAL, USER_DEFINED) and _is_space_run(tokens[i])}
+    space_runs: set[int] = set()
+    if merges is None:
+        space_runs = {i for i, kind in enumerate(types) if kind in (NORMAL, USER_DEFINED) and _is_space_run(tokens[i])}
     pieces = ["▁" * len(token) if i in space_runs else token for i, token in enumerate(tokens)]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
@@ -56,7 +65,7 @@ def build(
     backend = Tokenizer(
         BPE(
             vocab=vocab,
-            merges=_merges(pieces, scores, types, space_runs, vocab),
+            merges=_merges(pieces, scores, types, space_runs, vocab) if merges is None else _given(merges, vocab),
             unk_token=names["unk_token"],
             fuse_unk=True,
             byte_fallback=True,
@@ -93,6 +102,48 @@ def _merges(
         known.sort(key=lambda cut: (usable[cut[0]], usable[cut[1]]))  # the order of Gemma 2's own tokenizer.json
         merges.extend(known)
     return merges
+
+
+def _given(merges: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Merges as a file lists them, checked: the tokenizers library aborts on a piece it does not know."""
+    found = []
+    for merge in merges:
+        left, space, right = merge.partition(" ")
+        if not space or left not in vocab or right not in vocab or left + right not in vocab:
+            raise TokenizerError(f"the GGUF vocabulary lists the merge {merge[:40]!r}, whose pieces are no tokens")
+        found.append((left, right))
+    return found
+
+
+def with_user_defined(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], merges: Sequence[str] | None = None
+) -> list[int]:
+    """``types`` with the user-defined pieces marked as such.
+
+    Ollama's converter calls them normal. They stand before the byte pieces or after the learned ones (whose scores fall
+    from 0), or cannot be joined from two others. A vocabulary without byte pieces is no SentencePiece one: it stays.
+    """
+    found = list(types)
+    first_byte = next((i for i, kind in enumerate(types) if kind == BYTE), None)
+    if first_byte is None:
+        return found
+    last_learned = len(tokens) - 1
+    usable = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    results = None if merges is None else {merge.replace(" ", "", 1) for merge in merges}
+    if merges is None:
+        learned = (i for i in reversed(range(len(tokens))) if types[i] == NORMAL and scores[i] < 0)
+        last_learned = next(learned, last_learned)
+
+    def joined(token: str) -> bool:
+        if results is not None:
+            return token in results
+        return any(token[:k] in usable and token[k:] in usable for k in range(1, len(token)))
+
+    for i, token in enumerate(tokens):
+        outside = not first_byte <= i <= last_learned
+        if types[i] == NORMAL and (outside or (len(token) > 1 and not joined(token) and not _is_space_run(token))):
+            found[i] = USER_DEFINED
+    return found
 
 
 def _is_space_run(token: str) -> bool:

@@ -109,6 +109,7 @@ class Tokenizer:
         scores: Sequence[float],
         types: Sequence[int],
         *,
+        merges: Sequence[str] | None = None,
         chat_template: str | None = None,
         add_space_prefix: bool = False,
         bos_id: int = 2,
@@ -121,6 +122,7 @@ class Tokenizer:
 
         Args:
             tokens, scores, types: ``tokenizer.ggml.tokens``, ``.scores`` and ``.token_type``, one entry a token.
+            merges: ``tokenizer.ggml.merges``, where the file has them.
             chat_template: ``tokenizer.chat_template`` of the file, if any.
             add_space_prefix: ``tokenizer.ggml.add_space_prefix``; Gemma's is False and True is refused.
             bos_id, eos_id, pad_id, unk_id: the file's special ids.
@@ -137,7 +139,7 @@ class Tokenizer:
         if add_space_prefix:
             raise TokenizerError("the GGUF vocabulary asks for a space prefix (add_space_prefix); Gemma's has none")
         special = {"bos_token": bos_id, "eos_token": eos_id, "pad_token": pad_id, "unk_token": unk_id}
-        backend, names = gguf_vocab.build(tokens, scores, types, special)
+        backend, names = gguf_vocab.build(tokens, scores, types, special, merges)
         config: dict[str, Any] = dict(names)
         tokenizer = cls(backend, chat_template=chat_template, config=config)
         if cache_key is not None:
