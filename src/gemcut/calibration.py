@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemcut import process
 from gemcut.checkpoint.names import FUSED, expected_shapes, split_layer, to_hf
 from gemcut.checkpoint.source import Source
 from gemcut.config import SLIDING
@@ -124,6 +125,7 @@ def calibrate(
         ParameterError: a format without calibration, no tokens, or a state that does not fit.
         CheckpointError: NaN or infinity in a weight, or one that is cut already.
     """
+    process.enter()
     _check(source, spec, documents)
     config = source.config()
     compute = dtype or source.stored_dtype or torch.bfloat16

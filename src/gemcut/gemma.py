@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
 
+from gemcut import process
 from gemcut.checkpoint.source import Source, resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import bytes_per_block, shape_for_tokens
@@ -115,6 +116,7 @@ class Gemma:
         Raises:
             GemcutError: of the kind that fits; the message says what to do.
         """
+        process.enter()
         started = time.perf_counter()
         where = parse_device(device)
         find = partial(resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only)

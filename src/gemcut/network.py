@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from gemcut import process
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import FUSED, export_tensors, hf_module, split_layer
 from gemcut.checkpoint.source import Source
@@ -46,6 +47,7 @@ def load_network(
 
     Raises CheckpointError, UnsupportedError.
     """
+    process.enter()
     spec = effective_quantization(source, quantization)
     model = build_network(source.config(), dtype=dtype, device=device, quantization=spec, attention=attention)
     tensors: Iterator[tuple[str, Weight]] = source.tensors(dtype=dtype)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gemcut import process
 from gemcut.checkpoint import names
 from gemcut.checkpoint.bnb import config_entries
 from gemcut.checkpoint.safetensors_reader import INDEX
@@ -136,6 +137,7 @@ def quantize_checkpoint(
         CheckpointError: the source is cut already or holds NaN, ``out`` is taken or a mount point, or the disk is full.
         ParameterError: blocks that do not divide the rows.
     """
+    process.enter()
     out = behind_link(Path(out))
     _check(source, out, spec)
     work = working_folder(out)

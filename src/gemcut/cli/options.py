@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 import typer
 
 from gemcut.errors import ParameterError
+from gemcut.process import check_threads
 from gemcut.settings import read_settings
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ class LoadOptions(HubOptions):
 
     def load(self, name: str) -> Gemma:
         """Load a model, with a progress bar on a terminal."""
-        if self.threads is not None and self.threads < 1:
-            raise ParameterError(f"--threads is {self.threads}; expected at least 1")
+        if self.threads is not None:
+            check_threads(self.threads, "--threads")
         quantization = self.specification()
         import torch
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gemcut import process
 from gemcut.engine.cache import (
     CacheShape,
     PagedCache,
@@ -62,6 +63,7 @@ class Engine:
     """Continuous batching of any number of requests over one model."""
 
     def __init__(self, model: Model, device: torch.device, config: EngineConfig | None = None) -> None:
+        process.enter()
         config = config or EngineConfig()
         self.model, self.device, self.config = model, device, config
         limit = model.config.max_position_embeddings
@@ -106,6 +108,7 @@ class Engine:
 
     def prepare(self, request: Request) -> Sequence:
         """The first half of ``submit``: check a request and give it its state. Raises as ``submit`` does."""
+        process.check()
         self._check(request)
         return Sequence(request)
 
@@ -139,6 +142,7 @@ class Engine:
         Where the network fails (out of memory) or Ctrl-C comes, the error passes through; no token is lost, and the
         next step goes on. The list is for callers who own all requests; ``Sequence.events`` holds the same for each.
         """
+        process.check()
         self._turn(self._step)
         events, self._fresh = self._fresh, []
         return events
@@ -150,6 +154,7 @@ class Engine:
             return len(sequence.events) > seen or sequence.finished
 
         while not enough():
+            process.check()
             if self._sequences.get(sequence.id) is not sequence and not enough():
                 raise RuntimeError(f"request {sequence.id} is not in this engine")
             self._turn(self._step, enough)

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from gemcut import process
 from gemcut.config import SLIDING, GemmaConfig
 from gemcut.kernels.cpu.step import CpuStep
 from gemcut.kernels.cuda_step import CudaStep
@@ -162,6 +163,7 @@ class Model(nn.Module):
         Returns:
             fp32 [T, d], or [n, d].
         """
+        process.check()
         residual: Tensor = self.embed(ids).float() * self.embed_scale
         full, sliding = self.rope_full.at(positions), self.rope_sliding.at(positions)
         rotations = [sliding if kind == SLIDING else full for kind in self.config.layer_types]
