@@ -27,6 +27,7 @@ Progress = Callable[[int, int], None]
 
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 _ALIAS = re.compile(r"(?:gemma-2-)?(2b|9b|27b)(-it)?", re.IGNORECASE)
+_LFS_POINTER = b"version https://git-lfs"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -197,6 +198,7 @@ def _exists(path: Path) -> bool:
 
 
 def _local(path: Path, name: str) -> Source:
+    _refuse_pointers(path)
     if path.is_file():
         if path.suffix in (".safetensors", ".json", ".bin"):
             raise CheckpointError(f"{path} is one file of a checkpoint; give its folder, {path.parent}")
@@ -206,6 +208,23 @@ def _local(path: Path, name: str) -> Source:
         hint = f"; to read {ggufs[0].name}, give its own path" if ggufs else ""
         raise ConfigError(f"{path} has no config.json: not a checkpoint folder{hint}")
     return Source("folder", path, name)
+
+
+def _refuse_pointers(path: Path) -> None:
+    """A repository cloned without git-lfs holds small text files in place of the large ones: say so by name."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if not file.is_file() or file.suffix not in (".safetensors", ".json", ".gguf"):
+            continue
+        try:
+            with file.open("rb") as opened:
+                start = opened.read(len(_LFS_POINTER))
+        except OSError:
+            continue  # whoever needs the file says why it cannot be read
+        if start == _LFS_POINTER:
+            raise CheckpointError(
+                f"{file} is a git-lfs pointer, not the file itself: the repository was cloned without git-lfs; "
+                "run `git lfs install` and `git lfs pull` there, or give the hub id instead of the folder"
+            )
 
 
 def _not_found(text: str) -> str:
