@@ -8,6 +8,7 @@ where the middle three are the engine's steps.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from gemcut.prompts import (
 from gemcut.quantization.parse import parse_quantization
 from gemcut.quantization.spec import Quantization
 from gemcut.results import Completion, TextStream
+from gemcut.sampling_defaults import GIVEN, Level, ResolvedSampling, checkpoint_level, left_out, resolve_sampling
 from gemcut.text import Detokenizer, Tokenizer, encode_chat, render_template, stop_ids, uses_gemma_format
 
 Messages = Sequence[Mapping[str, Any]]
@@ -66,6 +68,10 @@ class Gemma:
         self.config, self.dtype = model.config, model.dtype
         self.generation_config = dict(generation_config or {})
         self.source = source
+        #: Where a call's sampling parameters come from beside the call itself, from the highest level to the lowest.
+        #: A front door may put levels of its own in front of the checkpoint's.
+        self.sampling_levels: list[Level] = [checkpoint_level(self.generation_config)]
+        self._told_left_out = False
         self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
         self._gemma_format = uses_gemma_format(tokenizer)
         self.engine = Engine(model, device, engine)
@@ -189,7 +195,8 @@ class Gemma:
             stream: give a TextStream instead (one prompt only).
             n: answers for each prompt. Their seeds are derived from ``seed``, so that each differs and the call can
                 be repeated; the first is the answer that ``seed`` gives without ``n``. The prompt is computed once.
-            sampling: fields of SamplingParams.
+            sampling: fields of SamplingParams; where one is not given the checkpoint's generation_config.json decides,
+                then what is built in (see resolve_sampling).
 
         Returns:
             One prompt: its text, or with ``n`` a list of n texts. Several: a list with an entry a prompt, which is a
@@ -206,13 +213,13 @@ class Gemma:
             return self.stream(many[0], **sampling)
         _refuse_logprobs(sampling)
         ids = [self.encode(prompt) for prompt in many]
-        texts = self._answers(ids, [self._params(i, sampling, DEFAULT_NEW_TOKENS) for i in ids], n)
+        texts = self._answers(ids, [self._params(i, sampling) for i in ids], n)
         return texts[0] if one else texts
 
     def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
         """Continue one text piece by piece."""
         ids = self.encode(prompt)
-        return self.stream_ids(ids, self._params(ids, sampling, DEFAULT_NEW_TOKENS))
+        return self.stream_ids(ids, self._params(ids, sampling))
 
     @overload
     def chat(
@@ -260,7 +267,7 @@ class Gemma:
         if not stream:
             _refuse_logprobs(sampling)
         ids = self.encode_messages(messages, system=system)
-        params = self._params(ids, sampling, DEFAULT_CHAT_TOKENS)
+        params = self._params(ids, sampling, chat=True)
         if n is not None and stream:
             raise ParameterError("stream=True gives one answer; leave n out")
         if n is not None:
@@ -356,12 +363,38 @@ class Gemma:
         stream.start()
         return stream
 
-    def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], default: int) -> SamplingParams:
-        """Sampling parameters; where no length is named, ``default`` tokens or what the context still holds."""
-        if sampling.get("max_new_tokens") is None:
-            room = max(1, self.engine.max_context - len(ids))
-            sampling = {**sampling, "max_new_tokens": max(min(default, room), sampling.get("min_new_tokens") or 0)}
-        return SamplingParams.from_kwargs(sampling)
+    def resolve_sampling(
+        self, prompt_tokens: int, sampling: Mapping[str, Any], *, chat: bool = False
+    ) -> ResolvedSampling:
+        """What a call with these keyword arguments samples with, and where each value comes from.
+
+        What is given decides, then ``sampling_levels`` (the checkpoint's generation_config.json), then what is built
+        in; ``gemcut.sampling_defaults.resolve_sampling`` has the rules. Without any length, an answer has up to 256
+        tokens (1024 in a chat), as far as the context has room.
+
+        Args:
+            prompt_tokens: tokens of the prompt.
+            sampling: fields of SamplingParams.
+            chat: whether it answers a dialogue.
+
+        Raises:
+            ParameterError: a value is out of range or unknown.
+        """
+        return resolve_sampling(
+            [(GIVEN, sampling), *self.sampling_levels],
+            prompt_tokens=prompt_tokens,
+            room=self.engine.max_context - prompt_tokens,
+            new_tokens=DEFAULT_CHAT_TOKENS if chat else DEFAULT_NEW_TOKENS,
+        )
+
+    def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], *, chat: bool = False) -> SamplingParams:
+        if not self._told_left_out and (names := left_out(self.generation_config)):
+            self._told_left_out = True
+            warnings.warn(
+                f"the checkpoint's generation_config.json sets {', '.join(names)}: gemcut does not have it, left out",
+                stacklevel=3,
+            )
+        return self.resolve_sampling(len(ids), sampling, chat=chat).params
 
 
 def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_each_of_these_alone_makes_it_greedy(cli: Cli, tiny: Path, gemma: Gemma,
 )
 def test_each_of_these_changes_the_answer(cli: Cli, tiny: Path, gemma: Gemma, option: str, value: str) -> None:
     name = option.removeprefix("--").replace("-", "_")
-    fields = {"seed": 7, "top_k": 3, "max_new_tokens": 40, name: type(getattr(SamplingOptions(), name) or 0)(value)}
+    fields = {"seed": 7, "top_k": 3, "max_new_tokens": 40, name: int(value)}
     plain = gemma.generate("The sky is", seed=7, top_k=3, max_new_tokens=40)
     run = cli("generate", "-m", tiny, "--seed", "7", "--top-k", "3", "-n", "40", option, value, "The sky is")
     assert run.out == gemma.generate("The sky is", **fields) + "\n"
@@ -128,10 +129,33 @@ def test_stop_texts_end_the_answer(cli: Cli, tiny: Path) -> None:
 
 
 def test_options_have_the_defaults_and_names_of_sampling_params() -> None:
-    params = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
     for field in dataclasses.fields(SamplingOptions):
-        if field.name not in ("stop", "max_new_tokens"):
-            assert params[field.name] == field.default
+        assert field.name in known
+        assert field.default is None  # not given: the checkpoint decides
+
+
+def test_the_checkpoint_decides_what_is_not_given(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(tiny, folder)
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 5, "max_new_tokens": 7}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    same = ("-t", "0.6", "--top-k", "5", "-n", "7", "--seed", "3")
+    run = cli("generate", "-m", folder, "--seed", "3", "--stats", "The sky is")
+    assert run.out == cli("generate", "-m", tiny, *same, "The sky is").out
+    rows = dict(line.split(maxsplit=1) for line in run.err.splitlines() if line)
+    assert rows["sampling"] == (
+        "max_new_tokens 7 (checkpoint), temperature 0.6 (checkpoint), top_k 5 (checkpoint), seed 3 (given), "
+        "do_sample True (checkpoint)"
+    )
+    report = json.loads(cli("generate", "-m", folder, "-t", "0", "--json", "The sky is").out)
+    assert report["completion_tokens"] == 7
+    assert report["sampling"]["temperature"] == {"value": 0, "origin": "given"}
+    assert report["sampling"]["top_k"] == {"value": 5, "origin": "checkpoint"}
+    chat = ("chat", "--once", "Hi", "--stats")
+    assert cli(*chat[:1], folder, *chat[1:], "--seed", "3").out == cli(*chat[:1], tiny, *chat[1:], *same).out
+    assert "do_sample True, temperature 0.6, top_k 5, max_new_tokens 7" in cli("info", folder).out
+    assert "sampling       says nothing" in cli("info", tiny).out
 
 
 def test_threads(cli: Cli, tiny: Path) -> None:
@@ -171,7 +195,7 @@ def test_show_prompt_and_stats(cli: Cli, tiny: Path) -> None:
     run = cli("generate", "-m", tiny, *SEED, "--show-prompt", "--stats", "The sky is")
     assert run.out == "The sky is" + plain
     rows = dict(line.split(maxsplit=1) for line in run.err.splitlines() if line)
-    assert list(rows) == ["model", "load", "prefill", "decode", "finish"]
+    assert list(rows) == ["model", "load", "prefill", "decode", "finish", "sampling"]
     assert "tok/s" in rows["prefill"]
     assert "12 tokens" in rows["decode"]
     assert rows["finish"].startswith("length")

@@ -120,4 +120,4 @@ def _answer(gemma: Gemma, fields: dict[str, Any], system: str, question: str, *,
             print()
         completion = stream.result
     if stats:
-        output.print_stats(gemma, completion)
+        output.print_stats(gemma, completion, gemma.resolve_sampling(completion.prompt_tokens, fields, chat=True))

@@ -177,7 +177,10 @@ class ChatSession:
 
     def do_stats(self, rest: str) -> None:
         """/stats: speed and tokens of the last answer"""
-        lines = output.stats_lines(self.gemma, self.last) if self.last is not None else ["No answer yet."]
+        lines = ["No answer yet."]
+        if (last := self.last) is not None:
+            used = self.gemma.resolve_sampling(last.prompt_tokens, self.sampling, chat=True)
+            lines = output.stats_lines(self.gemma, last, used)
         lines.append(f"context  {self.used:,} of {self.gemma.engine.max_context:,} tokens, {self._turns()}")
         for line in lines:
             self._say(line)

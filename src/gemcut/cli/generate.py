@@ -16,6 +16,7 @@ from gemcut.errors import ParameterError
 if TYPE_CHECKING:
     from gemcut.gemma import Gemma
     from gemcut.results import Completion
+    from gemcut.sampling_defaults import ResolvedSampling
 
 
 @with_options
@@ -51,7 +52,8 @@ def generate(
     with gemma.stream(text, **fields) as stream:
         if as_json:
             completion = stream.result.checked()
-            output.print_json(_report(gemma, completion, text if show_prompt else None))
+            used = gemma.resolve_sampling(completion.prompt_tokens, fields)
+            output.print_json(_report(gemma, completion, used, text if show_prompt else None))
         else:
             tidy = output.safe if output.is_terminal(sys.stdout) else str  # a pipe gets the text as it is
             if show_prompt:
@@ -64,7 +66,7 @@ def generate(
             sys.stdout.write("\n")
             sys.stdout.flush()
     if stats:
-        output.print_stats(gemma, completion)
+        output.print_stats(gemma, completion, gemma.resolve_sampling(completion.prompt_tokens, fields))
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
@@ -106,7 +108,7 @@ def decode(data: bytes, where: str, *, trim: bool = True) -> str:
     return text.removesuffix("\n").removesuffix("\r") if trim and text.endswith("\n") else text
 
 
-def _report(gemma: Gemma, completion: Completion, prompt: str | None) -> dict[str, Any]:
+def _report(gemma: Gemma, completion: Completion, used: ResolvedSampling, prompt: str | None) -> dict[str, Any]:
     report: dict[str, Any] = {
         "model": gemma.source.name if gemma.source is not None else None,
         "device": str(gemma.device),
@@ -116,6 +118,7 @@ def _report(gemma: Gemma, completion: Completion, prompt: str | None) -> dict[st
         "completion_tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
+        "sampling": used.report(),
         "timings": output.timings(gemma, completion),
     }
     if prompt is not None:

@@ -13,6 +13,7 @@ from gemcut.cli.names import family_member, tuned
 from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, with_options
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
+from gemcut.sampling_defaults import checkpoint_words
 
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
@@ -123,6 +124,7 @@ def _model(name: str, hub: HubOptions) -> tuple[dict[str, Any], str | None]:
         "quantization": None if source.quantization is None else quantization(source.quantization),
         **architecture(config),
         **_texts(source, config),
+        "sampling": checkpoint_words(source.generation_config()) or "says nothing; gemcut's own defaults",
     }
     return {name: value for name, value in report.items() if value is not None}, source.licence_notice
 

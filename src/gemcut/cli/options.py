@@ -39,7 +39,7 @@ def _option(panel: str, help: str, *names: str, metavar: str | None = None, show
 
 
 _model = functools.partial(_option, "Model")
-_sampling = functools.partial(_option, "Sampling")
+_sampling = functools.partial(_option, "Sampling (not given: the checkpoint's own, else built in)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,20 +137,34 @@ class LoadOptions(HubOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen. Names and defaults are those of gemcut.SamplingParams, which checks the values."""
+    """How tokens are chosen. Names are those of gemcut.SamplingParams, which checks the values; None is not given."""
 
     max_new_tokens: Annotated[
-        int | None, _sampling("Most tokens to generate.", "--max-new-tokens", "-n", metavar="N")
+        int | None,
+        _sampling(
+            "Most tokens to generate. Else 256 (chat: 1024).",
+            "--max-new-tokens",
+            "-n",
+            metavar="N",
+        ),
     ] = None
     temperature: Annotated[
-        float, _sampling("0 takes the likeliest token.", "--temperature", "-t", metavar="NUMBER")
-    ] = 1.0
-    top_k: Annotated[int, _sampling("Keep the k likeliest tokens; 0 all.", metavar="K")] = 0
-    top_p: Annotated[float, _sampling("Keep the likeliest up to probability p.", metavar="P")] = 1.0
-    min_p: Annotated[float, _sampling("Drop below p × the likeliest.", metavar="P")] = 0.0
-    repetition_penalty: Annotated[float, _sampling("> 1: repeat less of prompt and answer.", metavar="NUMBER")] = 1.0
-    presence_penalty: Annotated[float, _sampling("From -2 to 2, once per token used.", metavar="NUMBER")] = 0.0
-    frequency_penalty: Annotated[float, _sampling("From -2 to 2, each time it was used.", metavar="NUMBER")] = 0.0
+        float | None,
+        _sampling("0 takes the likeliest token. Else 1.", "--temperature", "-t", metavar="NUMBER"),
+    ] = None
+    top_k: Annotated[int | None, _sampling("Keep the k likeliest tokens, 0 all. Else 0.", metavar="K")] = None
+    top_p: Annotated[float | None, _sampling("Keep the likeliest up to probability p. Else 1.", metavar="P")] = None
+    min_p: Annotated[float | None, _sampling("Drop below p × the likeliest. Else 0.", metavar="P")] = None
+    repetition_penalty: Annotated[
+        float | None,
+        _sampling("> 1: repeat less of prompt and answer. Else 1.", metavar="NUMBER"),
+    ] = None
+    presence_penalty: Annotated[
+        float | None, _sampling("From -2 to 2, once per token used. Else 0.", metavar="NUMBER")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, _sampling("From -2 to 2, each time it was used. Else 0.", metavar="NUMBER")
+    ] = None
     seed: Annotated[int | None, _sampling("Makes a run repeatable.", metavar="N")] = None
     stop: Annotated[list[str] | None, _sampling("Text that ends the answer; repeatable.", metavar="TEXT")] = None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from gemcut.gemma import Gemma
     from gemcut.results import Completion
+    from gemcut.sampling_defaults import ResolvedSampling
 
 # Everything a terminal may obey: C0 (without tab and line feed), DEL and C1. A carriage return can hide a line too.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -74,13 +75,14 @@ def timings(gemma: Gemma, completion: Completion) -> dict[str, float]:
     }
 
 
-def print_stats(gemma: Gemma, completion: Completion) -> None:
-    """The times of one answer on standard error, after an empty line."""
-    print("", *(styled(line, "dim", sys.stderr) for line in stats_lines(gemma, completion)), sep="\n", file=sys.stderr)
+def print_stats(gemma: Gemma, completion: Completion, sampling: ResolvedSampling) -> None:
+    """The times of one answer, and what it was sampled with, on standard error, after an empty line."""
+    lines = stats_lines(gemma, completion, sampling)
+    print("", *(styled(line, "dim", sys.stderr) for line in lines), sep="\n", file=sys.stderr)
 
 
-def stats_lines(gemma: Gemma, completion: Completion) -> list[str]:
-    """The times of one answer, for people: one aligned line each."""
+def stats_lines(gemma: Gemma, completion: Completion, sampling: ResolvedSampling) -> list[str]:
+    """The times of one answer, and where its sampling parameters came from, for people: one aligned line each."""
     stats = completion.stats
     device = str(gemma.device)
     dtype = str(gemma.dtype).removeprefix("torch.")
@@ -100,6 +102,7 @@ def stats_lines(gemma: Gemma, completion: Completion) -> list[str]:
             f"{stats.decode_seconds:.2f} s",
         ),
         ("finish", _finish(completion)),
+        ("sampling", sampling.words()),
     ]
     return [f"{name:<8} {value}" for name, value in rows]
 

@@ -18,16 +18,19 @@ from gemcut.errors import ParameterError
 from gemcut.gemma import Gemma
 from gemcut.hf.common import warn_once
 from gemcut.hf.inputs import Rows
+from gemcut.sampling_defaults import SUPPRESSED as SUPPRESSED
+from gemcut.sampling_defaults import Level, resolve_sampling
 
 #: New tokens where nothing names a length, as far as the context has room for them (transformers: 20).
 DEFAULT_NEW_TOKENS = 1024
 #: transformers' top_k where sampling is on and none is named.
 DEFAULT_TOP_K = 50
 
+# Options that are fields of SamplingParams, or lengths that count the prompt.
+_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
+_FIELDS = ("top_k", "top_p", "min_p", "repetition_penalty", *_LENGTHS)
 # Sampling options and the values at which each does nothing.
 _NEUTRAL: dict[str, tuple[float, ...]] = {"temperature": (0, 1), "top_k": (0, 1, 50), "top_p": (1,), "min_p": (0,)}
-# Added to a suppressed token's logit; finite, since log-probabilities of all-suppressed vocabularies must be too.
-SUPPRESSED = -1e9
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,7 @@ def make_job(gemma: Gemma, inputs: Rows, options: Mapping[str, Any], asked: froz
         raise ParameterError(
             f"num_return_sequences={copies} needs do_sample=True: greedy sequences would all be the same"
         )
-    new, least = _lengths(gemma, inputs, options, asked)
-    base = SamplingParams(
-        max_new_tokens=new,
-        min_new_tokens=least,
-        temperature=options.get("temperature", 1.0),
-        top_k=options.get("top_k", DEFAULT_TOP_K),
-        top_p=options.get("top_p", 1.0),
-        min_p=options.get("min_p", 0.0),
-        repetition_penalty=options.get("repetition_penalty", 1.0),
-        logit_bias=dict.fromkeys(_token_ids(gemma, options, "suppress_tokens"), SUPPRESSED),
-        stop=options.get("stop_strings", ()),
-        do_sample=do_sample,
-        seed=seed,
-    )
+    base = _params(gemma, inputs, options, asked, seed)
     if not base.do_sample:
         _warn_without_effect(options, asked)
     repeated = _repeat(inputs, copies)
@@ -139,25 +129,33 @@ def assemble(ids: Tensor, new: list[list[int]], pad_id: int) -> Tensor:
     return out.to(ids.device)
 
 
-def _lengths(gemma: Gemma, inputs: Rows, options: Mapping[str, Any], asked: frozenset[str]) -> tuple[int, int]:
-    """(most, least) new tokens. Lengths count the padded prompt, as in transformers."""
+def _params(
+    gemma: Gemma, inputs: Rows, options: Mapping[str, Any], asked: frozenset[str], seed: int | None
+) -> SamplingParams:
+    """How each row samples, before it gets a seed of its own.
+
+    As in transformers: greedy unless ``do_sample``, whatever the temperature; max_new_tokens wins over max_length,
+    also where only the latter was asked for; lengths count the padded prompt.
+    """
     width = inputs.ids.shape[1]
-    least = _whole(options, "min_new_tokens", 0)
-    if "min_new_tokens" not in options:
-        least = max(0, _whole(options, "min_length", 0) - width)
+    if {"max_new_tokens", "max_length"} <= options.keys() and "max_length" in asked:
+        where = "are both given" if "max_new_tokens" in asked else "(of the model's generation_config) are both set"
+        warn_once(f"max_new_tokens and max_length {where}; max_new_tokens counts")
     if "max_new_tokens" in options:
-        if {"max_new_tokens", "max_length"} <= asked:
-            warn_once("max_new_tokens and max_length are both given; max_new_tokens counts")
-        return _whole(options, "max_new_tokens", 1, low=1), least
-    if "max_length" in options:
-        longest = _whole(options, "max_length", 1, low=1)
-        if longest <= width:
-            raise ParameterError(
-                f"max_length is {longest} but the prompt alone has {width} tokens; raise it or use max_new_tokens"
-            )
-        return longest - width, least
-    room = max(1, gemma.engine.max_context - max(map(len, inputs.rows)))
-    return max(min(DEFAULT_NEW_TOKENS, room), least), least
+        _whole(options, "max_new_tokens", 1, low=1)
+    # Which of the two levels names the switch and the temperature must not matter here: both are put into the first.
+    settled = {"do_sample": options.get("do_sample", False), "temperature": options.get("temperature", 1.0)}
+    fields = {name: options[name] for name in _FIELDS if name in options}
+    given = {name: value for name, value in fields.items() if name in asked}
+    given["logit_bias"] = dict.fromkeys(_token_ids(gemma, options, "suppress_tokens"), SUPPRESSED)
+    given |= {**settled, "stop": options.get("stop_strings"), "seed": seed}
+    levels: list[Level] = [
+        ("generate", given),
+        ("the model's generation_config", {name: value for name, value in fields.items() if name not in asked}),
+        ("transformers", {"top_k": DEFAULT_TOP_K}),
+    ]
+    room = gemma.engine.max_context - max(map(len, inputs.rows))
+    return resolve_sampling(levels, prompt_tokens=width, room=room, new_tokens=DEFAULT_NEW_TOKENS).params
 
 
 def _whole(options: Mapping[str, Any], name: str, default: int, *, low: int | None = None) -> int:

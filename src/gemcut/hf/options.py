@@ -200,8 +200,6 @@ def merge_options(
     else:
         raise ParameterError(f"generation_config is of type {type(given).__name__}; expected a GenerationConfig")
     asked = {name: value for name, value in {**config, **drop_none(arguments)}.items() if value is not None}
-    if "max_length" in arguments and "max_new_tokens" not in asked:
-        model = GenerationConfig(**{k: v for k, v in model.to_dict().items() if k != "max_new_tokens"})
     options = {k: v for k, v in {**model.to_dict(), **asked}.items() if k not in _METADATA}
     refuse("generate", {name: value for name, value in options.items() if name not in HONOURED}, FIXED)
     return {k: v for k, v in options.items() if k in HONOURED}, frozenset(asked)
