@@ -122,3 +122,12 @@ def test_frozen_and_copied() -> None:
     assert params.logit_bias == {3: 1.0}
     with pytest.raises(AttributeError):
         params.top_k = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("temperature", "0 or a number from 1e-30"), ("repetition_penalty", "1e-30")]
+)
+@pytest.mark.parametrize("value", [1e-31, 1e-38, 1e-46, 5e-324])
+def test_what_fp32_cannot_divide_by_is_refused_by_name(name: str, least: str, value: float) -> None:
+    with pytest.raises(ParameterError, match=f"{name} is {value!r}; expected .*{least}"):
+        SamplingParams(**{name: value})

@@ -16,6 +16,8 @@ from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 
 _STAGE_BYTES = 64 << 20
 
+#: The least and the largest value of a tensor.
+Ends = tuple[torch.Tensor, torch.Tensor]
 #: Makes an empty tensor of this shape and dtype where the weights are to live.
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
@@ -87,6 +89,7 @@ class _Builder:
         self.built: dict[str, torch.Tensor] = {}
         self.parts: dict[str, dict[int, Weight]] = {name: {} for name in packed}
         self.filled: dict[str, list[tuple[int, int, str]]] = {}  # parameter -> row ranges and what filled them
+        self.ranges: list[tuple[str, Ends, torch.dtype]] = []  # of what is on a GPU
         self.done = 0
         self.nbytes = sum(parameter.numel() * self._dtype(name).itemsize for name, parameter in targets.items())
         self.nbytes += sum(math.prod(shape) * dtype.itemsize for m in packed.values() for shape in m.part_shapes)
@@ -117,7 +120,7 @@ class _Builder:
         if target not in self.built:
             self.built[target] = self.allocate(tuple(shape), self._dtype(target))
         goal = self.built[target][start:stop]
-        self.copy(goal, tensor)
+        self._keep(name, goal, tensor)
         self.done += goal.numel() * goal.element_size()
 
     def _add_part(self, name: str, weight: Weight, target: str, index: int) -> None:
@@ -126,15 +129,15 @@ class _Builder:
             raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; the network needs {list(wanted)}")
         if index in self.parts[target]:
             raise CheckpointError(f"tensor {name} {list(weight.shape)} is there twice")
-        self.parts[target][index] = self._stored(weight, self.packed[target].compute_dtype)
+        self.parts[target][index] = self._stored(name, weight, self.packed[target].compute_dtype)
         self.done += math.prod(wanted) * self.dtype.itemsize
 
-    def _stored(self, weight: Weight, whole_dtype: torch.dtype) -> Weight:
+    def _stored(self, name: str, weight: Weight, whole_dtype: torch.dtype) -> Weight:
         """A copy of ``weight`` where weights live; a whole one in ``whole_dtype``."""
 
         def keep(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
             goal = self.allocate(tuple(tensor.shape), dtype or tensor.dtype)
-            self.copy(goal, tensor)
+            self._keep(name, goal, tensor)
             return goal
 
         if isinstance(weight, FourBitWeight):
@@ -145,6 +148,19 @@ class _Builder:
         if isinstance(weight, Int8Weight):
             return dataclasses.replace(weight, codes=keep(weight.codes), absmax=keep(weight.absmax))
         return keep(weight, whole_dtype)
+
+    def _keep(self, name: str, goal: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Copy ``tensor`` to ``goal``. Raises CheckpointError where it is on the CPU and not finite in its dtype there.
+
+        A GPU's weights are looked at when they are all in place (``finish``), so that nothing waits for each.
+        """
+        self.copy(goal, tensor)
+        if not goal.is_floating_point() or goal.numel() == 0:
+            return
+        if goal.device.type == "cpu":
+            _require_finite(name, torch.aminmax(goal), goal.dtype, tensor)
+        else:
+            self.ranges.append((name, torch.aminmax(goal), goal.dtype))
 
     def finish(self) -> dict[str, torch.Tensor]:
         for target, module in self.packed.items():
@@ -165,6 +181,8 @@ class _Builder:
                 )
         if isinstance(self.copy, _PinnedCopier):
             self.copy.finish()
+        for name, ends, dtype in self.ranges:
+            _require_finite(name, ends, dtype)
         return self.built
 
     def _packed_place(self, name: str) -> tuple[str | None, int]:
@@ -192,6 +210,21 @@ class _Builder:
 
     def _dtype(self, target: str) -> torch.dtype:
         return torch.float32 if target.endswith("scale") else self.dtype
+
+
+def _require_finite(name: str, ends: Ends, dtype: torch.dtype, tensor: torch.Tensor | None = None) -> None:
+    """Raise CheckpointError unless both ``ends`` of a tensor are finite; ``tensor`` is what it was before its dtype."""
+    if all(math.isfinite(end.item()) for end in ends):
+        return
+    if tensor is not None and all(math.isfinite(end.item()) for end in torch.aminmax(tensor)):
+        raise CheckpointError(
+            f"tensor {name} holds magnitudes that {str(dtype).removeprefix('torch.')} does not; load it with dtype "
+            "bfloat16 or float32"
+        )
+    raise CheckpointError(
+        f"tensor {name} holds NaN or infinity: the checkpoint is damaged or its training diverged; get the file "
+        "again, or start from an earlier checkpoint"
+    )
 
 
 def _plain_copy(target: torch.Tensor, tensor: torch.Tensor) -> None:

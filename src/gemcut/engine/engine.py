@@ -235,7 +235,8 @@ class Engine:
         tokens: Many[int | RowError] | None = self.runner.tokens(batch, tables)
         if tokens is None:
             logits = self.runner.run(batch, tables)
-            tokens, logprobs = sample(logits if len(wants) == len(ready) else logits[wants], [ready[i] for i in wants])
+            rows = logits if len(wants) == len(ready) else logits[wants]
+            tokens, logprobs = sample(rows, [ready[i] for i in wants], self.runner.explain)
         chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
         self._whole = False
         for scheduled in batch:

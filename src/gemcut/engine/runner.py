@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.diagnosis import explain_bad_logits
 from gemcut.engine.draw import numbers, same_kind
 from gemcut.engine.draw_graphs import most_draws
 from gemcut.engine.paged import PagedKeyValues
@@ -35,6 +37,7 @@ class Runner:
         #: Why short prompts do not run as CUDA graphs; None: they do.
         self.prefill_refusal = prefill_graph.supports(getattr(model.step, "varlen", None), self.graph_refusal)
         self._prefills: prefill_graph.PrefillGraphs | None = None
+        self._explanation: str | None = None
 
     @torch.inference_mode()
     def tokens(self, batch: list[Scheduled], tables: list[Tables]) -> Sequence[int | RowError] | None:
@@ -136,6 +139,12 @@ class Runner:
         )
         return rows if wanted is None else rows[: len(wanted)]
 
+    def explain(self) -> str:
+        """Why logits are not finite, in one line; weights do not change, so they are searched once."""
+        if self._explanation is None:
+            self._explanation = explain_bad_logits(self.model)
+        return self._explanation
+
     def _prompt_logprobs(self, scheduled: Scheduled, hidden: Tensor) -> None:
         """Append log P(token i + 1 | tokens 0 … i) for this chunk's positions i that have a next prompt token."""
         sequence, start = scheduled.sequence, scheduled.sequence.computed
@@ -145,7 +154,11 @@ class Runner:
             part = torch.tensor(targets[first : first + PROMPT_LOGIT_ROWS], device=self.device)
             logits = self.model.head(hidden[first : first + len(part)])
             chosen = logits.gather(1, part[:, None])[:, 0] - logits.logsumexp(dim=-1)
-            sequence.prompt_logprobs += chosen.tolist()
+            found = chosen.tolist()
+            if not all(map(math.isfinite, found)):
+                sequence.failure = RowError(self.explain())
+                return
+            sequence.prompt_logprobs += found
 
 
 def _wants_tokens(scheduled: Scheduled) -> bool:

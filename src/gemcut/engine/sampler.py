@@ -7,8 +7,11 @@ alone, so neighbours, batch size, chunking and preemption do not change it, nor 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +20,7 @@ from gemcut.engine.request import RowError, Sequence, TokenLogprob
 # Nucleus sampling sorts this many of the likeliest tokens first, and the whole vocabulary only if they do not suffice.
 SORT_FIRST = 1024
 _MASK = 2**64 - 1
+NOT_FINITE = "the logits of this request hold NaN or infinity"
 
 
 def uniform(seed: int, place: int) -> float:
@@ -29,16 +33,20 @@ def uniform(seed: int, place: int) -> float:
     return (x >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int | RowError], list[TokenLogprob | None]]:
+def sample(
+    logits: Tensor, sequences: Many[Sequence], explain: Callable[[], str] = lambda: NOT_FINITE
+) -> tuple[list[int | RowError], list[TokenLogprob | None]]:
     """Choose the next token of each sequence.
 
     Args:
         logits: fp32 [n, V] after the final soft-cap, one row a sequence.
         sequences: the n sequences; their parameters and tokens so far decide.
+        explain: says in one line why logits are no finite numbers; asked only where some are not.
 
     Returns:
         n token ids, and for those that asked for it the log-probability of the choice with its alternatives. Where a
-        row's own parameters fail, a RowError stands in its place, and the others are what they would be without it.
+        row's own parameters fail, or its logits are not finite, a RowError stands in its place, and the others are
+        what they would be without it.
     """
     errors: dict[int, RowError] = {}
     raw = logits
@@ -50,7 +58,11 @@ def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int | RowErr
                 change_logits(logits[index], sequence)
         except Exception as error:  # whatever it is, it is this request's own
             errors[index] = RowError.of(error)
-    tokens: list[int | RowError] = [*_likeliest(logits)]
+    places, best = _likeliest(logits)
+    tokens: list[int | RowError] = [*places]
+    for index, value in enumerate(best):
+        if index not in errors and not math.isfinite(value):
+            errors[index] = RowError(explain())
     wanted: list[int | None] = [None] * len(sequences)
     for index, sequence in enumerate(sequences):
         try:
@@ -64,14 +76,15 @@ def sample(logits: Tensor, sequences: Many[Sequence]) -> tuple[list[int | RowErr
     return tokens, token_logprobs(raw, tokens, wanted)
 
 
-def _likeliest(logits: Tensor) -> list[int]:
-    """The place of each row's largest value."""
+def _likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The place of each row's largest value, and that value: NaN where the row holds one."""
     if logits.is_cuda:
-        found: list[int] = logits.argmax(dim=-1).tolist()
-        return found
+        best = logits.max(dim=-1)
+        return best.indices.tolist(), best.values.tolist()
     # On one processor: PyTorch's threads would go on spinning while the next step's products want theirs.
-    places: list[int] = logits.numpy().argmax(axis=-1).tolist()
-    return places
+    array = logits.numpy()
+    places = array.argmax(axis=-1)
+    return places.tolist(), array[np.arange(len(array)), places].tolist()
 
 
 def changes_logits(sequence: Sequence) -> bool:

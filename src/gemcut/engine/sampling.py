@@ -13,6 +13,7 @@ from gemcut.errors import ParameterError
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_BIAS = 1e9  # far beyond any logit, and fp32 stays finite
+LEAST = 1e-30  # of what logits are divided by: fp32 stays finite, and 1 / it is a number on a GPU too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class SamplingParams:
     Attributes:
         max_new_tokens: most tokens to generate.
         min_new_tokens: no end-of-sequence token before this many.
-        temperature: logits are divided by it; 0 is greedy.
+        temperature: logits are divided by it; 0 is greedy, other numbers are at least 1e-30.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches p.
         min_p: drop tokens less likely than min_p times the likeliest.
@@ -57,10 +58,11 @@ class SamplingParams:
         _whole(self, "max_new_tokens", 0, None)
         _whole(self, "min_new_tokens", 0, None)
         _whole(self, "top_k", 0, None)
-        _range(self, "temperature", 0.0, 100.0)
+        if self.temperature != 0 or isinstance(self.temperature, bool):
+            _range(self, "temperature", LEAST, 100.0, "0 or ")
         _range(self, "top_p", 0.0, 1.0, above=True)
         _range(self, "min_p", 0.0, 1.0)
-        _range(self, "repetition_penalty", 0.0, 10.0, above=True)
+        _range(self, "repetition_penalty", LEAST, 10.0)
         _range(self, "presence_penalty", -2.0, 2.0)
         _range(self, "frequency_penalty", -2.0, 2.0)
         if self.min_new_tokens > self.max_new_tokens:
@@ -102,14 +104,14 @@ def _whole(params: SamplingParams, name: str, low: int, high: int | None) -> Non
         raise ParameterError(f"{name} is {value!r}; expected {expected}")
 
 
-def _range(params: SamplingParams, name: str, low: float, high: float, *, above: bool = False) -> None:
+def _range(
+    params: SamplingParams, name: str, low: float, high: float, besides: str = "", *, above: bool = False
+) -> None:
     value = getattr(params, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value > high or value < low or (above and value == low):
-        raise ParameterError(
-            f"{name} is {value!r}; expected a number {'above' if above else 'from'} {low:g} {'up ' if above else ''}"
-            f"to {high:g}"
-        )
+        span = f"above {low:g} up to {high:g}" if above else f"from {low:g} to {high:g}"
+        raise ParameterError(f"{name} is {value!r}; expected {besides}a number {span}")
 
 
 def _stops(value: object) -> tuple[str, ...]:

@@ -97,11 +97,24 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, offset: int, spec: Atten
         first = 0 if spec.window is None else max(0, low - spec.window + 1)
         # Query heads that share a key head become extra rows of one matrix product.
         grouped = tile.view(rows, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        scores = torch.bmm(grouped, keys[:, first:high].transpose(1, 2)).float()
-        scores = _cap(scores, spec).view(kv_heads, -1, rows, high - first)
-        scores += _bias(low, high, first, spec.window, query.device)
-        weights = scores.softmax(dim=-1).to(query.dtype)
-        out = torch.bmm(weights.view(kv_heads, -1, high - first), values[:, first:high])
+        seen_keys, seen_values = keys[:, first:high], values[:, first:high]
+        hidden = _hidden(low, high, first, spec.window, query.device)
+
+        def product(
+            careful: bool, grouped: Tensor = grouped, keys: Tensor = seen_keys, values: Tensor = seen_values,
+            hidden: Tensor = hidden,
+        ) -> Tensor:  # fmt: skip
+            scores = _cap(torch.bmm(grouped, keys.transpose(1, 2)).float(), spec).view(kv_heads, -1, *hidden.shape)
+            weights = _masked(scores, hidden, careful).softmax(dim=-1).to(query.dtype).view(kv_heads, -1, keys.shape[1])
+            if not careful:
+                return torch.bmm(weights, values)
+            # A value that is no number is nothing to queries that don't see it, and everything to those that do.
+            odd = ~torch.isfinite(values)
+            out = torch.bmm(weights, values.masked_fill(odd, 0.0)).view(kv_heads, -1, len(hidden), head_dim)
+            reached = torch.matmul((~hidden).float(), odd.float())[:, None] > 0  # [kv_heads, 1, rows, head_dim]
+            return out.masked_fill_(reached, torch.nan).view(kv_heads, -1, head_dim)
+
+        out = _never_through_masks(product, query.device)
         tiles.append(out.view(kv_heads, -1, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads, head_dim))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
@@ -116,25 +129,49 @@ def attend_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, 
     length, kv_heads = keys.shape[1], keys.shape[2]
     grouped = query.view(batch, kv_heads, -1, head_dim)
     keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()  # [B, kv_heads, L, head_dim]
-    scores = _cap(torch.matmul(grouped, keys.transpose(2, 3)).float(), spec)  # [B, kv_heads, group, L]
     index = torch.arange(length, device=query.device)
     hidden = index[None, :] >= lengths[:, None]
     if spec.window is not None:
         hidden = hidden | (index[None, :] < (lengths - spec.window)[:, None])
-    scores += torch.zeros(hidden.shape, device=query.device).masked_fill_(hidden, -torch.inf)[:, None, None, :]
-    return torch.matmul(scores.softmax(dim=-1).to(query.dtype), values).reshape(batch, heads, head_dim)
+
+    def product(careful: bool) -> Tensor:
+        scores = _cap(torch.matmul(grouped, keys.transpose(2, 3)).float(), spec)  # [B, kv_heads, group, L]
+        weights = _masked(scores, hidden[:, None, None, :], careful).softmax(dim=-1).to(query.dtype)
+        return torch.matmul(weights, values.masked_fill(hidden[:, None, :, None], 0.0) if careful else values)
+
+    return _never_through_masks(product, query.device).reshape(batch, heads, head_dim)
 
 
-def _bias(low: int, high: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """What is added to capped scores of queries ``low … high - 1`` and keys ``first … high - 1``: 0 or -inf, fp32.
-
-    Adding it is many times quicker on a CPU than filling a broadcast mask, and the same since scores are finite.
-    """
+def _hidden(low: int, high: int, first: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of the keys ``first … high - 1`` queries ``low … high - 1`` do not see: bool [queries, keys]."""
     distance = torch.arange(low, high, device=device)[:, None] - torch.arange(first, high, device=device)
     hidden = distance < 0
     if window is not None:
         hidden |= distance >= window
-    return torch.zeros(distance.shape, device=device).masked_fill_(hidden, -torch.inf)
+    return hidden
+
+
+def _masked(scores: Tensor, hidden: Tensor, careful: bool) -> Tensor:
+    """Capped fp32 ``scores`` with -inf where ``hidden``, in place.
+
+    Adding -inf is many times quicker on a CPU than filling a broadcast mask, and the same where scores are finite.
+    """
+    if careful:
+        return scores.masked_fill_(hidden, -torch.inf)
+    return scores.add_(torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf))
+
+
+def _never_through_masks(product: Callable[[bool], Tensor], device: torch.device) -> Tensor:
+    """``product(careful)``: attention in which keys and values that a query does not see weigh nothing at all.
+
+    0 · NaN and NaN + (-inf) are NaN: one request's NaN would reach its neighbours through the padding of a batch and
+    through blocks of the cache that were its own before. The careful way costs a few passes more, so on a CPU it is
+    taken only where a result holds a NaN; on a GPU, where looking would wait for it, always.
+    """
+    if device.type != "cpu":
+        return product(True)
+    out = product(False)
+    return product(True) if bool(out.isnan().any()) else out
 
 
 def _cap(scores: Tensor, spec: AttentionSpec) -> Tensor:
