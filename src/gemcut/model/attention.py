@@ -97,26 +97,28 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, offset: int, spec: Atten
         first = 0 if spec.window is None else max(0, low - spec.window + 1)
         # Query heads that share a key head become extra rows of one matrix product.
         grouped = tile.view(rows, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        seen_keys, seen_values = keys[:, first:high], values[:, first:high]
         hidden = _hidden(low, high, first, spec.window, query.device)
-
-        def product(
-            careful: bool, grouped: Tensor = grouped, keys: Tensor = seen_keys, values: Tensor = seen_values,
-            hidden: Tensor = hidden,
-        ) -> Tensor:  # fmt: skip
-            scores = _cap(torch.bmm(grouped, keys.transpose(1, 2)).float(), spec).view(kv_heads, -1, *hidden.shape)
-            weights = _masked(scores, hidden, careful).softmax(dim=-1).to(query.dtype).view(kv_heads, -1, keys.shape[1])
-            if not careful:
-                return torch.bmm(weights, values)
-            # A value that is no number is nothing to queries that don't see it, and everything to those that do.
-            odd = ~torch.isfinite(values)
-            out = torch.bmm(weights, values.masked_fill(odd, 0.0)).view(kv_heads, -1, len(hidden), head_dim)
-            reached = torch.matmul((~hidden).float(), odd.float())[:, None] > 0  # [kv_heads, 1, rows, head_dim]
-            return out.masked_fill_(reached, torch.nan).view(kv_heads, -1, head_dim)
-
-        out = _never_through_masks(product, query.device)
+        part = partial(_attend_tile, grouped, keys[:, first:high], values[:, first:high], hidden, spec)
+        out = _never_through_masks(part, query.device)
         tiles.append(out.view(kv_heads, -1, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads, head_dim))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+
+def _attend_tile(
+    grouped: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, spec: AttentionSpec, careful: bool
+) -> Tensor:
+    """``grouped`` [kv_heads, group · rows, head_dim] looks at ``keys`` and ``values`` [kv_heads, L, head_dim], of which
+    ``hidden`` [rows, L] are masked; the result is as ``grouped``. ``careful``: see ``_never_through_masks``."""
+    kv_heads, _, head_dim = grouped.shape
+    scores = _cap(torch.bmm(grouped, keys.transpose(1, 2)).float(), spec).view(kv_heads, -1, *hidden.shape)
+    weights = _masked(scores, hidden, careful).softmax(dim=-1).to(grouped.dtype).view(kv_heads, -1, keys.shape[1])
+    if not careful:
+        return torch.bmm(weights, values)
+    # A value that is no finite number is nothing to queries that do not see it, and everything to those that do.
+    odd = ~torch.isfinite(values)
+    out = torch.bmm(weights, values.masked_fill(odd, 0.0)).view(kv_heads, -1, len(hidden), head_dim)
+    reached = torch.matmul((~hidden).float(), odd.float())[:, None] > 0  # [kv_heads, 1, rows, head_dim]
+    return out.masked_fill_(reached, torch.nan).view(kv_heads, -1, head_dim)
 
 
 def attend_decode(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, spec: AttentionSpec) -> Tensor:
