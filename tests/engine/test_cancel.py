@@ -229,8 +229,8 @@ def test_failing_request_ends_alone(place: str, monkeypatch: pytest.MonkeyPatch)
         module = sys.modules["gemcut.engine.engine"]
         working = module.sample  # type: ignore[attr-defined]
 
-        def with_a_bad_row(logits: Any, sequences: Any) -> Any:
-            tokens, logprobs = working(logits, sequences)
+        def with_a_bad_row(logits: Any, sequences: Any, explain: Any) -> Any:
+            tokens, logprobs = working(logits, sequences, explain)
             return [
                 RowError("no such token") if s is broken else t for s, t in zip(sequences, tokens, strict=True)
             ], logprobs
