@@ -38,8 +38,7 @@ NUMBERS = 4
 
 def numbers(params: SamplingParams, uniform: float) -> tuple[float, float, float, float]:
     """A row of the table that ``draw`` reads. Dividing by a number is multiplying by its fp32 inverse on a GPU."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = float(min(np.float32(1) / np.float32(params.temperature), np.finfo(np.float32).max))
+    inverse = float(np.float32(1) / np.float32(params.temperature))  # at most 1 / sampling.LEAST
     return inverse, params.top_p if params.top_p < 1 else _EVERYTHING, params.min_p, uniform
 
 
