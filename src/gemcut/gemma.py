@@ -127,14 +127,17 @@ class Gemma:
         where = parse_device(device)
         find = partial(resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         # Configuration first: what cannot fit is refused before gigabytes are downloaded.
-        config_source = find(revision=revision, weights=False)
+        with LoadProgress(progress, f"downloading {name}") as report:
+            config_source = find(revision=revision, weights=False, progress=report)
         config = config_source.config()
         compute = parse_dtype(dtype, parse_dtype(config.torch_dtype, torch.bfloat16))
         chunk = max_batch_tokens or CHUNK[where.type]
         spec = effective_quantization(config_source, parse_quantization(quantization))
         _check_memory(config_source, compute, where, spec)
-        with LoadProgress(progress, f"downloading {config_source.name}") as report:
-            source = find(revision=config_source.revision or revision, progress=report)
+        source = config_source  # a GGUF file is whole, and its header of 500,000 texts is read once
+        if source.kind == "folder":
+            with LoadProgress(progress, f"downloading {source.name}") as report:
+                source = find(revision=source.revision or revision, progress=report)
         with LoadProgress(progress, f"loading {source.name}") as report:
             model = load_network(
                 source,

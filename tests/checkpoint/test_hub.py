@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
 
+from checkpoint import gguf_files
 from gemcut.checkpoint import hub as our_hub
 from gemcut.checkpoint.source import resolve
 from gemcut.errors import CheckpointNotFoundError
@@ -209,3 +211,29 @@ def test_short_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short: str
     source = resolve(short)
     assert asked == ["google/gemma-2-" + short.lower().removeprefix("gemma-2-")]
     assert source.licence_notice
+
+
+@pytest.mark.slow  # six processes
+def test_a_repository_of_gguf_files(tmp_path: Path) -> None:
+    """It lists its files, and gives one by name or by quantization; a split one with all its parts."""
+    folder = tmp_path / "repo"
+    (folder / "f32").mkdir(parents=True)
+    model = gguf_files.tiny(2)
+    gguf_files.write(folder / "f32" / "tiny-f32.gguf", model, gguf_files.metadata(model), split_max_tensors=30)
+    gguf_files.write(folder / "tiny-F16.gguf", model, gguf_files.metadata(model), kind=GGMLQuantizationType.F16)
+    (folder / "mmproj-tiny.gguf").write_bytes(b"not needed")
+    with FakeHub({"acme/tiny-gguf": Repository({"main": folder})}) as hub:
+        listed = ask(tmp_path / "home", hub.url, name="acme/tiny-gguf", weights=False)
+        assert listed["error"] == "CheckpointNotFoundError"
+        assert "holds 2 GGUF files and no safetensors checkpoint; choose one: " in listed["message"]
+        assert listed["message"].endswith("acme/tiny-gguf:f32, acme/tiny-gguf:F16")
+        half = ask(tmp_path / "home", hub.url, name="acme/tiny-gguf:tiny-F16.gguf")
+        assert half["path"].endswith("tiny-F16.gguf")
+        assert not [path for path in hub.asked("GET", "/resolve/") if "f32" in path or "mmproj" in path]
+        whole = ask(tmp_path / "home", hub.url, name="acme/tiny-gguf:f32")
+        expected = model.model.embed_tokens.weight.double().sum().item()
+        assert whole["sum"]["embed.weight"] == pytest.approx(expected)
+        again = ask(tmp_path / "home", hub.url, env={"HF_HUB_OFFLINE": "1"}, name="acme/tiny-gguf:f32")
+        assert again == {**whole, "seen": again["seen"]}
+        wrong = ask(tmp_path / "home", hub.url, name="acme/tiny-gguf:Q4_K_M")
+        assert "acme/tiny-gguf holds no Q4_K_M; choose one" in wrong["message"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from gemcut.checkpoint import names
 from gemcut.checkpoint.ggml_types import WHOLE, refusal
 from gemcut.checkpoint.gguf_config import LAYERS_OF_27B, read_config
-from gemcut.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor, read_header
+from gemcut.checkpoint.gguf_header import GgufArray, GgufTensor
+from gemcut.checkpoint.gguf_parts import all_tensors, read_parts
 from gemcut.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -23,21 +24,22 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufFile:
-    """One GGUF file. Opening checks the header and that it holds what its metadata promises.
+    """One GGUF file, or all parts of a split one. Opening checks headers and that they hold what the metadata promises.
 
+    ``paths``: the parts, in order.
     Raises CheckpointError for a damaged file, ConfigError for another architecture.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._header: GgufHeader = read_header(path)
-        if self._header.metadata.get("split.count", 0) not in (0, 1):
-            raise CheckpointError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
-        check_kind(path, self._header)
+        self._header, parts = read_parts(path)
+        self.paths = [part.file.path for part in parts]
+        self._all = all_tensors(parts)
+        check_kind(path, self._header.metadata, self._all)
         self._tensors: dict[str, GgufTensor] = {}
         self._heads: list[GgufTensor] = []  # the output head, where the file repeats the embedding
         self._tied = False
-        for name, tensor in self._header.tensors.items():
+        for name, tensor in self._all.items():
             self._add(name, tensor)
         if "embed.weight" not in self._tensors:
             raise CheckpointError(f"{path}: tensor token_embd.weight is missing; the checkpoint is incomplete")
@@ -58,7 +60,7 @@ class GgufFile:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data in the file."""
-        return sum(tensor.nbytes for tensor in self._header.tensors.values())
+        return sum(tensor.nbytes for tensor in self._all.values())
 
     @property
     def quantization(self) -> dict[str, int]:
@@ -232,9 +234,8 @@ class GgufFile:
         return value
 
 
-def check_kind(path: Path, header: GgufHeader) -> None:
+def check_kind(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> None:
     """Raise ConfigError or CheckpointError, and say what to do, unless the file holds a model of the family."""
-    metadata = header.metadata
     kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind == "adapter" or "adapter.type" in metadata:
         base = metadata.get("general.base_model.0.name") or metadata.get("general.base_model.0.repo_url")
@@ -255,10 +256,10 @@ def check_kind(path: Path, header: GgufHeader) -> None:
         )
     if architecture not in LAYERS_OF_27B:
         raise ConfigError(f"{path} holds a model of architecture {architecture!r}; gemcut reads 'gemma2' and 'gemma3'")
-    if not header.tensors:
+    if not tensors:
         raise CheckpointError(f"{path} holds a vocabulary and no weights; give the model's own file")
     version = metadata.get("general.quantization_version", 2)
-    if version != 2 and any(tensor.type.name not in WHOLE for tensor in header.tensors.values()):
+    if version != 2 and any(tensor.type.name not in WHOLE for tensor in tensors.values()):
         raise CheckpointError(
             f"{path} is quantized in blocks of version {str(version)[:40]}, which are laid out otherwise; gemcut reads "
             "version 2: take a file made by a current llama.cpp"

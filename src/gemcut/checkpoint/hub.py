@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -39,41 +40,110 @@ def download(
     push in between cannot mix two versions. Files already cached are not fetched again, and huggingface_hub resumes a
     file whose connection breaks. Raises CheckpointNotFoundError, GatedRepositoryError or CheckpointError.
     """
-    # huggingface_hub reads the variable on import. We ask the hub for files, and tell it nothing else.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import constants, snapshot_download
-
     from gemcut.checkpoint.safetensors_reader import INDEX, weight_files
 
-    def fetch(patterns: list[str], at: str | None) -> Path:
-        try:
-            return Path(
-                snapshot_download(
-                    repo,
-                    revision=at,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only or constants.HF_HUB_OFFLINE,
-                    allow_patterns=patterns,
-                    ignore_patterns=["*/*"],  # a pattern's * also matches folders
-                    tqdm_class=_bar(progress),
-                    library_name="gemcut",
-                )
-            )
-        except Exception as error:
-            _explain(error, repo, revision, local_files_only, cache_dir)
-
-    folder = fetch(_SMALL_FILES, revision)
+    hub = _Repository(repo, revision, token, cache_dir, local_files_only, progress)
+    folder = hub.fetch(_SMALL_FILES, revision)
     if not (folder / "config.json").is_file():
-        raise CheckpointNotFoundError(_absent(repo, "config.json", local_files_only))
+        raise CheckpointNotFoundError(hub.absent("config.json"))
     commit = folder.name
     if weights:
         index = folder / INDEX
         wanted = list(weight_files(index)) if index.is_file() else ["*.safetensors"]
-        folder = fetch(wanted, commit)
+        folder = hub.fetch(wanted, commit)
         if not all((folder / file).is_file() for file in wanted) if index.is_file() else not _any_weights(folder):
-            raise CheckpointNotFoundError(_absent(repo, "all of its safetensors files", local_files_only))
+            raise CheckpointNotFoundError(hub.absent("all of its safetensors files"))
     return folder, commit
+
+
+def download_gguf(
+    repo: str,
+    wanted: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    progress: Progress | None,
+) -> tuple[Path, str]:
+    """Bring one GGUF file of a repository, all parts of a split one, into the shared cache.
+
+    ``wanted``: a file's name or a quantization such as Q4_K_M. Returns (the file or first part, commit); raises as
+    ``download``.
+    """
+    from gemcut.checkpoint.hub_gguf import choose
+
+    hub = _Repository(repo, revision, token, cache_dir, local_files_only, progress)
+    files = choose(repo, hub.files(), wanted)
+    folder = hub.fetch(files, revision, folders=True)
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise CheckpointNotFoundError(hub.absent(absent[0]))
+    return folder / files[0], folder.name
+
+
+class _Repository:
+    """One repository and how to reach it."""
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None,
+        token: str | bool | None,
+        cache_dir: str | Path | None,
+        local_files_only: bool,
+        progress: Progress | None,
+    ) -> None:
+        # huggingface_hub reads the variable on import. We ask the hub for files, and tell it nothing else.
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        from huggingface_hub import constants
+
+        self.repo, self.revision, self.token, self.cache_dir, self.progress = repo, revision, token, cache_dir, progress
+        self.local_files_only = local_files_only
+        self.offline = local_files_only or constants.HF_HUB_OFFLINE
+
+    def fetch(self, patterns: list[str], at: str | None, *, folders: bool = False) -> Path:
+        """The snapshot folder once the files are in it; ``folders``: patterns may mean files in folders."""
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(
+                snapshot_download(
+                    self.repo,
+                    revision=at,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.offline,
+                    allow_patterns=patterns,
+                    ignore_patterns=None if folders else ["*/*"],  # a pattern's * also matches folders
+                    tqdm_class=_bar(self.progress),
+                    library_name="gemcut",
+                )
+            )
+        except Exception as error:
+            _explain(error, self.repo, self.revision, self.local_files_only, self.cache_dir)
+
+    def files(self) -> list[str]:
+        """The names of the repository's files; offline, of those in the cache."""
+        if self.offline:
+            folder = self.fetch([], self.revision)
+            return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        from huggingface_hub import HfApi
+
+        try:
+            api = HfApi(token=self.token, library_name="gemcut")
+            return list(api.list_repo_files(self.repo, revision=self.revision))
+        except Exception as error:
+            _explain(error, self.repo, self.revision, self.local_files_only, self.cache_dir)
+
+    def absent(self, what: str) -> str:
+        """Why the repository cannot be read: ``what`` is not there; or what else it holds."""
+        from gemcut.checkpoint.hub_gguf import offer
+
+        with contextlib.suppress(CheckpointError):
+            if found := offer(self.repo, self.files()):
+                return found
+        return _absent(self.repo, what, self.local_files_only)
 
 
 def _any_weights(folder: Path) -> bool:

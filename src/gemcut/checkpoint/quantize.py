@@ -192,8 +192,7 @@ def _dtype(source: Source) -> torch.dtype:
 
 def _fingerprint(source: Source, spec: Quantization, max_shard_bytes: int, options: dict[str, Any]) -> dict[str, Any]:
     """What must be the same to go on: the source's files, and everything that decides the result."""
-    files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
-    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in source.weight_files()]
     config = json.dumps(source.config().to_dict(), sort_keys=True, default=str)
     return {
         "source": hashlib.sha256(json.dumps([facts, config]).encode()).hexdigest(),

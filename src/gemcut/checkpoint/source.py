@@ -28,6 +28,8 @@ Progress = Callable[[int, int], None]
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 _ALIAS = re.compile(r"(?:gemma-2-)?(2b|9b|27b)(-it)?", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
+#: A GGUF file of a repository: owner/name:file.gguf, or a quantization such as owner/name:Q4_K_M.
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)", re.ASCII)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -74,6 +76,10 @@ class Source:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Our tensor names and shapes, from headers alone."""
         return self._reader.shapes
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights; all parts of a split GGUF."""
+        return self._gguf.paths if self.kind == "gguf" else sorted(self.path.glob("*.safetensors"))
 
     @property
     def nbytes(self) -> int:
@@ -148,9 +154,11 @@ def resolve(
 ) -> Source:
     """Find a checkpoint: a folder, a ``.gguf`` file, a bundled or short name, or a hub id, in this order.
 
+    ``owner/name:file.gguf`` and ``owner/name:Q4_K_M`` are one GGUF file of a hub repository.
+
     ``revision`` (branch, tag or commit), ``token``, ``cache_dir`` and ``local_files_only`` are for the hub; the
     environment variables of huggingface_hub (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, …) work as everywhere.
-    ``weights=False`` fetches configuration and tokenizer only.
+    ``weights=False`` fetches configuration and tokenizer only, of a folder; a GGUF file holds everything.
     Raises CheckpointNotFoundError, GatedRepositoryError, or CheckpointError when a download fails.
     """
     text = str(name)
@@ -168,6 +176,20 @@ def resolve(
             )
         file = bundled.gguf_file(cache_dir)
         return Source("gguf", file, text, licence_notice=bundled.licence_notice())
+    if (file_of := _HUB_FILE.fullmatch(text)) and not text.startswith("."):
+        from gemcut.checkpoint import hub
+
+        found, commit = hub.download_gguf(
+            file_of[1],
+            file_of[2],
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            progress=progress,
+        )
+        notice = GEMMA_NOTICE if "gemma" in text.lower() else None
+        return Source("gguf", found, text, revision=commit, licence_notice=notice)
     alias = _ALIAS.fullmatch(text)
     if alias:
         repo = f"google/gemma-2-{alias.group(1).lower()}{'-it' if alias.group(2) else ''}"
@@ -232,5 +254,5 @@ def _not_found(text: str) -> str:
         return f"{text} does not exist: expected a checkpoint folder or a .gguf file"
     return (
         f"no checkpoint called {text!r}: not a folder or .gguf file here, not gemma-3-270m, not a short name such as "
-        "2b-it, 9b-it or 27b-it, and not a hub id such as google/gemma-2-27b-it"
+        "2b-it, 9b-it or 27b-it, and not a hub id such as google/gemma-2-27b-it (a GGUF file there: owner/name:Q4_K_M)"
     )
