@@ -70,7 +70,7 @@ class Source:
         from gemcut.text.tokenizer import Tokenizer
 
         if self.kind == "gguf":
-            return Tokenizer.from_gguf_vocab(**self._gguf.vocabulary())
+            return Tokenizer.quick_from_gguf_vocab(**self._gguf.vocabulary())
         return Tokenizer.from_folder(self.path)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

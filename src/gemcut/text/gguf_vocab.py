@@ -9,8 +9,10 @@ may bring the merges of the tokenizer.json they were made from, which are taken 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
@@ -33,6 +35,60 @@ def cache_folder(cache_key: str) -> Path:
     return Path(base) / "gemcut" / "tokenizers" / digest[:32]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A vocabulary taken apart: what both backends are made of.
+
+    Attributes:
+        pieces: the text of each id, runs of spaces as ▁.
+        vocab: the id of each text.
+        names: the special tokens' texts by role.
+        space_runs: ids of runs of spaces, joined before anything else.
+        special, added: ids of special tokens, and of all tokens matched whole.
+    """
+
+    pieces: list[str]
+    vocab: dict[str, int]
+    names: dict[str, str]
+    types: Sequence[int]
+    space_runs: set[int]
+    special: set[int]
+    added: set[int]
+
+    def usable(self, token_id: int) -> bool:
+        """Whether pieces are joined from and to this one."""
+        return self.types[token_id] == NORMAL or token_id in self.space_runs
+
+
+def parts(
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    special: Mapping[str, int],
+    merges: Sequence[str] | None = None,
+) -> Parts:
+    """A vocabulary checked and taken apart; arguments and errors as `build`."""
+    _check(tokens, scores, types, special)
+    names = {role: tokens[token_id] for role, token_id in special.items()}
+    types = with_user_defined(tokens, scores, types, merges)
+    # llama.cpp stores runs of spaces as real spaces; the text has ▁ by the time they are looked up.
+    space_runs: set[int] = set()
+    if merges is None:
+        space_runs = {i for i, kind in enumerate(types) if kind in (NORMAL, USER_DEFINED) and _is_space_run(tokens[i])}
+    pieces = list(tokens)
+    for i in space_runs:
+        pieces[i] = "▁" * len(tokens[i])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        twice = next(piece for i, piece in enumerate(pieces) if vocab[piece] != i)
+        raise TokenizerError(f"the GGUF vocabulary holds the token {twice[:40]!r} twice")
+    is_special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | set(special.values())
+    added = is_special | {i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in space_runs}
+    if "" in vocab:
+        raise TokenizerError(f"the GGUF vocabulary holds an empty token (id {vocab['']})")
+    return Parts(pieces, vocab, names, types, space_runs, is_special, added)
+
+
 def build(
     tokens: Sequence[str],
     scores: Sequence[float],
@@ -50,22 +106,14 @@ def build(
     Raises:
         TokenizerError: lengths differ, a token stands twice, a kind or special id is unknown.
     """
-    _check(tokens, scores, types, special)
-    names = {role: tokens[token_id] for role, token_id in special.items()}
-    types = with_user_defined(tokens, scores, types, merges)
-    # llama.cpp stores runs of spaces as real spaces; the text has ▁ by the time they are looked up.
-    space_runs: set[int] = set()
-    if merges is None:
-        space_runs = {i for i, kind in enumerate(types) if kind in (NORMAL, USER_DEFINED) and _is_space_run(tokens[i])}
-    pieces = ["▁" * len(token) if i in space_runs else token for i, token in enumerate(tokens)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    if len(vocab) != len(pieces):
-        twice = next(piece for i, piece in enumerate(pieces) if vocab[piece] != i)
-        raise TokenizerError(f"the GGUF vocabulary holds the token {twice!r} twice")
+    each = parts(tokens, scores, types, special, merges)
+    names, vocab = each.names, each.vocab
     backend = Tokenizer(
         BPE(
             vocab=vocab,
-            merges=_merges(pieces, scores, types, space_runs, vocab) if merges is None else _given(merges, vocab),
+            merges=_merges(each.pieces, scores, each.types, each.space_runs, vocab)
+            if merges is None
+            else _given(merges, vocab),
             unk_token=names["unk_token"],
             fuse_unk=True,
             byte_fallback=True,
@@ -77,9 +125,9 @@ def build(
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, special["bos_token"])]
     )
-    is_special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | set(special.values())
-    added = is_special | {i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in space_runs}
-    backend.add_tokens([AddedToken(pieces[i], special=i in is_special, normalized=False) for i in sorted(added)])
+    backend.add_tokens(
+        [AddedToken(each.pieces[i], special=i in each.special, normalized=False) for i in sorted(each.added)]
+    )
     return backend, names
 
 
@@ -125,8 +173,8 @@ def with_user_defined(
     """
     found = list(types)
     first_byte = next((i for i, kind in enumerate(types) if kind == BYTE), None)
-    if first_byte is None:
-        return found
+    if first_byte is None or (NORMAL not in types[:first_byte] and USER_DEFINED in types[:first_byte]):
+        return found  # a vocabulary whose types are right, such as llama.cpp's
     last_learned = len(tokens) - 1
     usable = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     results = None if merges is None else {merge.replace(" ", "", 1) for merge in merges}
@@ -156,6 +204,8 @@ def _check(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int],
             f"the GGUF vocabulary has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types; "
             "expected as many of each"
         )
+    if not all(map(math.isfinite, scores)):
+        raise TokenizerError("the GGUF vocabulary has a score that is not a number")
     unknown = set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}
     if unknown:
         raise TokenizerError(f"the GGUF vocabulary has tokens of type {min(unknown)}; gemcut knows types 1 to 6")
