@@ -27,12 +27,13 @@ class CustomBuildHook(BuildHookInterface[Any]):
                 f"CPU kernels were not built: {error}\ngemcut works without them, more slowly on a CPU; with a C++ "
                 "compiler, `python -m gemcut.kernels.cpu.build` adds them later"
             )
-            build.library_path().unlink(missing_ok=True)
+            for path in (build.library_path(), build.record_path(build.library_path())):
+                path.unlink(missing_ok=True)
             return
         build_data["pure_python"] = False
         if version == "standard":
-            place = library.relative_to(Path(self.root) / "src").as_posix()
-            build_data["force_include"][str(library)] = place
+            for path in (library, build.record_path(library)):
+                build_data["force_include"][str(path)] = path.relative_to(Path(self.root) / "src").as_posix()
             # Not bound to a version of Python: the library is plain C.
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 

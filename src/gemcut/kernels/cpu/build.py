@@ -83,6 +83,43 @@ def library_path() -> Path:
     return HERE / f"libgemcut_cpu.{suffix}"
 
 
+def record_path(library: Path) -> Path:
+    """Where the size and digest of ``library`` stand, by which a damaged one is known before it is loaded."""
+    return library.with_name(f"{library.name}.sha256")
+
+
+def record(data: bytes) -> str:
+    """What stands there for a library of these bytes."""
+    return f"{hashlib.sha256(data).hexdigest()} {len(data)}\n"
+
+
+def damage(library: Path) -> str | None:
+    """None where the file is what ``build`` made, else what is wrong with it. The file is read, never loaded."""
+    note = record_path(library)
+    try:
+        data = library.read_bytes()
+        if not note.exists():  # built before there were records
+            return None if _is_whole_elf(data) else f"{library.name} is incomplete"
+        expected = note.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return f"{library.name} or {note.name} beside it cannot be read"
+    digest, _, size = expected.strip().partition(" ")
+    if size != str(len(data)):
+        return f"{library.name} has {len(data):,} bytes, not the {size} that were built"
+    if digest != hashlib.sha256(data).hexdigest():
+        return f"{library.name} is not the file that was built"
+    return None
+
+
+def _is_whole_elf(data: bytes) -> bool:
+    """Whether these are a 64-bit ELF file up to its end, which is where linkers put the table of sections."""
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(data[start : start + size], "little")
+
+    return data[:5] == b"\x7fELF\x02" and 0 < number(40, 8) <= len(data) - number(58, 2) * number(60, 2)
+
+
 def fingerprint() -> str:
     """A digest of the sources; the library carries that of its own."""
     digest = hashlib.sha256()
@@ -103,7 +140,8 @@ def find_compiler() -> list[str]:
 
 
 def build(report: Callable[[str], None] = print, output: Path | None = None) -> Path:
-    """Compile everything, side by side, and put the library at ``output`` (None: library_path()) in one move.
+    """Compile everything, side by side, and move the library to ``output`` (None: library_path()) and its record
+    beside it.
 
     A variant that the compiler does not know is left out, with a line to ``report``. Raises BuildError.
     """
@@ -133,13 +171,17 @@ def build(report: Callable[[str], None] = print, output: Path | None = None) -> 
             raise BuildError("no instruction set could be compiled; the compiler's messages are above")
         # Beside its place, so that the move stays within one file system and nobody ever sees half a library.
         unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+        unfinished_record = record_path(unfinished)
         try:
             failure = _run([*compiler, "-shared", "-pthread", *_link_flags(), *kept, "-o", str(unfinished)])
             if failure is not None:
                 raise BuildError(f"linking failed: {failure}")
-            os.replace(unfinished, output)
+            unfinished_record.write_text(record(unfinished.read_bytes()), encoding="ascii")
+            os.replace(unfinished, output)  # between the two moves the library counts as damaged, and is not loaded
+            os.replace(unfinished_record, record_path(output))
         finally:
             unfinished.unlink(missing_ok=True)
+            unfinished_record.unlink(missing_ok=True)
     report(f"built {output} for {', '.join(v.name for v in variants if v not in left_out)}")
     return output
 

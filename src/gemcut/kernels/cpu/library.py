@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gemcut.errors import UnsupportedError
-from gemcut.kernels.cpu.build import VARIANTS, architecture, fingerprint, library_path
+from gemcut.kernels.cpu.build import VARIANTS, architecture, damage, fingerprint, library_path
 
 _BUILD = "python -m gemcut.kernels.cpu.build"
 
@@ -44,6 +44,9 @@ def _load() -> tuple[ctypes.CDLL | None, tuple[str, ...], str | None]:
     path = library_path()
     if not path.is_file():
         return None, (), f"the CPU kernels are not built ({_BUILD} builds them)"
+    # Loading a file that was cut short ends the process (SIGBUS), and a foreign one runs what it likes.
+    if (wrong := damage(path)) is not None:
+        return None, (), f"the CPU kernels are damaged: {wrong} ({_BUILD} makes them anew)"
     try:
         handle = ctypes.CDLL(str(path))
         handle.gemcut_fingerprint.restype = ctypes.c_char_p
