@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
 
 import gemcut
 import support
+from checkpoint import gguf_files
 from gemcut.cli.info import quantization
 from gemcut.quantization.spec import Quantization
 
@@ -104,3 +106,16 @@ def test_quantization_in_a_line() -> None:
     spec = Quantization("fp4", double_quant=False, block_size=128, head="int8", skip=("o_proj", "lm_head"))
     assert quantization(spec) == "fp4, blocks of 128, int8 head, whole too: o_proj"
     assert quantization(Quantization("int8")) == "int8, head whole"
+
+
+def test_a_quantized_gguf_says_that_it_is_expanded(cli: Cli, tmp_path: Path) -> None:
+    """Sizes by arithmetic: whole matrices take 2 bytes a value, norms 4."""
+    model = gguf_files.tiny(2, hidden_size=64)
+    path = gguf_files.write(tmp_path / "x.gguf", model, gguf_files.metadata(model), kind=GGMLQuantizationType.Q8_0)
+    values = sum(p.numel() * (4 if p.ndim == 1 else 2) for p in model.parameters())
+    out = cli("info", path).out
+    assert "Q8_0 × 29" in out  # seven matrices in each of four layers, and the embedding
+    assert f"expanded while loading: {values / 1e3:.0f} kB in bfloat16" in out
+    assert "Its Q8_0 weights are expanded" in cli("plan", path, "--memory", "1GB").out
+    whole = gguf_files.write(tmp_path / "y.gguf", model, gguf_files.metadata(model), kind=GGMLQuantizationType.F16)
+    assert "expanded" not in cli("info", whole).out + cli("plan", whole, "--memory", "1GB").out

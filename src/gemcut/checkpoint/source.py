@@ -104,6 +104,16 @@ class Source:
 
         return stored_quantization(self.path / "config.json")
 
+    @property
+    def expanded(self) -> dict[str, int]:
+        """Number of tensors by GGML type of a GGUF file's quantized weights, which are dequantized while they are read;
+        empty for every other checkpoint."""
+        if self.kind != "gguf":
+            return {}
+        from gemcut.checkpoint.ggml_types import WHOLE
+
+        return {name: count for name, count in self._gguf.quantization.items() if name not in WHOLE}
+
     def tensors(
         self,
         progress: Progress | None = None,

@@ -122,11 +122,26 @@ def _model(name: str, hub: HubOptions) -> tuple[dict[str, Any], str | None]:
         "revision": source.revision,
         "size on disk": _size(source),
         "quantization": None if source.quantization is None else quantization(source.quantization),
+        "GGUF types": _expanded(source, config),
         **architecture(config),
         **_texts(source, config),
         "sampling": checkpoint_words(source.generation_config()) or "says nothing; gemcut's own defaults",
     }
     return {name: value for name, value in report.items() if value is not None}, source.licence_notice
+
+
+def _expanded(source: Source, config: GemmaConfig) -> list[str] | None:
+    """What a GGUF file's quantized weights become in memory."""
+    from gemcut.plan import Cut, weight_bytes
+
+    if not (types := source.expanded):
+        return None
+    whole, small = weight_bytes(config, "bfloat16"), weight_bytes(config, "bfloat16", Cut("nf4"))
+    return [
+        ", ".join(f"{name} × {count}" for name, count in types.items()),
+        f"expanded while loading: {output.gigabytes(whole)} in bfloat16, "
+        f"{output.gigabytes(small)} with --quantization nf4",
+    ]
 
 
 def quantization(spec: Quantization) -> str:

@@ -72,7 +72,7 @@ def plan(
         None if dtype is None else DTYPE_NAMES.get(dtype, dtype), quantization, double_quant, block_size, head
     )
     limit = _limit(device, memory)
-    label, config, source, stored = _shape(name, hub)
+    label, config, source, stored, expanded = _shape(name, hub)
     if stored is not None:  # the files decide
         if quantization not in (None, stored.format):
             raise CheckpointError(
@@ -107,6 +107,11 @@ def plan(
     )
     if source != _PUBLISHED:
         console.print(f"[dim]{escape(source)}[/]", soft_wrap=True)
+    if expanded:
+        console.print(
+            f"[dim]Its {_join(expanded)} weights are expanded to one of these formats while they are read.[/]",
+            soft_wrap=True,
+        )
     console.print(_table(plans, limit))
     for line in _verdict(plans, limit):
         console.print(line, soft_wrap=True)
@@ -169,8 +174,8 @@ def _limit(device: str, given: str | None) -> Limit:
     return Limit(free, output.gigabytes(free or 0), found.type, f" free now on {found} of this machine")
 
 
-def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, Quantization | None]:
-    """(label, configuration, where it is from, what its weights are cut to already).
+def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, Quantization | None, list[str]]:
+    """(label, configuration, where it is from, what its weights are cut to already, types that will be expanded).
 
     Names of the family need no file; everything else is looked up.
     """
@@ -178,9 +183,9 @@ def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, Quantizat
 
     member = family_member(name)
     if member is not None and hub.revision is None and not Path(name).expanduser().exists():
-        return member[0], member[1], _PUBLISHED, None
+        return member[0], member[1], _PUBLISHED, None, []
     source = hub.find(name)
-    return source.name, source.config(), str(source.path), source.quantization
+    return source.name, source.config(), str(source.path), source.quantization, list(source.expanded)
 
 
 def _table(plans: list[MemoryPlan], limit: Limit) -> Table:
