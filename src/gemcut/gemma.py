@@ -40,7 +40,7 @@ from gemcut.quantization.parse import parse_quantization
 from gemcut.quantization.spec import Quantization
 from gemcut.results import Completion, TextStream
 from gemcut.sampling_defaults import GIVEN, Level, ResolvedSampling, checkpoint_level, left_out, resolve_sampling
-from gemcut.text import Detokenizer, Tokenizer, encode_chat, render_template, stop_ids, uses_gemma_format
+from gemcut.text import ChatOptions, ChatWriter, Detokenizer, Tokenizer, stop_ids
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -73,7 +73,7 @@ class Gemma:
         self.sampling_levels: list[Level] = [checkpoint_level(self.generation_config)]
         self._told_left_out = False
         self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
-        self._gemma_format = uses_gemma_format(tokenizer)
+        self._chat = ChatWriter(tokenizer)
         self.engine = Engine(model, device, engine)
         self.load_seconds = 0.0
 
@@ -302,14 +302,9 @@ class Gemma:
     def encode_messages(self, messages: Messages, *, system: Literal["fold", "error"] = "fold") -> list[int]:
         """Token ids of a dialogue, ready for the model's answer, with exactly one ``<bos>``.
 
-        Gemma's format is built from ids, so that special tokens in a message stay plain text. A checkpoint whose own
-        template writes another format has that template rendered instead.
+        No text of a message becomes a control token, in Gemma's format and in a checkpoint's own template alike.
         """
-        if self._gemma_format or self.tokenizer.chat_template is None:
-            return encode_chat(self.tokenizer, messages, system=system)
-        bos, eos = (str(self.tokenizer.id_to_token(i)) for i in (self.tokenizer.bos_id, self.tokenizer.eos_id))
-        text = render_template(self.tokenizer.chat_template, messages, bos_token=bos, eos_token=eos)
-        return self.tokenizer.encode(text.removeprefix(bos))
+        return self._chat.prompt(messages, ChatOptions(system=system))
 
     def complete(
         self,

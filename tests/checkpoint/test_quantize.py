@@ -42,6 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = support.hf_model(config, dtype=torch.bfloat16)
     path = support.save_checkpoint(tmp_path_factory.mktemp("whole") / "tiny", model, max_shard_size="60KB")
     (path / "LICENSE").write_text("terms")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (path / "tokenizer_config.json").write_text("{}")
     return path
 
@@ -111,6 +113,7 @@ def test_files_are_those_transformers_saves(spec: Quantization, folder: Path, tm
     a, b = (json.loads((tmp_path / each / "config.json").read_text()) for each in ("ours", "theirs"))
     assert a["quantization_config"] == b["quantization_config"]
     assert (tmp_path / "ours" / "LICENSE").read_text() == "terms"
+    assert (tmp_path / "ours" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def test_an_8_bit_head_is_recorded_and_the_table_stays(folder: Path, tmp_path: Path) -> None:

@@ -181,8 +181,8 @@ def test_custom_template(tokenizer: Any, reference_tokenizer: Any) -> None:
     assert ours.endswith("[assistant:The answer is")
     with pytest.raises(ChatTemplateError, match="refuses"):
         tokenizer.apply_chat_template(CHAT, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(UnsupportedError, match="sanitize_control_tokens"):
-        tokenizer.apply_chat_template(CHAT, chat_template=template, sanitize_control_tokens=True)
+    sanitized = tokenizer.apply_chat_template(CHAT, chat_template=template, mood="", sanitize_control_tokens=True)
+    assert sanitized.input_ids == reference_tokenizer.apply_chat_template(CHAT, chat_template=template).input_ids
 
 
 def test_chat_template_can_be_set(folder: Path) -> None:

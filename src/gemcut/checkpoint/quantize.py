@@ -50,6 +50,7 @@ _CARRIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -338,7 +339,9 @@ def _carry(source: Source, work: Path) -> None:
         for pattern in _CARRIED:
             for file in source.path.glob(pattern):
                 if file.is_file():
-                    shutil.copyfile(file, work / file.name)
+                    copy = work / file.relative_to(source.path)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copy)
     else:
         source.tokenizer().save(work)
         if generation := source.generation_config():

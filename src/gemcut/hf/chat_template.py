@@ -1,96 +1,73 @@
-"""The dialogue part of the tokenizer: Gemma's own format built from ids, or a Jinja template in a sandbox."""
+"""What transformers' apply_chat_template takes, as options of gemcut's one writer of dialogues."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from gemcut.errors import ChatTemplateError, ParameterError
-from gemcut.text import Message, Tokenizer, encode_chat, render_chat, render_template, uses_gemma_format
+from gemcut.errors import ParameterError, UnsupportedError
+from gemcut.hf.common import warn_once
+from gemcut.text import ChatOptions, ChatWriter
+
+__all__ = ["ChatWriter", "chat_options"]
+
+#: Variables of well-known templates, with the value under which a template that lacks them writes the same.
+_IDLE = {"enable_thinking": False}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatOptions:
-    """How a dialogue is written. ``template`` None means the tokenizer's own; ``variables`` go to a Jinja template."""
+def chat_options(
+    writer: ChatWriter, *, tools: object, documents: object, variables: Mapping[str, Any], **options: Any
+) -> ChatOptions:
+    """The arguments of apply_chat_template, checked.
 
-    add_generation_prompt: bool
-    continue_final_message: bool
-    system: Literal["fold", "error"]
-    template: str | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    Raises:
+        UnsupportedError: a tool is a function, of which transformers makes a schema; or the template has no place for
+            tools or documents.
+        ParameterError: tools or documents of another type.
+    """
+    plain = ChatOptions(**options)
+    known = writer.reads(plain)
+    kept = {name: value for name, value in variables.items() if not _idle(name, value, known)}
+    return ChatOptions(
+        **options,
+        tools=_schemas("tools", tools, writer.reads(ChatOptions(**options, tools=_list(tools)))),
+        documents=_schemas("documents", documents, known),
+        variables=kept,
+    )
 
-    def __post_init__(self) -> None:
-        if self.add_generation_prompt and self.continue_final_message:
-            raise ParameterError(
-                "add_generation_prompt and continue_final_message exclude each other: "
-                "the first opens a new turn, the second leaves the last one open"
+
+def _list(value: object) -> list[Any] | None:
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def _schemas(name: str, value: object, known: frozenset[str]) -> list[Any] | None:
+    """tools or documents as a list of mappings; None where there are none."""
+    if value is None:
+        return None
+    entries = _list(value)
+    if entries is None:
+        raise ParameterError(f"{name} is of type {type(value).__name__}; expected a list of dicts")
+    for index, entry in enumerate(entries):
+        if callable(entry):
+            raise UnsupportedError(
+                f"apply_chat_template: {name}[{index}] is a function; give its JSON schema "
+                "(transformers.utils.get_json_schema makes one of a documented function)"
             )
-
-
-class ChatWriter:
-    """Writes dialogues for one tokenizer. Whether its own template is Gemma's format is found out once a template."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._checked: tuple[str | None, bool] | None = None
-
-    def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
-        """The dialogue as a string."""
-        if not self.built_in(options):
-            return self._render_template(messages, options)
-        return render_chat(
-            self.tokenizer,
-            messages,
-            add_generation_prompt=options.add_generation_prompt,
-            continue_final_message=options.continue_final_message,
-            system=options.system,
+        if not isinstance(entry, Mapping):
+            raise ParameterError(f"{name}[{index}] is of type {type(entry).__name__}; expected a dict")
+    if name in known:
+        return entries
+    if entries:
+        raise UnsupportedError(
+            f"apply_chat_template: {name}=… is not supported: the chat template has no place for them; put their text "
+            "into a message"
         )
+    return None
 
-    def encode(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
-        """The dialogue as token ids. In Gemma's own format special tokens typed by a user stay plain text."""
-        if not self.built_in(options):
-            return self.tokenizer.encode(self._render_template(messages, options), add_bos=False)
-        return encode_chat(
-            self.tokenizer,
-            messages,
-            add_generation_prompt=options.add_generation_prompt,
-            continue_final_message=options.continue_final_message,
-            system=options.system,
-        )
 
-    def built_in(self, options: ChatOptions) -> bool:
-        """Whether these options ask for Gemma's own format, which needs no template."""
-        own = self.tokenizer.chat_template
-        if options.template is not None and options.template != own:
-            return False
-        if self._checked is None or self._checked[0] != own:
-            self._checked = own, uses_gemma_format(self.tokenizer)
-        if self._checked[1] and options.variables:
-            name = next(iter(options.variables))
-            raise ParameterError(f"apply_chat_template has no argument {name!r}, and Gemma's template no such variable")
-        return self._checked[1]
-
-    def _render_template(self, messages: Sequence[Message], options: ChatOptions) -> str:
-        tokenizer = self.tokenizer
-        template = options.template if options.template is not None else tokenizer.chat_template
-        assert template is not None  # without one the format is built in
-        text = render_template(
-            template,
-            messages,
-            bos_token=tokenizer.id_to_token(tokenizer.bos_id),
-            eos_token=tokenizer.id_to_token(tokenizer.eos_id),
-            add_generation_prompt=options.add_generation_prompt,
-            **options.variables,
-        )
-        if not options.continue_final_message:
-            return text
-        last = messages[-1].get("content") if messages else None
-        if not isinstance(last, str):
-            raise ChatTemplateError("continue_final_message needs a last message whose content is a text")
-        place = text.rfind(last.strip())
-        if place < 0:
-            raise ChatTemplateError(
-                "continue_final_message: the chat template does not write the last message as it is"
-            )
-        return text[: place + len(last.strip())]
+def _idle(name: str, value: object, known: frozenset[str]) -> bool:
+    """Whether a variable changes nothing here; then a warning says so."""
+    if name not in _IDLE or name in known or value is not _IDLE[name]:
+        return False
+    warn_once(f"apply_chat_template: {name}={value} changes nothing; the chat template has no such switch")
+    return True

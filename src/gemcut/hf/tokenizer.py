@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gemcut.errors import ParameterError, UnsupportedError
-from gemcut.hf.chat_template import ChatOptions, ChatWriter
+from gemcut.errors import ParameterError
+from gemcut.hf.chat_template import ChatWriter, chat_options
 from gemcut.hf.common import Refusal, refuse
 from gemcut.hf.encoding import (
     NO_LIMIT,
@@ -44,8 +44,6 @@ _DECODE: dict[str, Refusal] = {
     "spaces_between_special_tokens": ((False,), "Gemma puts none"),
 }
 _CHAT: dict[str, Refusal] = {
-    "tools": ((), "Gemma 2 has no tool turns"),
-    "documents": ((), "put their text into a message"),
     "return_assistant_tokens_mask": ((False,), "Gemma's template marks none"),
 }
 
@@ -167,7 +165,8 @@ class GemmaTokenizer(Vocabulary):
     def apply_chat_template(
         self,
         conversation: Sequence[Any],
-        *,
+        tools: Any = None,
+        documents: Any = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -186,7 +185,9 @@ class GemmaTokenizer(Vocabulary):
 
         Args:
             conversation: messages ``{"role": ..., "content": ...}``; roles alternate, user first.
-            chat_template: a Jinja template to use instead of the checkpoint's; it runs in a sandbox.
+            tools, documents: lists of dicts, for a template that reads them; refused for one that does not.
+            chat_template: a Jinja template to use instead of the checkpoint's, or the name of one of the checkpoint's;
+                it runs in a sandbox.
             add_generation_prompt: end with the opening of the model's turn.
             continue_final_message: leave the last turn open, for the model to continue.
             tokenize: False gives the string (or strings), True token ids.
@@ -194,25 +195,25 @@ class GemmaTokenizer(Vocabulary):
             return_dict: True, transformers 5's default, gives a BatchEncoding; False, transformers 4's, the ids alone.
                 ``model.generate`` takes either, as ``generate(x)`` and as ``generate(**x)``.
             system: Gemma has no turn for system messages. "fold" puts them in front of the first user's text,
-                "error" refuses them, as transformers does. A template of another format decides for itself.
-            sanitize_control_tokens: encode special tokens typed by a user as plain text; in Gemma's own format this is
-                always done, other templates are refused.
+                "error" refuses them, as transformers does. A template that writes system turns gets them as they are.
+            sanitize_control_tokens: accepted; control tokens typed in a message are always encoded as plain text.
             tokenizer_kwargs: more arguments of calling the tokenizer.
-            variables: for a custom template.
+            variables: for the template, as plain text; one that the template does not read is refused.
 
         Raises:
             ChatTemplateError: the format cannot express the dialogue.
         """
         refuse("apply_chat_template", {key: variables.pop(key) for key in _CHAT if key in variables}, _CHAT)
-        options = ChatOptions(
+        options = chat_options(
+            self._chat,
+            tools=tools,
+            documents=documents,
+            variables=variables,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             system=system,
             template=chat_template,
-            variables=variables,
         )
-        if sanitize_control_tokens and not self._chat.built_in(options):
-            raise UnsupportedError("apply_chat_template: sanitize_control_tokens works with Gemma's own format alone")
         many = isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
         dialogues = conversation if many else [conversation]
         if not tokenize:

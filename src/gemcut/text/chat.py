@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from gemcut.errors import ChatTemplateError, ParameterError
+from gemcut.text.template import Message, compile_template
 from gemcut.text.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 
-Message = Mapping[str, Any]
 System = Literal["fold", "error"]
 
 _ROLE_NAMES = {"user": "user", "assistant": "model", "model": "model", "system": "system"}
@@ -126,73 +126,22 @@ def render_chat(
     return tokenizer.id_to_token(tokenizer.bos_id) + "".join(spelled.get(kind, text) for kind, text in layout)
 
 
-def render_template(
-    template: str,
-    messages: Sequence[Message],
-    *,
-    bos_token: str = "<bos>",
-    eos_token: str = "<eos>",
-    add_generation_prompt: bool = True,
-    **variables: Any,
-) -> str:
-    """Render a Jinja chat template, a checkpoint's own or a custom one, in a sandbox.
+def uses_gemma_format(tokenizer: Tokenizer, template: str | None = None) -> bool:
+    """Whether a template (the checkpoint's own if None; True where it has none) writes dialogues as `render_chat` does.
 
-    Args:
-        template: the Jinja source.
-        messages: handed to the template as they are.
-        bos_token, eos_token, add_generation_prompt: the template's usual variables.
-        variables: more of them.
-
-    Raises:
-        ChatTemplateError: the template is malformed, forbidden by the sandbox, or raises for these messages.
+    A model with another format needs `ChatWriter` instead of `encode_chat`.
     """
-    import datetime
-    import json
-
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-    # Blocks are trimmed and loop controls allowed because published templates are written for that.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(
-            messages=messages,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
-        )
-    except Exception as error:  # a template can fail in any way its expressions can
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ChatTemplateError(f"the chat template refuses these messages: {reason}") from error
-
-
-def uses_gemma_format(tokenizer: Tokenizer) -> bool:
-    """Whether the checkpoint's own template (if it has one) writes dialogues as `render_chat` does.
-
-    A fine-tuned model with another format needs `render_template` instead of `encode_chat`.
-    """
-    if tokenizer.chat_template is None:
-        return True
+    source = tokenizer.chat_template if template is None else template
+    if source is None:
+        return not tokenizer.chat_templates
     probe = [
         {"role": "user", "content": " one "},
         {"role": "assistant", "content": "two\n"},
         {"role": "user", "content": "three"},
     ]
-    bos, eos = tokenizer.id_to_token(tokenizer.bos_id), tokenizer.id_to_token(tokenizer.eos_id)
     try:
         return all(
-            render_template(tokenizer.chat_template, probe, bos_token=bos, eos_token=eos, add_generation_prompt=opened)
+            compile_template(source).render(probe, {**tokenizer.template_tokens, "add_generation_prompt": opened})
             == render_chat(tokenizer, probe, add_generation_prompt=opened)
             for opened in (False, True)
         )

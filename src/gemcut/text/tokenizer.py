@@ -32,6 +32,8 @@ class Tokenizer:
     Attributes:
         backend: the ``tokenizers.Tokenizer`` underneath. Calling it while other threads use this object is not safe.
         chat_template: the checkpoint's own Jinja template, or None.
+        chat_templates: all its templates by name, where it brings several ("default", "tool_use", …); else empty.
+        template_tokens: texts of the special tokens under the names a template reads (``bos_token``, ``pad_token``, …).
         bos_id, eos_id, pad_id, unk_id: ids of the four special tokens every Gemma tokenizer has.
         start_of_turn_id, end_of_turn_id: ids of the turn markers, or None where the vocabulary lacks them.
         special_ids: ids of all special tokens; `decode` leaves them out unless told otherwise.
@@ -39,13 +41,19 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Backend, *, chat_template: str | None = None, config: Mapping[str, Any] | None = None
+        self,
+        backend: Backend,
+        *,
+        chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap a tokenizers backend.
 
         Args:
             backend: a Gemma tokenizer; cutting and padding that it may have been saved with are switched off.
             chat_template: the checkpoint's Jinja template.
+            chat_templates: its templates by name, where it has several; "default" is the chat_template.
             config: content of tokenizer_config.json; names of the special tokens are read from it.
 
         Raises:
@@ -57,7 +65,9 @@ class Tokenizer:
             raise TokenizerError(f"not a Gemma tokenizer: its vocabulary has no {' '.join(missing)}")
         ids = {role: cast(int, backend.token_to_id(name)) for role, name in names.items()}
         self.backend = backend
-        self.chat_template = chat_template
+        self.chat_templates = dict(chat_templates or {})
+        self.chat_template = self.chat_templates.get("default") if chat_template is None else chat_template
+        self.template_tokens = {"mask_token": "<mask>"} | _named_tokens(config or {}) | names
         self.bos_id = ids["bos_token"]
         self.eos_id = ids["eos_token"]
         self.pad_id = ids["pad_token"]
@@ -94,13 +104,17 @@ class Tokenizer:
             hint = "; tokenizer.model alone is not enough" if (folder / "tokenizer.model").is_file() else ""
             raise TokenizerError(f"no tokenizer.json in {folder}{hint}; download the checkpoint's tokenizer files")
         config = files.read_json_object(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # older checkpoints name their special tokens in a file of their own
+            config |= _named_tokens(files.read_json_object(folder / "special_tokens_map.json"))
+        templates = _chat_templates(folder, config)
         try:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for every kind of damage
             reason = " ".join(str(error).split())
             raise TokenizerError(f"{file} is damaged or not a tokenizer ({reason}); download it again") from error
         try:
-            return cls(backend, chat_template=_chat_template(folder, config), config=config)
+            several = templates if set(templates) != {"default"} else {}
+            return cls(backend, chat_template=templates.get("default"), chat_templates=several, config=config)
         except TokenizerError as error:
             raise TokenizerError(f"{file}: {error}") from error
 
@@ -205,6 +219,17 @@ class Tokenizer:
             warnings.warn(f"the text already begins with {name}; one is kept and none added", stacklevel=2)
         return [self.bos_id, *ids[own:]]
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, special tokens read as such and no ``<bos>`` added, and where each stands in it.
+
+        Raises:
+            ParameterError: see `encode`.
+        """
+        _check_text(text)
+        with self._lock:
+            found = self.backend.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. A run of byte tokens that is not valid UTF-8 becomes one U+FFFD per byte.
 
@@ -260,7 +285,12 @@ class Tokenizer:
             **self._config,
             **self._names,
         }
-        if self.chat_template is not None:
+        config.pop("chat_template", None)
+        if self.chat_templates:
+            default = {} if self.chat_template is None else {"default": self.chat_template}
+            named = self.chat_templates | default
+            config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+        elif self.chat_template is not None:
             config["chat_template"] = self.chat_template
         with self._lock:
             tokenizer_json = self.backend.to_str()
@@ -332,12 +362,42 @@ def _token_name(config: Mapping[str, Any], role: str, default: str) -> str:
     return value if isinstance(value, str) else default
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Every special token a file names, by its name: ``bos_token``, ``sep_token``, a model's own ``image_token``."""
+    extra = config.get("extra_special_tokens")
+    found = {**config, **extra} if isinstance(extra, Mapping) else config
+    return {
+        name: text
+        for name in found
+        if isinstance(name, str) and name.endswith("_token") and (text := _token_name(found, name, ""))
+    }
+
+
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """A checkpoint's templates by name; one without a name is "default". Files come before the configuration."""
+    found = {
+        file.stem: files.read_text(file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    }
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return files.read_text(file)
+        found["default"] = files.read_text(file)
+    if found:
+        return found
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, str):
+        return {"default": template}
+    entries = template if isinstance(template, list) else []
+    for entry in entries:
+        name, text = (entry.get(key) if isinstance(entry, Mapping) else None for key in ("name", "template"))
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise TokenizerError(
+                f"{folder / 'tokenizer_config.json'}: chat_template lists an entry without a name or a template; "
+                'expected {"name": …, "template": …}'
+            )
+        found[name] = text
+    if template is not None and not isinstance(template, list):
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is of type {type(template).__name__}; expected a text "
+            "or a list of named templates"
+        )
+    return found
