@@ -9,6 +9,7 @@ struct Format {
 
   using Fragment = RowFragment;
   struct Scale {};
+  struct ScalePlace {};
 
   const u8* weight;          // [n, k]
   const float* scales;       // [n]
@@ -18,6 +19,13 @@ struct Format {
     load_rows(stage, lane.id, weight, tile * TILE, n, k, step * 128LL);
   }
 
+  struct Place { int tile, step; };
+  __device__ __forceinline__ Place place(const Lane&, int tile, int step) const { return {tile, step}; }
+  __device__ __forceinline__ static void next(Place& place) { ++place.step; }
+  __device__ __forceinline__ void load(u8* stage, const Lane& lane, const Place& place) const { load(stage, lane, place.tile, place.step); }
+  __device__ __forceinline__ ScalePlace scale_place(const Lane&, int, int) const { return {}; }
+  __device__ __forceinline__ static void next(ScalePlace&) {}
+  __device__ __forceinline__ Scale scale(const ScalePlace&) const { return {}; }
   __device__ __forceinline__ Scale scale(const Lane&, int, int) const { return {}; }
 
   __device__ __forceinline__ Fragment fetch(const u8* stage, const Lane& lane) const { return fetch_rows(stage, lane); }

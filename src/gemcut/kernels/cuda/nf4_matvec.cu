@@ -11,9 +11,11 @@ struct Format {
 #if NESTED
   static constexpr int SCALE_BYTES = 64;
   struct Scale { float low, high, offset; };   // of the 256 scales that the rows' scales belong to; of the rows' matrix
+  struct ScalePlace { int low, high; float offset; };   // which scales a lane's are, in the order of the checkpoint
 #else
   static constexpr int SCALE_BYTES = 256;
   struct Scale {};
+  struct ScalePlace {};
 #endif
   static constexpr int STAGE_BYTES = CODE_BYTES + (SCALE_BYTES + 127) / 128 * 128;   // whole rows of banks
   struct Fragment {
@@ -37,12 +39,20 @@ struct Format {
     return min((min(row, n - 1) * blocks + block) >> 8, group_last);
   }
 
-  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int tile, int step) const {
-    const size_t at = (size_t)tile * steps + step;
-    const u8* const from = codes + at * CODE_BYTES + lane.id * 16;
+  // What a lane copies of a stage; the next stage of the tile follows it.
+  struct Place { const u8 *codes, *scales; };
+  __device__ __forceinline__ Place place(const Lane& lane, int tile, int step) const {
+    const u32 at = (u32)tile * steps + step;
+    return {codes + (size_t)at * CODE_BYTES + lane.id * 16, scales + (size_t)at * SCALE_BYTES + lane.id * 16};
+  }
+  __device__ __forceinline__ static void next(Place& place) { place.codes += CODE_BYTES, place.scales += SCALE_BYTES; }
+  __device__ __forceinline__ void load(u8* stage, const Lane& lane, const Place& place) const {
 #pragma unroll
-    for (int b = 0; b < 4; ++b) copy16(stage + b * 512 + lane.id * 16, from + b * 512);
-    if (lane.id < SCALE_BYTES / 16) copy16(stage + CODE_BYTES + lane.id * 16, scales + at * SCALE_BYTES + lane.id * 16);
+    for (int b = 0; b < 4; ++b) copy16(stage + b * 512 + lane.id * 16, place.codes + b * 512);
+    if (lane.id < SCALE_BYTES / 16) copy16(stage + CODE_BYTES + lane.id * 16, place.scales);
+  }
+  __device__ __forceinline__ void load(u8* stage, const Lane& lane, int tile, int step) const {
+    load(stage, lane, place(lane, tile, step));
   }
 
   __device__ __forceinline__ Fragment read(const Lane& lane, int tile, int step) const {
@@ -59,11 +69,25 @@ struct Format {
   }
 
   // Read one stage ahead, through the first-level cache: neighbouring stages mostly want the same values.
-  __device__ __forceinline__ Scale scale(const Lane& lane, int tile, int step) const {
+  __device__ __forceinline__ Scale scale(const Lane& lane, int tile, int step) const { return scale(scale_place(lane, tile, step)); }
+  // The same for stages one after another: a tile's first, and each next one.
+  __device__ __forceinline__ ScalePlace scale_place(const Lane& lane, int tile, int step) const {
 #if NESTED
     const int row = tile * TILE + lane.group, block = step * 4 + lane.quad;
     const float offset = tile < part_tiles[0] ? offsets[0] : tile < part_tiles[1] ? offsets[1] : offsets[2];
-    return {__ldg(groups + group_of(row, block)), __ldg(groups + group_of(row + 8, block)), offset};
+    return {min(row, n - 1) * blocks + block, min(row + 8, n - 1) * blocks + block, offset};
+#else
+    return {};
+#endif
+  }
+  __device__ __forceinline__ static void next(ScalePlace& place) {
+#if NESTED
+    place.low += 4, place.high += 4;
+#endif
+  }
+  __device__ __forceinline__ Scale scale(const ScalePlace& place) const {
+#if NESTED
+    return {__ldg(groups + min(place.low >> 8, group_last)), __ldg(groups + min(place.high >> 8, group_last)), place.offset};
 #else
     return {};
 #endif
@@ -97,10 +121,11 @@ struct Format {
     }
   }
 
+  // The table's row of a byte is its value times 128, beside the lane's column: a sum of products of bytes is one instruction,
+  // and not one of the pipe that shifts and masks need.
   template <int BYTE>
   __device__ __forceinline__ static u32 pair(const u8* tables, u32 lane4, u32 word) {
-    const u32 shifted = BYTE == 0 ? word << 7 : word >> (8 * BYTE - 7);
-    return *reinterpret_cast<const u32*>(tables + ((shifted & 0x7f80u) | lane4));
+    return *reinterpret_cast<const u32*>(tables + __dp4a(word, 128u << 8 * BYTE, lane4));
   }
 
   // Scales of rows group and group + 8 in block quad.

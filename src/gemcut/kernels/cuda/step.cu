@@ -47,17 +47,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
 
   // The ring: this warp's stages of all products, one after another.
   u8* const ring = tables + Format::TABLE_BYTES + warp * BLOCK_STAGES * Format::STAGE_BYTES;
-  int load_product = -1, load_tile = 0, load_step = 0, to_load = 0;
+  int load_product = -1, load_tile = 0, load_left = 0, to_load = 0;   // load_left: stages of the tile
+  typename Format::Place load_place = {};
   auto load_one = [&](u8* stage) {
     while (to_load == 0 && load_product + 1 < products) {
       const WarpShare share = s.warps[++load_product % KINDS][warp];
-      load_tile = share.tile, load_step = share.step, to_load = share.count;
+      const int kind = load_product % KINDS;
+      load_tile = share.tile, load_left = p.steps[kind] - share.step, to_load = share.count;
+      load_place = formats[load_product].place(lane, place_of(p, kind, load_tile), share.step);
     }
     if (to_load > 0) {
-      const int kind = load_product % KINDS;
-      formats[load_product].load(stage, lane, place_of(p, kind, load_tile), load_step);
+      formats[load_product].load(stage, lane, load_place);
       --to_load;
-      if (++load_step == p.steps[kind]) load_step = 0, ++load_tile;
+      Format::next(load_place);
+      if (--load_left == 0) {
+        const int kind = load_product % KINDS;
+        load_left = p.steps[kind];
+        load_place = formats[load_product].place(lane, place_of(p, kind, ++load_tile), 0);
+      }
     }
     copies_close();
   };
@@ -138,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
     // the product
     const Format format = formats[product];
     int tile = s.warps[kind][warp].tile, step = s.warps[kind][warp].step;
+    typename Format::ScalePlace scale_place = format.scale_place(lane, place_of(p, kind, tile), step);
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
     for (int i = s.warps[kind][warp].count; i > 0; --i) {
@@ -149,7 +157,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(Step p) {
       __syncwarp();
       load_one(stage);
       const bool tile_done = step + 1 == steps;
-      const typename Format::Scale next_scale = format.scale(lane, place_of(p, kind, tile + tile_done), tile_done ? 0 : step + 1);
+      Format::next(scale_place);
+      if (tile_done) scale_place = format.scale_place(lane, place_of(p, kind, tile + 1), 0);
+      const typename Format::Scale next_scale = format.scale(scale_place);
       format.multiply_row(fragment, scale, tables, xs + step * (Format::STEP * 2), lane, sum);
       scale = next_scale;
       ++step;
