@@ -1,4 +1,4 @@
-"""One user on one GPU: decode and prefill of a full Gemma 2 shape with random weights, beside transformers.
+"""One user, or several, on one GPU: decode and prefill of a full Gemma 2 shape, random weights, beside transformers.
 
     python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers
     python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers --quick     # two requests a row
@@ -92,11 +92,30 @@ def request(engine: Engine, prompt: int, new: int, sampling: dict[str, float] = 
     return (new - 1) / (time.perf_counter() - first), prompt / (first - started)
 
 
+def together(engine: Engine, users: int, prompt: int, new: int) -> float:
+    """tok/s of all ``users`` while every one of them decodes, greedily, after its own prompt."""
+    params = SamplingParams(max_new_tokens=new, ignore_eos=True, temperature=0)
+    prompts = torch.randint(3, 255000, (users, prompt)).tolist()
+    sequences = [engine.submit(Request(prompt_ids=tuple(ids), params=params)) for ids in prompts]
+    while any(sequence.output_length == 0 for sequence in sequences):
+        engine.step()
+    torch.cuda.synchronize()
+    started, before = time.perf_counter(), sum(sequence.output_length for sequence in sequences)
+    while all(sequence.output_length < new for sequence in sequences):
+        engine.step()
+    torch.cuda.synchronize()
+    speed = (sum(sequence.output_length for sequence in sequences) - before) / (time.perf_counter() - started)
+    while engine.has_work:
+        engine.step()
+    return speed
+
+
 def our_rows(weights: str, options: argparse.Namespace) -> list[Row]:
     """All rows of one kind of weights."""
     model, nbytes = build(options.size, weights, options.layers)
     config, device = model.config, torch.device("cuda", torch.cuda.current_device())
-    engine = Engine(model, device, EngineConfig(max_batch_tokens=4096, sequences=2, max_context=8192))
+    memory = int(torch.cuda.mem_get_info()[0] * 0.6) if options.users else None
+    engine = Engine(model, device, EngineConfig(max_batch_tokens=4096, max_context=8192, kv_memory=memory))
     progress(f"{weights}: {nbytes / 1e9:.2f} GB of weights; graphs: {engine.runner.graph_refusal or 'yes'}")
     rows: list[Row] = []
 
@@ -111,6 +130,14 @@ def our_rows(weights: str, options: argparse.Namespace) -> list[Row]:
         decode(engine, "decode", context, GREEDY)
         if not options.greedy_only:
             decode(engine, "sampled", context, SAMPLED)
+    for users in options.users:
+        context = options.contexts[0]
+        together(engine, users, context, 8)  # compiles and captures
+        speeds = [together(engine, users, context, options.new) for _ in range(options.repetitions)]
+        # of a step, which gives each user a token
+        step = nbytes + users * cache_bytes(config, context + options.new // 2)
+        rows.append(Row(weights, f"decode of {users} users after {context}", speeds, nbytes=step // users))
+        progress(f"  {rows[-1].name}: {summary(speeds)}")
     for length in options.prefill:
         for _ in range(3):  # compiles; captures, at a short size's second prompt; replays
             request(engine, length, 1)
@@ -181,11 +208,14 @@ def lengths(text: str) -> list[int]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One user on one GPU, full shapes, random weights.")
+    parser = argparse.ArgumentParser(description="Users of one GPU, full shapes, random weights.")
     parser.add_argument("--size", choices=list(SIZES), default="27b")
     parser.add_argument("--weights", type=names, default=["nf4"], help=f"comma-separated: {', '.join(WEIGHTS)}")
     parser.add_argument("--peer", choices=["none", "transformers"], default="none")
     parser.add_argument("--contexts", type=lengths, default=[128], help="prompts before decoding, comma-separated")
+    parser.add_argument(
+        "--users", type=lengths, default=[], help="how many decode together, after the first context, comma-separated"
+    )
     parser.add_argument("--prefill", type=lengths, default=[2048, 4096], help="prompts to time, comma-separated")
     parser.add_argument("--layers", type=int, help="cut the network to so many layers (for a quick check)")
     parser.add_argument("--new", type=int, default=96, help="tokens of a request whose decoding is timed")
@@ -230,7 +260,7 @@ def main() -> None:
     bandwidths, rates = zip(*limits, strict=True)
     layers = f", {options.layers} layers" if options.layers else ""
     print(f"device {torch.cuda.get_device_name()}; {versions}")
-    print(f"Gemma 2 {options.size} shape{layers}, random weights, one user; {options.repetitions} requests a row,")
+    print(f"Gemma 2 {options.size} shape{layers}, random weights; {options.repetitions} requests a row,")
     print(f"{options.new} tokens each ({PEER_TOKENS + 1} of the peer); {time.perf_counter() - started:.0f} s in all")
     print(f"read bandwidth before and after {bandwidths[0] / 1e9:,.0f} and {bandwidths[1] / 1e9:,.0f} GB/s, ", end="")
     print(f"bf16 product {rates[0] / 1e12:.0f} and {rates[1] / 1e12:.0f} TFLOP/s\n")
