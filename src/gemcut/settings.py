@@ -171,11 +171,11 @@ def suggestion(name: str, known: Collection[str] = KEYS) -> str:
     return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
 
 
-def known(name: str) -> str:
+def known(name: str, among: Collection[str] = KEYS) -> str:
     """The setting that a person calls ``name`` (``top-k`` and ``--top-k`` will do); raises ParameterError."""
     plain = name.strip().removeprefix("--").replace("-", "_").lower()
-    if plain not in KEYS:
-        raise ParameterError(f"unknown key {_shown(name)}; {suggestion(plain)}")
+    if plain not in among:
+        raise ParameterError(f"unknown key {_shown(name)}; {suggestion(plain, among)}")
     return plain
 
 

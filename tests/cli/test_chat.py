@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,12 @@ from prompt_toolkit.output import DummyOutput
 
 import support
 from gemcut import Gemma
+from gemcut.checkpoint.source import Source
 from gemcut.cli.chat_input import is_open, unquoted
 from gemcut.cli.chat_session import ChatSession
+from gemcut.cli.conversation import Conversation
+from gemcut.cli.names import tuned
+from gemcut.cli.options import LoadOptions
 from gemcut.results import TextStream
 from gemcut.text import encode_chat
 
@@ -76,11 +81,42 @@ def test_bad_input(cli: Cli, tiny: Path, args: tuple[str, ...], stdin: bytes, pa
     assert part in run.error
 
 
-def test_a_base_model_is_called_one(cli: Cli) -> None:
+def test_a_base_model_is_called_one_and_talks_at_a_low_temperature_unless_something_else_is_set(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     support.gguf_path()  # skips without the demo extra
-    run = cli("chat", "gemma-3-270m", "--once", "Hello", "-n", "1")
-    assert run.code == 0
-    assert "base model" in run.error
+    gemma = Gemma.load("gemma-3-270m", progress=False)
+    levels = list(gemma.sampling_levels)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+
+    def temperature(*more: str) -> Any:
+        gemma.sampling_levels[:] = levels
+        run = cli("chat", "gemma-3-270m", "--once", "Hello", "-n", "1", "--json", *more)
+        assert run.code == 0
+        assert "gemma-3-270m is a base model" in run.error
+        return json.loads(run.out)["sampling"]["temperature"]
+
+    assert temperature() == {"value": 0.3, "origin": "base model"}
+    assert temperature("-t", "0.9") == {"value": 0.9, "origin": "given"}
+    monkeypatch.setenv("GEMCUT_TEMPERATURE", "0.8")
+    assert temperature() == {"value": 0.8, "origin": "GEMCUT_TEMPERATURE"}
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "expected"),
+    [
+        ("google/gemma-2-2b-it", None, True),
+        ("/x/gemma-2-2b-it-Q4_K_M.gguf", None, True),
+        ("mine/Gemma-Instruct", None, True),
+        ("/x/mine", "{{ messages }}", True),
+        ("/x/mine", None, False),
+        ("google/gemma-2-2b", None, False),
+        ("/it/bitten-2b.gguf", None, False),
+    ],
+)
+def test_what_a_base_model_is(name: str, template: str | None, expected: bool) -> None:
+    source = Source("folder", Path(name), name)
+    assert tuned(source, SimpleNamespace(chat_template=template)) is expected  # type: ignore[arg-type]
 
 
 def test_a_model_without_turn_markers_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -230,7 +266,7 @@ def test_help_and_stats_and_exit(talk: Talk) -> None:
 def test_ctrl_c_in_the_line_clears_it_and_then_hints(talk: Talk) -> None:
     session, shown = talk("not sent\x03sent", "\x03")
     assert [turn["content"] for turn in session.conversation.turns[::2]] == ["sent"]
-    assert "Ctrl-D or /exit leaves." in shown
+    assert "Ctrl-C again, Ctrl-D or /exit leaves." in shown
 
 
 def test_the_meter_counts_what_the_engine_counts(talk: Talk) -> None:
@@ -330,6 +366,145 @@ def test_quotes() -> None:
     ]
 
 
+def test_retry_answers_again_and_keeps_the_old_answer_where_there_is_no_new_one(
+    talk: Talk, gemma: Gemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, shown = talk("Hello", "/set seed 8", "/retry", "/retry")
+    message = [{"role": "user", "content": "Hello"}]
+    new = gemma.chat(message, seed=8, max_new_tokens=12)
+    assert new != gemma.chat(message, **SAMPLING)
+    assert session.conversation.messages() == [*message, {"role": "assistant", "content": new}]
+    assert "With a seed the answer is the same each time" in shown
+    assert "nothing to answer again" in talk("/retry")[1]
+    real = TextStream.events
+
+    def broken(stream: TextStream) -> Iterator[Any]:
+        stream.cancel()
+        return real(stream)
+
+    before = list(session.conversation.turns)
+    monkeypatch.setattr(TextStream, "events", broken)
+    session.do_retry("")
+    assert session.conversation.turns == before
+    assert session.draft == ""
+
+
+def test_set_shows_and_changes_sampling(talk: Talk, gemma: Gemma) -> None:
+    session, shown = talk("/set", "/set temperature 0.25", "/set top-k 5", "/set stop a b", "/set seed -", "/set")
+    assert session.sampling == {"max_new_tokens": 12, "temperature": 0.25, "top_k": 5, "stop": ["a b"]}
+    for part in (
+        "temperature 1.0 built-in",
+        "seed 7 given",
+        "temperature is 0.25 (given).",
+        "temperature 0.25 given",
+        "seed is None (built-in).",
+        "seed none built-in",
+        "stop 'a b' given",
+    ):
+        assert part in shown
+    session, shown = talk(
+        "/set temprature 1", "/set temperature warm", "/set top_p 0", "/set model x", "/set temperature"
+    )
+    for part in (
+        "unknown key 'temprature'; did you mean temperature?",
+        "temperature is 'warm'; expected a number from 0 to 100",
+        "top_p is '0'; expected a number above 0 up to 1",
+        "unknown key 'model'",
+        "temperature is 1.0 (built-in).",
+    ):
+        assert part in shown
+    assert session.sampling == SAMPLING
+
+
+def test_a_file_goes_in_front_of_the_next_message(talk: Talk, tmp_path: Path) -> None:
+    path, image, latin = tmp_path / "a note.txt", tmp_path / "x.png", tmp_path / "latin.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    image.write_bytes(b"\x89PNG\x00")
+    latin.write_bytes(b"caf\xe9")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "long").write_text("word " * 9000)
+    (tmp_path / "huge").write_bytes(b"x" * 4_000_001)
+    os.mkfifo(tmp_path / "pipe")
+    bad = [tmp_path / name for name in ("x.png", "latin.txt", "empty", "long", "huge", "pipe", "none", ".")]
+    session, shown = talk(*(f"/file {each}" for each in bad), f"/file '{path}'", "And?", "More", "/file")
+    for part in (
+        "x.png is a binary file",
+        "byte 0xe9 at offset 3",
+        "empty holds no text",
+        "tokens, the context has room for 8,192",
+        "has more than 4 MB",
+        "pipe is not a file",
+        "No such file",
+        "a note.txt, ",
+        "/file needs the name of a file",
+    ):
+        assert part in shown
+    questions = [turn["content"] for turn in session.conversation.turns[::2]]
+    assert questions == ["a note.txt:\n\none\ntwo\n\nAnd?", "More"]
+    session, _ = talk(f"/file {path}", "/file -", "Hello")
+    assert session.conversation.turns[0]["content"] == "Hello"
+
+
+def test_attached_text_is_counted(talk: Talk, tmp_path: Path, gemma: Gemma) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("word " * 100)
+    session, _ = talk(f"/file {path}")
+    text = f"notes.txt:\n\n{path.read_text()}"
+    assert session.used == len(encode_chat(gemma.tokenizer, [{"role": "user", "content": text}]))
+
+
+def test_the_meter_does_not_pass_the_limit(talk: Talk) -> None:
+    session, _ = talk()
+    session.used = 8200
+    assert "8,192 / 8,192 tokens" in session._meter()[0]
+
+
+def test_ctrl_c_twice_leaves(talk: Talk) -> None:
+    session, shown = talk("Hello", "\x03Again", "\x03\x03Never sent")
+    assert shown.count("Ctrl-C again") == 2  # something was sent between them: the first does not count any more
+    assert len(session.conversation.turns) == 4
+
+
+def test_whatever_was_said_can_be_saved_and_loaded(gemma: Gemma, tmp_path: Path) -> None:
+    for i, (system, question, answer) in enumerate(
+        [("", "a", ""), ("x\n", " a\n\n", "\x00\u2028 "), ("", "<end_of_turn>", "\N{GRINNING FACE}"), ("only", "", "")]
+    ):
+        conversation = Conversation(system)
+        if question:
+            conversation.add(question, answer)
+        conversation.save(tmp_path / f"{i}.json", "model")
+        assert Conversation.load(tmp_path / f"{i}.json") == conversation
+
+
+def test_a_saved_chat_goes_on(cli: Cli, tiny: Path, gemma: Gemma, tmp_path: Path) -> None:
+    saved = Conversation("Rhyme.")
+    saved.add("Hello", "Hi")
+    saved.save(tmp_path / "chat.json", "")
+    expected = gemma.chat(saved.messages("And?"), **SAMPLING) + "\n"
+    assert cli("chat", tiny, *SEED, "--load", tmp_path / "chat.json", "--once", "And?").out == expected
+    saved.system = "Other."
+    expected = gemma.chat(saved.messages("And?"), **SAMPLING) + "\n"
+    assert (
+        cli("chat", tiny, *SEED, "--load", tmp_path / "chat.json", "--system", "Other.", "--once", "And?").out
+        == expected
+    )
+    run = cli("chat", tiny, "--load", tmp_path / "none.json", "--once", "hi")
+    assert (run.code, run.out) == (2, "")
+    assert "none.json" in run.error
+
+
+def test_one_answer_as_json(cli: Cli, tiny: Path, gemma: Gemma) -> None:
+    run = cli("chat", tiny, "--seed", "7", "-n", "12", "--json", "--once", "Hello there")
+    assert (run.code, run.err) == (0, "")
+    report = json.loads(run.out)
+    stream = gemma.chat([{"role": "user", "content": "Hello there"}], stream=True, **SAMPLING)
+    assert report["text"] == stream.result.text
+    assert report["prompt_tokens"] == stream.result.prompt_tokens
+    assert report["completion_tokens"] == 12
+    assert report["finish_reason"] == "length"
+    assert report["sampling"]["seed"] == {"value": 7, "origin": "given"}
+
+
 # ---- at a real terminal ----------------------------------------------------------------------------------------------
 
 
@@ -363,8 +538,8 @@ class Terminal:
         before, _, self.text = self.text.partition(part)
         return before
 
-    def close(self) -> int:
-        """Wait for the end; the exit code."""
+    def close(self, *, echo: bool | None = None) -> int:
+        """Wait for the end; the exit code. ``echo``: whether the terminal must show what is typed then."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
@@ -372,6 +547,7 @@ class Terminal:
                     self.text += os.read(self.fd, 65536).decode(errors="replace")
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
+                assert echo is None or bool(termios.tcgetattr(self.fd)[3] & termios.ECHO) is echo
                 os.close(self.fd)
                 return os.waitstatus_to_exitcode(status)
         os.kill(self.pid, signal.SIGKILL)
@@ -398,3 +574,69 @@ def test_a_session_at_a_terminal(tiny: Path, tmp_path: Path) -> None:
     assert turns[0]["content"] == "Hello"
     assert turns[1]["content"].strip()
     assert (tmp_path / "gemcut" / "chat_history").is_file()
+
+
+def test_the_keyboard_is_silent_while_a_model_loads_and_restored(tiny: Path, tmp_path: Path) -> None:
+    """Keys typed meanwhile show nowhere and are no message, and the terminal echoes again however the load ends."""
+    config = json.loads((tiny / "config.json").read_text())
+    for file in tiny.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))  # one more than there are
+    terminal = Terminal("chat", tmp_path, XDG_STATE_HOME=str(tmp_path))
+    _wait_for_echo(terminal, on=False)
+    terminal.type("typed too early\r")
+    terminal.wait_for("error: ")
+    _wait_for_echo(terminal, on=True)
+    assert terminal.close() == 2
+    assert "too early" not in terminal.text
+    terminal = Terminal("chat", tiny, XDG_STATE_HOME=str(tmp_path))
+    _wait_for_echo(terminal, on=False)
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.close(echo=True) == 128 + signal.SIGTERM
+
+
+def test_a_session_at_a_terminal_with_files_and_a_question_before_it_is_lost(tiny: Path, tmp_path: Path) -> None:
+    text, saved = tmp_path / "notes.txt", tmp_path / "chat.json"
+    text.write_text("a text\n")
+    terminal = Terminal("chat", "-m", tiny, "-n", "3", XDG_STATE_HOME=str(tmp_path))
+    terminal.wait_for("0 / 8,192 tokens")
+    terminal.type(f"/file {text}\r")
+    terminal.wait_for("goes in front of your next message")
+    for message in ("one", "two", "three"):
+        terminal.wait_for("/ 8,192 tokens")
+        terminal.type(f"{message}\r")
+        terminal.wait_for("Cut after 3 tokens")
+    terminal.wait_for("/ 8,192 tokens")
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-C again")
+    terminal.wait_for("/ 8,192 tokens")
+    terminal.type("\x03")
+    terminal.wait_for("(3 exchanges) is not saved. Leave without it?")
+    terminal.type("\r")
+    terminal.wait_for("Still here")
+    terminal.wait_for("/ 8,192 tokens")
+    terminal.type(f"/save {saved}\r")
+    terminal.wait_for("Saved")
+    terminal.wait_for("/ 8,192 tokens")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+    turns = json.loads(saved.read_text())["messages"]
+    assert [turn["content"] for turn in turns[::2]] == ["notes.txt:\n\na text\n\none", "two", "three"]
+    terminal = Terminal("chat", tiny, "--load", saved, "-n", "3", XDG_STATE_HOME=str(tmp_path))
+    terminal.wait_for("going on after 3 exchanges")
+    terminal.wait_for("/ 8,192 tokens")
+    terminal.type("four\r")
+    terminal.wait_for("Cut after 3 tokens")
+    terminal.wait_for("/ 8,192 tokens")
+    terminal.type("/exit\r")
+    terminal.wait_for("(4 exchanges) is not saved")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def _wait_for_echo(terminal: Terminal, *, on: bool) -> None:
+    deadline = time.monotonic() + 60
+    while bool(termios.tcgetattr(terminal.fd)[3] & termios.ECHO) is not on:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import gemcut
 from gemcut.cli import output
-from gemcut.cli.generate import decode, read_stdin
+from gemcut.cli.conversation import Conversation
+from gemcut.cli.generate import answer_report, decode, read_stdin
+from gemcut.cli.interrupt import quiet_keyboard
 from gemcut.cli.names import tuned
 from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, with_options
 from gemcut.errors import ChatTemplateError, ParameterError
@@ -19,14 +26,25 @@ if TYPE_CHECKING:
     from gemcut.gemma import Gemma
 
 
+# A base model's likeliest tokens make some sense as an answer; what is drawn far from them does not.
+BASE_LEVEL = ("base model", {"temperature": 0.3})
+
+
 @with_options
 def chat(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     *,
+    model_option: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="NAME", help="The same as MODEL, as in generate.")
+    ] = None,
     system: Annotated[
         str | None, typer.Option("--system", "-s", metavar="TEXT", help="Instructions for the model.")
     ] = None,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this one message and exit.")] = None,
+    load_chat: Annotated[
+        Path | None, typer.Option("--load", metavar="FILE", help="Go on with a conversation that /save wrote.")
+    ] = None,
+    as_json: Annotated[bool, flag("With one message: the answer as one JSON object.", "--json")] = False,
     stats: Annotated[bool, flag("With one message: times and tokens, on standard error.", "--stats")] = False,
     no_markdown: Annotated[bool, flag("Show answers as plain text.", "--no-markdown")] = False,
     no_history: Annotated[bool, flag("Keep no file of what is typed.", "--no-history")] = False,
@@ -39,19 +57,48 @@ def chat(
     Example: [cyan]gemcut chat 2b-it --system "Answer in one sentence."[/]
 
     Without a terminal, standard input is one message: [cyan]gemcut chat 2b-it < question.txt[/]
+
+    A base model (one without a chat template, and without -it in its name) is
+    not tuned to answer; it talks at temperature 0.3 if nothing else is set.
     """
-    name = need_model(model, "gemcut chat MODEL")
-    instructions = decode(os.fsencode(system), "--system", trim=False) if system is not None else ""
+    if model is not None and model_option is not None:
+        raise ParameterError("the model was given twice, as an argument and as --model; drop one")
+    name = need_model(model if model is not None else model_option, "gemcut chat MODEL")
+    instructions = decode(os.fsencode(system), "--system", trim=False) if system is not None else None
+    conversation = Conversation() if load_chat is None else Conversation.load(load_chat)
+    if instructions is not None:
+        conversation.system = instructions
     question = _question(once)
-    if question is None and stats:
-        raise ParameterError("--stats is for one message (--once or a pipe); in the conversation, type /stats")
-    fields = sampling.fields()
-    gemma = load.load(name)
-    _check_format(gemma)
-    if question is None:
-        _talk(gemma, fields, instructions, markdown=not no_markdown, history=not no_history)
-    else:
-        _answer(gemma, fields, instructions, question, stats=stats, markdown=not no_markdown)
+    if question is None and (stats or as_json):
+        given, how = ("--stats", "type /stats") if stats else ("--json", "type /save FILE")
+        raise ParameterError(f"{given} is for one message (--once or a pipe); in the conversation, {how}")
+    fields, levels = sampling.fields(), sampling.levels()
+    with _orderly_end():
+        with quiet_keyboard():  # what is typed meanwhile is dropped: it would stand in the progress bar
+            gemma = load.load(name)
+        base = _check_format(gemma)
+        gemma.sampling_levels[:] = [*levels, *gemma.sampling_levels, *([BASE_LEVEL] if base else [])]
+        if question is None:
+            _talk(gemma, fields, conversation, markdown=not no_markdown, history=not no_history, base=base)
+        else:
+            messages = conversation.messages(question)
+            _answer(gemma, fields, messages, stats=stats, markdown=not no_markdown, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    """A request to end (SIGTERM, a terminal that is closed) ends by an exception, so that the keyboard is restored."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    before = [(number, signal.signal(number, end)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _question(once: str | None) -> str | None:
@@ -69,8 +116,8 @@ def _question(once: str | None) -> str | None:
     return text
 
 
-def _check_format(gemma: Gemma) -> None:
-    """Refuse what cannot chat; say in one line what will chat badly."""
+def _check_format(gemma: Gemma) -> bool:
+    """Refuse what cannot chat; say in one line what will chat badly. Gives whether it is a base model."""
     from gemcut.text import uses_gemma_format
 
     # A checkpoint with a format of its own brings what it needs; Gemma's format needs Gemma's markers.
@@ -80,31 +127,49 @@ def _check_format(gemma: Gemma) -> None:
             "this model's tokenizer has no turn markers, so it cannot chat; use gemcut generate, or an "
             "instruction-tuned checkpoint such as 2b-it"
         )
-    if gemma.source is not None and tuned(gemma.source, gemma.tokenizer) is False:
-        output.note(f"note: {gemma.source.name} is a base model, not tuned to chat; it will ramble")
+    base = gemma.source is not None and not tuned(gemma.source, gemma.tokenizer)
+    if base and gemma.source is not None:
+        output.note(
+            f"note: {gemma.source.name} is a base model: it continues text and is not tuned to answer; "
+            "gemcut generate suits it better"
+        )
+    return base
 
 
-def _talk(gemma: Gemma, fields: dict[str, Any], system: str, *, markdown: bool, history: bool) -> None:
+def _talk(
+    gemma: Gemma, fields: dict[str, Any], conversation: Conversation, *, markdown: bool, history: bool, base: bool
+) -> None:
     from gemcut.cli.chat_input import history_file
     from gemcut.cli.chat_session import ChatSession
 
     name = gemma.source.name if gemma.source is not None else "model"
     dtype = str(gemma.dtype).removeprefix("torch.")
+    where = history_file() if history else None
+    session = ChatSession(gemma, fields, conversation=conversation, markdown=markdown, history=where, base=base)
     output.note(
         f"gemcut {gemcut.__version__} · {name} · {dtype} on {gemma.device} · loaded in {gemma.load_seconds:.1f} s"
     )
     output.note("Enter sends · Alt-Enter adds a line · Ctrl-C stops · Ctrl-D leaves · /help")
-    where = history_file() if history else None
-    ChatSession(gemma, fields, system=system, markdown=markdown, history=where).run()
+    if conversation.turns:
+        output.note(f"going on after {len(conversation.turns) // 2} exchanges, {session.used:,} tokens")
+    session.run()
 
 
-def _answer(gemma: Gemma, fields: dict[str, Any], system: str, question: str, *, stats: bool, markdown: bool) -> None:
+def _answer(
+    gemma: Gemma,
+    fields: dict[str, Any],
+    messages: list[dict[str, str]],
+    *,
+    stats: bool,
+    markdown: bool,
+    as_json: bool,
+) -> None:
     """One message, one answer."""
-    from gemcut.cli.conversation import Conversation
-
-    messages = Conversation(system).messages(question)
     with gemma.chat(messages, stream=True, **fields) as stream:
-        if output.is_terminal(sys.stdout):
+        if as_json:
+            used = gemma.resolve_sampling(stream.result.prompt_tokens, fields, chat=True)
+            output.print_json(answer_report(gemma, stream.result, used))
+        elif output.is_terminal(sys.stdout):
             from rich.console import Console
 
             from gemcut.cli.chat_view import MarkdownView, PlainView

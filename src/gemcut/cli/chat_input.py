@@ -45,6 +45,11 @@ class ChatInput:
         """The next message; ``draft`` stands in the line at first. EOFError: Ctrl-D. KeyboardInterrupt: Ctrl-C."""
         return self._session.prompt(default=draft).strip()
 
+    def ask(self, question: str) -> str:
+        """The answer to a question of one line. EOFError: Ctrl-D. KeyboardInterrupt: Ctrl-C."""
+        session: PromptSession[str] = PromptSession(history=InMemoryHistory(), style=_STYLE)
+        return session.prompt([("class:meter.full", f"{question} ")]).strip()
+
     def _toolbar(self) -> StyleAndTextTuples:
         text, warn = self._meter()
         return [("class:meter.full" if warn else "class:meter", text)]

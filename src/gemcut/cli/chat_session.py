@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from gemcut.cli.chat_input import ChatInput, state_folder, unquoted
 from gemcut.cli.chat_view import MarkdownView, PlainView
 from gemcut.cli.conversation import Conversation
 from gemcut.cli.failures import explain
+from gemcut.cli.files import read_text_file
 from gemcut.cli.interrupt import quiet_keyboard, stop_request
 from gemcut.errors import GemcutError, ParameterError
 from gemcut.gemma import Gemma
 from gemcut.results import Completion
+from gemcut.sampling_defaults import ResolvedSampling
+from gemcut.settings import KEYS, known, parse
 
 _NEARLY_FULL = 0.9
+_LONG = 3  # exchanges that nobody should lose without a question
 _FULL = "/undo drops the last exchange, /clear starts anew, /save FILE keeps everything"
 
 
@@ -31,16 +36,21 @@ class ChatSession:
         gemma: Gemma,
         sampling: dict[str, Any],
         *,
-        system: str = "",
+        conversation: Conversation | None = None,
         markdown: bool = True,
         history: Path | None = None,
+        base: bool = False,
     ) -> None:
+        """``sampling`` is what was asked for; ``base``: the model was not tuned to answer."""
         self.gemma, self.sampling, self.markdown = gemma, sampling, markdown
-        self.conversation = Conversation(system)
+        self.conversation = conversation or Conversation()
         self.console = Console(highlight=False)
         self.last: Completion | None = None
         self.draft = ""  # what stands in the line when it is next shown
         self.used = 0  # tokens of the conversation
+        self.attached: list[str] = []  # texts of files that go in front of the next message
+        self._base = base
+        self._saved = list(self.conversation.turns)  # what a file holds
         self._leave = False
         methods = [name for name in vars(ChatSession) if name.startswith("do_")]
         self._commands: dict[str, Callable[[str], None]] = {f"/{name[3:]}": getattr(self, name) for name in methods}
@@ -49,16 +59,22 @@ class ChatSession:
 
     def run(self) -> None:
         """Read messages and answer them until the person leaves."""
+        interrupted = False  # whether Ctrl-C was pressed in an empty line just before
         try:
             while not self._leave:
                 draft, self.draft = self.draft, ""
                 try:
                     text = self._input.read(draft)
                 except KeyboardInterrupt:
-                    self._say("Ctrl-D or /exit leaves.")
+                    if interrupted:
+                        self._try_to_leave()
+                    else:
+                        self._say("Ctrl-C again, Ctrl-D or /exit leaves.")
+                    interrupted = not interrupted
                 except EOFError:
-                    return
+                    self._try_to_leave()
                 else:
+                    interrupted = False
                     self._handle(text)
         except BaseException:  # a bug, or Ctrl-C where nobody waits for it
             self._rescue()
@@ -67,6 +83,8 @@ class ChatSession:
     def _handle(self, text: str) -> None:
         """A command or a message."""
         try:
+            if any("\ud800" <= character <= "\udfff" for character in text):  # how bytes that are no UTF-8 arrive
+                raise ParameterError("the message has bytes that are not UTF-8; set your terminal to UTF-8")
             if not text.startswith("/"):
                 self.ask(unquoted(text))
                 return
@@ -83,8 +101,12 @@ class ChatSession:
             self._complain(error)
 
     def ask(self, question: str) -> None:
-        """Send a message and show the answer. The question comes back into the line where there is none."""
-        messages = self.conversation.messages(question)
+        """Send a message, attached files in front, and show the answer.
+
+        Where there is none the question comes back into the line, and files stay attached.
+        """
+        full = "\n\n".join([*self.attached, question])
+        messages = self.conversation.messages(full)
         length = len(self.gemma.encode_messages(messages))
         limit = self.gemma.engine.max_context
         self.draft = question
@@ -102,7 +124,8 @@ class ChatSession:
             self._say("Stopped before the first word; your message is back in the line.")
             return
         self.draft = ""
-        self.conversation.add(question, answer.text)
+        self.conversation.add(full, answer.text)
+        self.attached.clear()
         self._count()
         self._remark(answer, limit)
 
@@ -134,7 +157,7 @@ class ChatSession:
         """/help: this list"""
         for command in self._commands.values():
             usage, _, meaning = (inspect.getdoc(command) or "").partition(": ")
-            self.console.print(f"  [cyan]{usage:<14}[/] {meaning}")
+            self.console.print(f"  [cyan]{usage:<16}[/] {meaning}")
         self.console.print(
             "\n  Enter sends, Alt-Enter adds a line. Pasted text waits for your Enter.\n"
             '  """ begins a text of several lines, """ and Enter send it.\n'
@@ -149,11 +172,71 @@ class ChatSession:
         system = self.conversation.system
         self._say(f"Instructions: {system}" if system else "No instructions.")
 
+    def do_set(self, rest: str) -> None:
+        """/set NAME VALUE: sampling: /set temperature 0.3; - takes it back, alone shows all"""
+        name, _, text = rest.partition(" ")
+        if not name:
+            shown = self._resolved()
+            for key in self._keys():
+                value = getattr(shown.params, key)
+                value = ", ".join(map(repr, value)) if key == "stop" else value
+                self._say(f"{key:<18} {'none' if value in (None, '') else value:<8}  {shown.origin(key)}")
+            return
+        name = known(name, self._keys())
+        before = dict(self.sampling)
+        if text.strip() == "-":
+            self.sampling.pop(name, None)
+        elif text.strip():
+            self.sampling[name] = parse(name, unquoted(text) if name == "stop" else text.strip(), name)
+        try:
+            shown = self._resolved()
+        except GemcutError:
+            self.sampling = before
+            raise
+        self._say(f"{name} is {getattr(shown.params, name)} ({shown.origin(name)}).")
+
+    def do_file(self, rest: str) -> None:
+        """/file PATH: put a file's text in front of your next message; - drops it"""
+        if rest == "-":
+            self.attached.clear()
+            self._count()
+            self._say("No file is attached.")
+            return
+        path = _path(rest, "/file")
+        text = f"{path.name}:\n\n{read_text_file(path)}"
+        tokens = len(self.gemma.tokenizer.encode(text, add_bos=False, parse_special=False))
+        room = self.gemma.engine.max_context - self.used
+        if tokens >= room:
+            raise ParameterError(f"{path} has {tokens:,} tokens, the context has room for {max(0, room):,}: {_FULL}")
+        self.attached.append(text)
+        self._count()
+        self._say(f"{path.name}, {tokens:,} tokens, goes in front of your next message; /file - drops it.")
+
     def do_clear(self, rest: str) -> None:
         """/clear: forget the conversation, keep the instructions"""
         self.conversation.turns.clear()
+        self.attached.clear()
         self._count()
         self._say("A new conversation.")
+
+    def do_retry(self, rest: str) -> None:
+        """/retry: answer the last message again"""
+        before = list(self.conversation.turns)
+        if not before:
+            raise ParameterError("nothing to answer again")
+        params = self._resolved().params
+        if params.greedy or params.seed is not None:
+            why = "temperature 0" if params.greedy else "a seed"
+            self._say(f"With {why} the answer is the same each time; /set changes it.")
+        files, self.attached, draft = self.attached, [], self.draft
+        self.conversation.turns = before[:-2]
+        try:
+            self.ask(before[-2]["content"])
+        finally:  # whatever went wrong, the answer that was there stays
+            self.attached, self.draft = files, draft
+            if len(self.conversation.turns) < len(before):
+                self.conversation.turns = before
+            self._count()
 
     def do_undo(self, rest: str) -> None:
         """/undo: drop the last exchange; its message comes back to be changed"""
@@ -168,11 +251,13 @@ class ChatSession:
         path = _path(rest, "/save")
         name = self.gemma.source.name if self.gemma.source is not None else ""
         replaced = self.conversation.save(path, name)
+        self._saved = list(self.conversation.turns)
         self._say(f"{'Replaced' if replaced else 'Saved'} {path}: {self._turns()}.")
 
     def do_load(self, rest: str) -> None:
         """/load FILE: go on with a saved conversation"""
         self._adopt(Conversation.load(_path(rest, "/load")))
+        self._saved = list(self.conversation.turns)
         self._say(f"Loaded {self._turns()}, {self.used:,} tokens.")
 
     def do_stats(self, rest: str) -> None:
@@ -187,6 +272,21 @@ class ChatSession:
 
     def do_exit(self, rest: str) -> None:
         """/exit: leave"""
+        self._try_to_leave()
+
+    def _try_to_leave(self) -> None:
+        """Leave, after a question where a long conversation is in no file and a person is there to answer."""
+        unsaved = self.conversation.turns != self._saved and len(self.conversation.turns) >= 2 * _LONG
+        if unsaved and output.is_terminal(sys.stdin):
+            try:
+                answer = self._input.ask(f"This conversation ({self._turns()}) is not saved. Leave without it? [y/N]")
+            except EOFError:  # Ctrl-D once more, or the terminal is gone
+                answer = "y"
+            except KeyboardInterrupt:
+                answer = "n"
+            if answer.lower() not in ("y", "yes"):
+                self._say("Still here; /save FILE keeps the conversation.")
+                return
         self._leave = True
 
     # ---- what is shown -------------------------------------------------------------------------------------------
@@ -200,11 +300,14 @@ class ChatSession:
 
     def _meter(self) -> tuple[str, bool]:
         limit = self.gemma.engine.max_context
-        share = min(1.0, self.used / limit)
+        # What would open the next turn is counted, too, and may lie beyond the limit: full is full.
+        used = min(self.used, limit)
+        share = used / limit
         warn = share >= _NEARLY_FULL
         bar = "█" * round(share * 10) + "░" * (10 - round(share * 10))
         hint = "nearly full: /undo, /clear or /save" if warn else "/help"
-        return f"  context {bar} {self.used:,} / {limit:,} tokens · {hint}", warn
+        kind = "base model · " if self._base else ""
+        return f"  {kind}context {bar} {used:,} / {limit:,} tokens · {hint}", warn
 
     def _adopt(self, conversation: Conversation) -> None:
         """Go on with another conversation; where the model's chat format refuses it, the old one stays."""
@@ -217,9 +320,18 @@ class ChatSession:
 
     def _count(self) -> None:
         """Count the conversation's tokens again, with the opening of the next turn."""
-        conversation = self.conversation
-        messages = conversation.messages(None if conversation.turns else "")
-        self.used = len(self.gemma.encode_messages(messages)) if conversation.turns or conversation.system else 0
+        conversation, files = self.conversation, "\n\n".join(self.attached)
+        messages = conversation.messages(files or (None if conversation.turns else ""))
+        anything = conversation.turns or conversation.system or files
+        self.used = len(self.gemma.encode_messages(messages)) if anything else 0
+
+    def _resolved(self) -> ResolvedSampling:
+        """What the next answer is sampled with."""
+        return self.gemma.resolve_sampling(self.used, self.sampling, chat=True)
+
+    @staticmethod
+    def _keys() -> list[str]:
+        return [name for name in KEYS if name != "model"]
 
     def _turns(self) -> str:
         exchanges = len(self.conversation.turns) // 2

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemcut.cli.files import MAX_CHAT, read_bounded
 from gemcut.errors import ChatTemplateError, ParameterError
 
 FORMAT = "gemcut-chat"
@@ -82,10 +83,9 @@ class Conversation:
         """Read what ``save`` wrote, or a JSON list of messages. Raises ParameterError or ChatTemplateError."""
         from gemcut.text import normalize_messages
 
+        raw = read_bounded(path, MAX_CHAT)
         try:
-            data = json.loads(path.read_bytes())
-        except OSError as error:
-            raise ParameterError(f"cannot read {path}: {error.strerror or error}") from None
+            data = json.loads(raw)
         except (ValueError, RecursionError):
             raise ParameterError(f"{path} is not JSON; expected a file that /save wrote") from None
         messages, system = data, ""

@@ -47,13 +47,14 @@ def generate(
     if logprobs is not None and not as_json:
         raise ParameterError("--logprobs shows its numbers in JSON alone; add --json")
     text = read_prompt(prompt, file)
-    fields = sampling.fields(logprobs=logprobs)
+    fields, levels = sampling.fields(logprobs=logprobs), sampling.levels()
     gemma = load.load(name)
+    gemma.sampling_levels[:0] = levels
     with gemma.stream(text, **fields) as stream:
         if as_json:
             completion = stream.result.checked()
             used = gemma.resolve_sampling(completion.prompt_tokens, fields)
-            output.print_json(_report(gemma, completion, used, text if show_prompt else None))
+            output.print_json(answer_report(gemma, completion, used, text if show_prompt else None))
         else:
             tidy = output.safe if output.is_terminal(sys.stdout) else str  # a pipe gets the text as it is
             if show_prompt:
@@ -108,7 +109,10 @@ def decode(data: bytes, where: str, *, trim: bool = True) -> str:
     return text.removesuffix("\n").removesuffix("\r") if trim and text.endswith("\n") else text
 
 
-def _report(gemma: Gemma, completion: Completion, used: ResolvedSampling, prompt: str | None) -> dict[str, Any]:
+def answer_report(
+    gemma: Gemma, completion: Completion, used: ResolvedSampling, prompt: str | None = None
+) -> dict[str, Any]:
+    """One answer for --json: its text, how it ended, what it was sampled with, and times."""
     report: dict[str, Any] = {
         "model": gemma.source.name if gemma.source is not None else None,
         "device": str(gemma.device),

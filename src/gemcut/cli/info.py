@@ -190,7 +190,7 @@ def _texts(source: Source, config: GemmaConfig) -> dict[str, Any]:
         template = "none, and no turn markers: cannot chat"
     else:
         template = "none (gemcut chat uses Gemma's)" if tokenizer.chat_template is None else "Gemma's"
-    kind = {True: "instruction-tuned", False: "base (continues text; not tuned to chat)", None: "unknown"}
+    kind = {True: "instruction-tuned", False: "base (continues text; not tuned to chat)"}
     return {
         "stop tokens": [f"{i} {tokenizer.id_to_token(i)}" for i in sorted(stops)],
         "chat template": template,

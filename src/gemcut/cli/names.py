@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemcut.config import FAMILY, GemmaConfig
@@ -9,6 +11,8 @@ from gemcut.config import FAMILY, GemmaConfig
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.text import Tokenizer
+
+_TUNED = {"it", "instruct", "chat"}
 
 
 def family_member(name: str) -> tuple[str, GemmaConfig] | None:
@@ -20,11 +24,11 @@ def family_member(name: str) -> tuple[str, GemmaConfig] | None:
     return None
 
 
-def tuned(source: Source, tokenizer: Tokenizer) -> bool | None:
-    """Whether the checkpoint was tuned to follow instructions; None where nothing tells.
+def tuned(source: Source, tokenizer: Tokenizer) -> bool:
+    """Whether the checkpoint was tuned to answer; False for a base model, which continues text.
 
-    Google's instruction-tuned checkpoints end in -it and bring a chat template, its base ones do neither.
+    An instruction-tuned checkpoint brings a chat template, or its name says so: a word of its last part is "it",
+    "instruct" or "chat" (gemma-2-2b-it, gemma-2-2b-it-Q4_K_M.gguf). Base checkpoints have neither.
     """
-    if tokenizer.chat_template is not None or source.name.lower().endswith("-it"):
-        return True
-    return False if family_member(source.name) is not None else None
+    words = re.split(r"[-_.\s]+", Path(source.name).name.lower())
+    return tokenizer.chat_template is not None or not _TUNED.isdisjoint(words)

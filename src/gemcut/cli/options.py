@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.gemma import Gemma
     from gemcut.quantization.spec import Quantization
+    from gemcut.sampling_defaults import Level
 
 DEBUG_HELP = "Show the traceback of an error."
 MODEL_HELP = "Folder, .gguf file, short name (gemma-3-270m, 2b-it, 9b, 27b-it, …) or hub id."
@@ -39,7 +40,7 @@ def _option(panel: str, help: str, *names: str, metavar: str | None = None, show
 
 
 _model = functools.partial(_option, "Model")
-_sampling = functools.partial(_option, "Sampling (not given: the checkpoint's own, else built in)")
+_sampling = functools.partial(_option, "Sampling (not given: gemcut config, else the checkpoint's own, else built in)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,16 @@ class SamplingOptions:
         given = {name: value for name, value in every.items() if value is not None}
         SamplingParams.from_kwargs(given)  # before a model is loaded for nothing
         return given
+
+    @staticmethod
+    def levels() -> list[Level]:
+        """What variables and the configuration file say of sampling, from the highest level to the lowest.
+
+        Raises ParameterError for what is bad there.
+        """
+        found = read_settings()
+        every = [(name, setting) for level in (found.variables, found.file) for name, setting in level.items()]
+        return [(setting.origin, {name: setting.value}) for name, setting in every if name != "model"]
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
