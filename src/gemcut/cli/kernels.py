@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -21,11 +20,11 @@ DTYPE = torch.bfloat16
 BLOCK_SIZE = 16  # of the cache, as the engine has it by default
 
 
-def kernel_report(config: GemmaConfig) -> dict[str, Any]:
+def kernel_report(config: GemmaConfig) -> dict[str, dict[str, list[str]]]:
     """For each device: what computes each part of a network of this shape in bfloat16."""
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
-    return {f"{part} on {device}": lines for device in devices for part, lines in _device(config, device).items()}
+    return {str(device): _device(config, device) for device in devices}
 
 
 def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
