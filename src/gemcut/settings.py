@@ -67,9 +67,10 @@ class Key:
     def check(self, value: object) -> Any:
         """``value`` as it is used; raises ValueError where it is of another type or out of bounds."""
         if self.kind == "text":
-            if isinstance(value, str) and value.strip() and not _CONTROL.search(value):
-                return value
-            raise ValueError
+            if not isinstance(value, str) or not value.strip() or _CONTROL.search(value):
+                raise ValueError
+            value.encode()  # a variable's bytes that are no UTF-8 raise a ValueError here
+            return value
         if self.kind == "texts":
             texts = [value] if isinstance(value, str) else value
             if not isinstance(texts, list) or not 0 < len(texts) <= MAX_STOPS:
@@ -77,7 +78,7 @@ class Key:
             for text in texts:
                 if not isinstance(text, str) or not text:
                     raise ValueError
-                text.encode()  # a variable's bytes that are no UTF-8 raise a ValueError here
+                text.encode()  # as above
             return texts
         types = (int,) if self.kind == "whole" else (int, float)
         if isinstance(value, bool) or not isinstance(value, types) or value != value:

@@ -58,7 +58,7 @@ def test_no_arguments_show_the_help(cli: Cli) -> None:
         (["generate", "--model"], ["--model"]),
         (["chat", "a", "b"], ["unexpected"]),
         (["plan", "27b", "--batch", "many"], ["--batch"]),
-        (["generate", "hi"], ["no model", "--model", "gemma-3-270m", "gemcut[demo]", "2b-it"]),
+        (["generate", "hi"], ["no model", "--model", "gemma-3-270m", "pip install -e '.[demo]'", "2b-it"]),
         (["chat"], ["no model", "gemcut chat MODEL"]),
         (["plan"], ["no model", "gemcut plan MODEL"]),
         (["chat", "/nowhere/at-all", "--once", "hi"], ["/nowhere/at-all", "does not exist"]),

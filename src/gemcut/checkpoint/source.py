@@ -260,6 +260,7 @@ def _refuse_pointers(path: Path) -> None:
 
 
 def _not_found(text: str) -> str:
+    text = text if len(text) <= 300 else f"{text[:300]}…"
     if text.startswith((".", "/", "~")) or text.endswith(".gguf"):
         return f"{text} does not exist: expected a checkpoint folder or a .gguf file"
     return (

