@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemcut.errors import CheckpointError, CheckpointNotFoundError
+from gemcut.paths import expand, user_folder
 
 NAMES = ("gemma-3-270m",)
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -58,10 +59,10 @@ def licence_notice() -> str:
 
 def _cache_folder(cache_dir: str | Path | None) -> Path:
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return expand(cache_dir)
     if own := os.environ.get("GEMCUT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gemcut"
+        return expand(own)
+    return user_folder("XDG_CACHE_HOME", ".cache")
 
 
 def _assemble(target: Path) -> None:

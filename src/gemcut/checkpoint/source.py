@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from gemcut.paths import expand
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +173,7 @@ def resolve(
     Raises CheckpointNotFoundError, GatedRepositoryError, or CheckpointError when a download fails.
     """
     text = str(name)
-    path = Path(text).expanduser()
+    path = expand(text)
     if text.strip() and _exists(path):  # "" would be the current folder
         if revision is not None:
             raise CheckpointError(f"{path} is on this machine; revision={revision!r} can be chosen only on the hub")

@@ -17,6 +17,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
 
 from gemcut.cli.output import note
+from gemcut.paths import user_folder
 
 _QUOTES = '"""'
 _STYLE = Style.from_dict({"prompt": "ansicyan bold", "bottom-toolbar": "noreverse", "meter.full": "ansired"})
@@ -76,7 +77,7 @@ def history_file() -> Path:
 
 def state_folder() -> Path:
     """gemcut's folder for what outlives a session."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "gemcut"
+    return user_folder("XDG_STATE_HOME", ".local/state")
 
 
 def _keys() -> KeyBindings:

@@ -19,6 +19,7 @@ from gemcut.cli.files import read_text_file
 from gemcut.cli.interrupt import quiet_keyboard, stop_request
 from gemcut.errors import GemcutError, ParameterError
 from gemcut.gemma import Gemma
+from gemcut.paths import expand
 from gemcut.results import Completion
 from gemcut.sampling_defaults import ResolvedSampling
 from gemcut.settings import KEYS, known, parse
@@ -353,4 +354,4 @@ def _path(text: str, command: str) -> Path:
     text = text.strip("\"'")
     if not text:
         raise ParameterError(f"{command} needs the name of a file: {command} FILE")
-    return Path(text).expanduser()
+    return expand(text)

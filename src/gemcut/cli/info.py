@@ -77,7 +77,6 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    from gemcut.checkpoint.bundled import _cache_folder
     from gemcut.hardware import free_memory
 
     cpu = torch.device("cpu")
@@ -99,7 +98,7 @@ def machine() -> dict[str, Any]:
         "dtypes": ["float32", "bfloat16", "float16"],
         "bfloat16_emulated": emulated,
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
-        "gemcut_cache": str(_cache_folder(None)),
+        "gemcut_cache": _own_cache(),
         "hub_cache": _hub_cache(),
         "optional": [{"package": name, "version": _installed(name), "for": use} for name, use in _OPTIONAL.items()],
     }
@@ -127,7 +126,7 @@ def _machine_words(found: dict[str, Any]) -> dict[str, Any]:
         "devices": devices,
         "dtypes": [f"{name}{emulated if name == 'bfloat16' else ''}" for name in found["dtypes"]],
         "cpu kernels": found["cpu_kernels"],
-        "gemcut cache": found["gemcut_cache"],
+        "gemcut cache": found["gemcut_cache"] or "no home folder: set HOME or GEMCUT_CACHE",
         "hub cache": found["hub_cache"],
         "optional": [
             f"{entry['package']} {entry['version'] or 'not installed'}: {entry['for']}" for entry in found["optional"]
@@ -353,6 +352,15 @@ def _show(report: dict[str, Any]) -> None:
 
 def _free(memory: int | None) -> str:
     return "memory unknown" if memory is None else f"{output.gigabytes(memory)} free"
+
+
+def _own_cache() -> str | None:
+    from gemcut.checkpoint.bundled import _cache_folder
+
+    try:
+        return str(_cache_folder(None))
+    except CheckpointError:  # no home folder
+        return None
 
 
 def _hub_cache() -> str:

@@ -13,6 +13,7 @@ from gemcut.cli.names import family_member
 from gemcut.cli.options import Debug, HubOptions, check_four_bit_options, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
+from gemcut.paths import expand
 from gemcut.plan import CHUNK, DTYPE_BYTES, Cut, MemoryPlan, WeightFormat
 
 if TYPE_CHECKING:
@@ -182,10 +183,8 @@ def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, Quantizat
 
     Names of the family need no file; everything else is looked up.
     """
-    from pathlib import Path
-
     member = family_member(name)
-    if member is not None and hub.revision is None and not Path(name).expanduser().exists():
+    if member is not None and hub.revision is None and not expand(name).exists():
         return member[0], member[1], _PUBLISHED, None, []
     source = hub.find(name)
     return source.name, source.config(), str(source.path), source.quantization, list(source.expanded)

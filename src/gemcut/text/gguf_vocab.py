@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from gemcut.errors import TokenizerError
+from gemcut.paths import user_folder
 
 #: Raise when `build` gives another result for the same vocabulary, so that older caches are no longer read.
 FORMAT_VERSION = 2
@@ -30,9 +30,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 def cache_folder(cache_key: str) -> Path:
     """Where the tokenizer of a vocabulary is kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, then gemcut/tokenizers/…"""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     digest = hashlib.sha256(f"{FORMAT_VERSION}\0{cache_key}".encode()).hexdigest()
-    return Path(base) / "gemcut" / "tokenizers" / digest[:32]
+    return user_folder("XDG_CACHE_HOME", ".cache") / "tokenizers" / digest[:32]
 
 
 @dataclass(frozen=True)

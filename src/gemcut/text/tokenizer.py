@@ -189,7 +189,7 @@ class Tokenizer:
         """What an earlier `from_gguf_vocab` with this key kept, or None where there is nothing or it is damaged."""
         try:
             return cls.from_folder(gguf_vocab.cache_folder(cache_key))
-        except TokenizerError:
+        except (TokenizerError, CheckpointError):  # CheckpointError: no home folder
             return None
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = True) -> list[int]:
