@@ -174,10 +174,8 @@ def _model(name: str, hub: HubOptions) -> dict[str, Any]:
     """A model, as --json gives it. A member of the family that cannot be had is described as published."""
     from gemcut.checkpoint.source import GEMMA_NOTICE
 
-    nothing = dict.fromkeys(
-        ("path", "revision", "size_bytes", "quantization", "stop_tokens", "chat_template", "instruction_tuned")
-        + ("gguf_types", "expanded_bytes")
-    )
+    unknown = "path revision size_bytes quantization gguf_types expanded_bytes stop_tokens chat_template"
+    nothing = dict.fromkeys([*unknown.split(), "instruction_tuned"])
     try:
         source = hub.find(name)
     except CheckpointError as error:
