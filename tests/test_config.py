@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,61 @@ def test_published_sizes() -> None:
     }
 
 
+@pytest.mark.parametrize(("kind", "base"), [(Gemma2Config, _gemma2), (Gemma3TextConfig, _gemma3)])
+def test_a_missing_key_means_what_it_means_to_transformers(kind: Any, base: Any) -> None:
+    """Every key alone, and all together: the same network as transformers' config, written out in full."""
+    whole = base(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    cases = [{"model_type": whole["model_type"]}]
+    cases += [{k: v for k, v in whole.items() if k != key} for key in whole if key != "model_type"]
+    for data in cases:
+        if "sliding_window" not in data:
+            data.pop("sliding_window_size", None)  # Google's other spelling, which transformers does not read
+        ours = GemmaConfig.from_dict(data)
+        theirs = GemmaConfig.from_dict(kind.from_dict(data).to_dict())
+        assert ours.replace(torch_dtype=None) == theirs.replace(torch_dtype=None), sorted(set(whole) - set(data))
+
+
+def test_the_text_part_of_a_gemma_3_that_sees_pictures() -> None:
+    """4B's published config.json leaves out what is transformers' default."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    data = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    data |= {"eos_token_id": [1, 106], "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152}}
+    ours = GemmaConfig.from_dict(data)
+    assert (ours.num_attention_heads, ours.num_key_value_heads, ours.head_dim, ours.vocab_size) == (8, 4, 256, 262_208)
+    assert (ours.eos_token_ids, ours.torch_dtype, ours.max_position_embeddings) == ((1, 106), "bfloat16", 131_072)
+    assert (ours.rope_scaling_factor, ours.rope_theta, ours.rope_local_theta) == (8.0, 1e6, 1e4)
+    theirs = GemmaConfig.from_dict(Gemma3TextConfig.from_dict(text).to_dict())
+    assert ours.replace(eos_token_ids=(1,), torch_dtype=None) == theirs.replace(torch_dtype=None)
+
+
+def test_minus_one_means_none_and_either_name_of_the_dtype() -> None:
+    assert GemmaConfig.from_dict(_gemma2(pad_token_id=-1, eos_token_id=-1)) == FAMILY["gemma-2-27b"]
+    for keys in ({"dtype": "float16"}, {"dtype": None, "torch_dtype": "float16"}, {"torch_dtype": "torch.float16"}):
+        assert GemmaConfig.from_dict(_gemma2(**{"torch_dtype": _ABSENT, **keys})).torch_dtype == "float16"
+    assert GemmaConfig.from_dict(_gemma2(dtype={"": "float16"}, torch_dtype=None)).torch_dtype is None
+
+
+@pytest.mark.parametrize("brackets", ["[" * 200_000, '{"a":' * 200_000, '{"model_type":' + "[" * 500 + "]" * 500 + "}"])
+def test_brackets_without_end(tmp_path: Path, brackets: str) -> None:
+    (tmp_path / "config.json").write_text(brackets)
+    with pytest.raises(ConfigError, match="nested more than 64 levels deep"):
+        GemmaConfig.from_file(tmp_path / "config.json")
+
+
+def test_a_config_that_is_no_regular_file(tmp_path: Path) -> None:
+    for make, what in (
+        (lambda p: p.symlink_to("/dev/zero"), "a device"),
+        (os.mkfifo, "a FIFO"),
+        (Path.mkdir, "a folder"),
+    ):
+        file = tmp_path / what[2:] / "config.json"
+        file.parent.mkdir()
+        make(file)
+        with pytest.raises(ConfigError, match=f"it is {what}; expected a regular file"):
+            GemmaConfig.from_file(file)
+
+
 # What is refused
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -240,14 +296,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "untied head": ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
     "two-way attention": ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "contradictory windows": ({"sliding_window": 4096, "sliding_window_size": 2048}, "4096.*2048"),
-    "no window": ({"sliding_window": None, "sliding_window_size": _ABSENT}, "sliding_window is missing"),
+    "no window": ({"sliding_window": None, "sliding_window_size": _ABSENT}, "sliding_window is null"),
     "window of a wrong type": ({"sliding_window": [4096], "sliding_window_size": _ABSENT}, "sliding_window"),
     "windows of a wrong type": ({"sliding_window": [4096]}, "sliding_window"),
     "window 0": ({"sliding_window": 0, "sliding_window_size": 0}, "sliding_window is 0"),
-    "no head_dim": ({"head_dim": _ABSENT}, "head_dim is missing"),
-    "null head_dim": ({"head_dim": None}, "head_dim is missing"),
+    "null head_dim": ({"head_dim": None}, "head_dim is null"),
     "odd head_dim": ({"head_dim": 127}, "head_dim 127 is odd"),
-    "no hidden_size": ({"hidden_size": _ABSENT}, "hidden_size is missing"),
+    "null hidden_size": ({"hidden_size": None}, "hidden_size is null"),
+    "1e9 layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; gemcut takes at most 1,000"),
+    "1e9 positions": ({"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000; .* at most"),
+    "a vocabulary of 10^400": ({"vocab_size": 10**400}, "vocab_size is 1000.*…; gemcut takes at most"),
+    "an epsilon of 10^400": ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*…; expected a number that a float"),
+    "layers as a float": ({"num_hidden_layers": 1e9}, "num_hidden_layers is 1000000000.0; expected a whole number"),
+    "an activation of a megabyte": ({"hidden_activation": "x" * 10**6}, "^hidden_activation is 'x{58}…; gemcut"),
+    "a classifier": ({"architectures": ["Gemma2ForSequenceClassification"]}, "judges texts and writes none"),
     "hidden_size as text": ({"hidden_size": "4608"}, "hidden_size is '4608'; expected a whole number"),
     "hidden_size as a fraction": ({"hidden_size": 4608.5}, "hidden_size is 4608.5; expected a whole number"),
     "layers as a truth value": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
@@ -296,7 +358,7 @@ REFUSED_GEMMA3: dict[str, tuple[dict[str, Any], str]] = {
         "rope_type is 'linear'",
     ),
     "pattern 0": ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
-    "multimodal wrapper": ({"model_type": "gemma3"}, "model_type is 'gemma3'"),
+    "multimodal wrapper": ({"model_type": "gemma3"}, "model_type is 'gemma3' without a text_config"),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,21 +10,38 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from gemcut.errors import ConfigError
+from gemcut.files import UnreadableError, read_json, shown
 
 LayerKind = Literal["sliding_attention", "full_attention"]
 SLIDING: LayerKind = "sliding_attention"
 FULL: LayerKind = "full_attention"
 
+#: Most of what can be: far beyond every published model, and small enough that a lie costs no memory and no time.
+_LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 1 << 24,
+    "sliding_window": 1 << 31,  # some write a huge number for "no window"
+}
+#: What a missing key means, from transformers' Gemma2Config and Gemma3TextConfig.
+_DEFAULTS = {
+    "vocab_size": (256_000, 262_208),
+    "hidden_size": (2304, 2304),
+    "intermediate_size": (9216, 9216),
+    "num_hidden_layers": (26, 26),
+    "num_attention_heads": (8, 8),
+    "num_key_value_heads": (4, 4),
+    "head_dim": (256, 256),
+    "max_position_embeddings": (8192, 131_072),
+    "sliding_window": (4096, 4096),
+}
 _POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "sliding_window",
+    *_LARGEST,
     "query_pre_attn_scalar",
     "rms_norm_eps",
     "rope_theta",
@@ -70,8 +86,10 @@ class GemmaConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"config: {name} is {value}; it must be a positive number")
+            if not (value > 0 and value < math.inf):
+                raise ConfigError(f"config: {name} is {shown(value)}; it must be a positive number")
+            if value > _LARGEST.get(name, math.inf):
+                raise ConfigError(f"config: {name} is {shown(value)}; gemcut takes at most {_LARGEST[name]:,}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -133,11 +151,13 @@ class GemmaConfig:
         """Read a ``config.json``. Raises ConfigError naming the file when it is missing or unusable."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
         except FileNotFoundError:
             raise ConfigError(f"{path.parent} has no config.json: not a checkpoint folder") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+        except UnreadableError as error:
+            raise ConfigError(f"cannot read {path}: it {error}") from None
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds {type(data).__name__}; expected a JSON object")
         try:
@@ -151,31 +171,24 @@ class GemmaConfig:
 
         Keys that change what the network computes are understood or refused; other unknown keys are ignored.
         """
+        data = _text_part(data)
         model_type = data.get("model_type")
         if model_type not in ("gemma2", "gemma3_text"):
-            raise ConfigError(f"model_type is {model_type!r}; gemcut reads 'gemma2' and 'gemma3_text'")
+            raise ConfigError(
+                f"model_type is {shown(model_type)}; gemcut reads 'gemma2', 'gemma3_text' and the text part of 'gemma3'"
+            )
+        _refuse_heads(data)
         _refuse_unknown_behaviour(data)
-        layers = _integer(data, "num_hidden_layers")
-        hidden = _integer(data, "hidden_size")
         gemma3 = model_type == "gemma3_text"
+        sizes = {name: _size(data, name, both[gemma3]) for name, both in _DEFAULTS.items() if name != "sliding_window"}
         theta, local_theta, factor = _rope(data, gemma3)
-        if "head_dim" not in data:
-            raise ConfigError("head_dim is missing; it cannot be derived from hidden_size in this family")
-        dtype = data.get("dtype", data.get("torch_dtype"))
         return cls(
             model_type=cast(Literal["gemma2", "gemma3_text"], model_type),
-            vocab_size=_integer(data, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_integer(data, "intermediate_size"),
-            num_hidden_layers=layers,
-            num_attention_heads=_integer(data, "num_attention_heads"),
-            num_key_value_heads=_integer(data, "num_key_value_heads"),
-            head_dim=_integer(data, "head_dim"),
+            **sizes,
             query_pre_attn_scalar=_number(data, "query_pre_attn_scalar", 256),
             rms_norm_eps=_number(data, "rms_norm_eps", 1e-6),
-            max_position_embeddings=_integer(data, "max_position_embeddings", 32768 if gemma3 else 8192),
-            sliding_window=_sliding_window(data),
-            layer_types=_layer_types(data, layers, gemma3),
+            sliding_window=_sliding_window(data, _DEFAULTS["sliding_window"][gemma3]),
+            layer_types=_layer_types(data, sizes["num_hidden_layers"], gemma3),
             attn_logit_softcapping=_cap(data, "attn_logit_softcapping", None if gemma3 else 50.0),
             final_logit_softcapping=_cap(data, "final_logit_softcapping", None if gemma3 else 30.0),
             rope_theta=theta,
@@ -183,9 +196,9 @@ class GemmaConfig:
             rope_scaling_factor=factor,
             qk_norm=gemma3,
             bos_token_id=_integer(data, "bos_token_id", 2),
-            eos_token_ids=token_ids(1 if data.get("eos_token_id") is None else data["eos_token_id"], "eos_token_id"),
-            pad_token_id=_integer(data, "pad_token_id", 0),
-            torch_dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+            eos_token_ids=_stored_ids(data),
+            pad_token_id=max(0, _integer(data, "pad_token_id", 0)),  # -1 says "none"
+            torch_dtype=_dtype(data),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -230,11 +243,58 @@ class GemmaConfig:
         return data
 
 
+def _text_part(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text network's keys of a Gemma 3 that sees pictures too; any other config as it is."""
+    if data.get("model_type") != "gemma3":
+        return data
+    text = data.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError("model_type is 'gemma3' without a text_config; gemcut reads its text part alone")
+    outer = {name: data[name] for name in _OUTSIDE if data.get(name) is not None}
+    return {**text, **outer, "model_type": "gemma3_text"}
+
+
+#: Keys that a config with a text part keeps outside it.
+_OUTSIDE = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
+
+
+def _refuse_heads(data: Mapping[str, Any]) -> None:
+    """Refuse a network that ends in something else than words."""
+    names = data.get("architectures")
+    for name in names if isinstance(names, (list, tuple)) else ():
+        if isinstance(name, str) and any(part in name for part in ("Classification", "Reward", "QuestionAnswering")):
+            raise ConfigError(
+                f"architectures is {shown(name)}, which judges texts and writes none; gemcut runs language models "
+                "(…ForCausalLM): take the model it was made from, such as google/gemma-2-2b-it"
+            )
+
+
+def _stored_ids(data: Mapping[str, Any]) -> tuple[int, ...]:
+    """The end ids; a negative one says "none"."""
+    value = data.get("eos_token_id")
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value < 0):
+        return (1,)
+    return token_ids(value, "eos_token_id")
+
+
+def _dtype(data: Mapping[str, Any]) -> str | None:
+    """The dtype under transformers 5's name or 4's."""
+    found = data.get("dtype") or data.get("torch_dtype")
+    return str(found).removeprefix("torch.")[:40] if isinstance(found, str) or "torch" in str(type(found)) else None
+
+
+def _size(data: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number, ``default`` where the key is missing (null is no number)."""
+    if name in data and data[name] is None and name != "max_position_embeddings":
+        raise ConfigError(f"{name} is null; expected a whole number")
+    return _integer(data, name, default)
+
+
 def token_ids(value: object, name: str) -> tuple[int, ...]:
     """A config's token id, which may be one number or a list of them, as a tuple."""
     values = value if isinstance(value, (list, tuple)) else [value]
     if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values):
-        raise ConfigError(f"{name} is {value!r}; expected a token id or a list of token ids")
+        raise ConfigError(f"{name} is {shown(value)}; expected a token id or a list of token ids")
     return tuple(cast(Iterable[int], values))
 
 
@@ -249,7 +309,7 @@ def _refuse_unknown_behaviour(data: Mapping[str, Any]) -> None:
     }
     for name, (value, known) in expected.items():
         if value not in known:
-            raise ConfigError(f"{name} is {value!r}; gemcut knows only {known[0]!r}")
+            raise ConfigError(f"{name} is {shown(value)}; gemcut knows only {known[0]!r}")
 
 
 def _number(data: Mapping[str, Any], name: str, default: float | None = None) -> float:
@@ -258,8 +318,11 @@ def _number(data: Mapping[str, Any], name: str, default: float | None = None) ->
     if value is None:
         raise ConfigError(f"{name} is missing")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name} is {value!r}; expected a number")
-    return float(value)
+        raise ConfigError(f"{name} is {shown(value)}; expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{name} is {shown(value)}; expected a number that a float holds") from None
 
 
 def _integer(data: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -268,14 +331,14 @@ def _integer(data: Mapping[str, Any], name: str, default: int | None = None) -> 
     if value is None:
         raise ConfigError(f"{name} is missing")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} is {value!r}; expected a whole number")
+        raise ConfigError(f"{name} is {shown(value)}; expected a whole number")
     return value
 
 
 def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = data.get(name)
     if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {value!r}; expected an object")
+        raise ConfigError(f"{name} is {shown(value)}; expected an object")
     return value or {}
 
 
@@ -285,7 +348,7 @@ def _cap(data: Mapping[str, Any], name: str, default: float | None) -> float | N
     return None if data[name] is None else _number(data, name)  # null switches the cap off
 
 
-def _sliding_window(data: Mapping[str, Any]) -> int:
+def _sliding_window(data: Mapping[str, Any], default: int) -> int:
     names = [name for name in ("sliding_window", "sliding_window_size") if data.get(name) is not None]
     windows = {name: _integer(data, name) for name in names}
     if len(set(windows.values())) > 1:
@@ -293,21 +356,23 @@ def _sliding_window(data: Mapping[str, Any]) -> int:
             f"sliding_window {windows['sliding_window']} contradicts sliding_window_size "
             f"{windows['sliding_window_size']}"
         )
-    if not windows:
-        raise ConfigError("sliding_window is missing")
-    return next(iter(windows.values()))
+    if not windows and "sliding_window" in data:  # transformers' sliding mask cannot be made from null either
+        raise ConfigError("sliding_window is null; expected a whole number")
+    return next(iter(windows.values()), default)
 
 
 def _layer_types(data: Mapping[str, Any], layers: int, gemma3: bool) -> tuple[LayerKind, ...]:
     given = data.get("layer_types")
     if given is not None:
         if not isinstance(given, (list, tuple)) or any(kind not in (SLIDING, FULL) for kind in given):
-            raise ConfigError(f"layer_types holds {given!r}; known kinds are {SLIDING!r} and {FULL!r}")
+            raise ConfigError(f"layer_types holds {shown(given)}; known kinds are {SLIDING!r} and {FULL!r}")
         return tuple(given)
     # Gemma 2: 0-indexed even layers slide. Gemma 3: every sixth layer is full.
     period = _integer(data, "sliding_window_pattern", _integer(data, "_sliding_window_pattern", 6)) if gemma3 else 2
     if period < 1:
         raise ConfigError(f"sliding_window_pattern is {period}; expected 1 or more")
+    if layers > _LARGEST["num_hidden_layers"]:
+        return ()  # refused by its number, before so many kinds are listed
     return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
 
 
@@ -328,7 +393,7 @@ def _rope(data: Mapping[str, Any], gemma3: bool) -> tuple[float, float, float]:
         if kind == "linear" and scalable and gemma3:
             factor = _number(rope, "factor")
         elif kind != "default":
-            raise ConfigError(f"rope_type is {kind!r}; gemcut knows 'default', and 'linear' for Gemma 3")
+            raise ConfigError(f"rope_type is {shown(kind)}; gemcut knows 'default', and 'linear' for Gemma 3")
     return theta, local, factor
 
 
@@ -340,6 +405,7 @@ def _published(model_type: str, vocab_size: int, window: int, shape: tuple[int, 
         "vocab_size": vocab_size,
         "sliding_window": window,
         "torch_dtype": "bfloat16",
+        "max_position_embeddings": 8192 if model_type == "gemma2" else 32_768,
     }
     return GemmaConfig.from_dict(data | dict(zip(names, shape, strict=True)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from gemcut.errors import CheckpointError, ParameterError
+from gemcut.files import read_json, shown
 from gemcut.quantization.spec import Quantization
 
 _BESIDE_4BIT = re.compile(
@@ -19,6 +19,19 @@ _BESIDE_4BIT = re.compile(
 )
 _BESIDE_8BIT = re.compile(r"(?P<module>.+)\.(?P<leaf>SCB|weight_format)")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_METHODS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "exl2": "EXL2",
+    "mlx": "MLX",
+    "compressed-tensors": "compressed-tensors (llm-compressor's fp8, int8 or int4)",
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8 (fbgemm)",
+    "hqq": "HQQ",
+    "aqlm": "AQLM",
+    "quanto": "quanto",
+    "torchao": "torchao",
+}
 _LOADS = "gemcut reads whole weights and bitsandbytes' 4-bit and int8 checkpoints"
 
 
@@ -38,25 +51,30 @@ def stored_quantization(config: Path) -> Quantization | None:
     Raises CheckpointError for another method than bitsandbytes, naming it, and for damaged values.
     """
     try:
-        data = json.loads(config.read_bytes())
+        data = read_json(config)
         raw, own = data.get("quantization_config"), data.get("gemcut")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"cannot read {config}: {error}") from None
     head = own.get("head") if isinstance(own, dict) else None
+    if raw is None and isinstance(data.get("quantization"), dict) and "group_size" in data["quantization"]:
+        raw = data["quantization"]  # where older mlx-lm says it
     if raw is None:
         return None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{config}: quantization_config is no JSON object")
     method = raw.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & raw.keys() else None)
+    if method is None and {"group_size", "bits"} <= raw.keys():
+        method = "mlx"  # mlx-lm writes these two alone
     if method is None:
         raise CheckpointError(
             f"{config}: quantization_config names no quant_method, so how the weights are cut is not known: {_LOADS}; "
             "if they are whole, remove quantization_config"
         )
     if method != "bitsandbytes":
+        name = _METHODS.get(str(method).lower(), shown(method, 40))
         raise CheckpointError(
-            f"{config.parent} is quantized by {str(method)[:40]!r}, which is not supported: {_LOADS}; take the "
-            "original model and choose quantization='nf4' or 'int8' while loading"
+            f"{config.parent} is quantized by {name}, which is not supported: {_LOADS}; take the whole weights it was "
+            "made from and cut them to nf4 or int8 while loading, or take a GGUF file"
         )
     try:
         return _spec(raw, head)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gemcut.checkpoint import foreign
 from gemcut.errors import CheckpointError, CheckpointNotFoundError, GatedRepositoryError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _SMALL_FILES = [
     "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
+    "adapter_config.json",
 ]
 
 
@@ -44,6 +46,9 @@ def download(
 
     hub = _Repository(repo, revision, token, cache_dir, local_files_only, progress)
     folder = hub.fetch(_SMALL_FILES, revision)
+    there = {path.name for path in folder.iterdir()}
+    if foreign.is_adapter(there) and ("config.json" not in there or (weights and not _whole_weights(folder, hub))):
+        raise CheckpointError(f"{repo} on the hub is no model but a {foreign.adapter(folder)}")
     if not (folder / "config.json").is_file():
         raise CheckpointNotFoundError(hub.absent("config.json"))
     commit = folder.name
@@ -146,8 +151,15 @@ class _Repository:
         return _absent(self.repo, what, self.local_files_only)
 
 
+def _whole_weights(folder: Path, hub: _Repository) -> bool:
+    """Whether a repository with an adapter's config holds whole weights beside it."""
+    return (folder / "model.safetensors.index.json").is_file() or _any_weights(
+        hub.fetch(["model.safetensors"], folder.name)
+    )
+
+
 def _any_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
+    return any(not path.name.startswith("adapter") for path in folder.glob("*.safetensors"))
 
 
 def _absent(repo: str, what: str, local_files_only: bool) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemcut.errors import CheckpointError
+from gemcut.files import UnreadableError, check_regular
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_regular(path)  # a device has no end, and opening a FIFO waits for a writer
             with open(path, "rb") as file:
                 if hasattr(mmap, "MAP_PRIVATE"):
                     # No reservation: a private writable map of 54 GB must not count as 54 GB of promised memory.
@@ -29,6 +31,8 @@ class MappedFile:
                     self.map = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
                 else:
                     self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except UnreadableError as error:
+            raise CheckpointError(f"{path} {error}") from None
         except ValueError:
             raise CheckpointError(f"{path} is empty; download or copy it again") from None
         except OSError as error:

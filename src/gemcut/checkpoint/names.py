@@ -45,8 +45,22 @@ _TO_GGUF = {ours: theirs for ours, _, theirs in _OUTER + _INNER}
 
 #: The output head, where a file repeats the embedding it is tied to.
 LM_HEAD = "lm_head.weight"
-#: Constants that old exporters saved; they are computed from the config.
-_COMPUTED = re.compile(r"((model\.)?layers|blk)\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Constants that exporters saved, at whatever place; they are computed from the config.
+_COMPUTED = re.compile(r"(?:[\w.]*\.)?rotary_emb\w*\.\w*(?:inv_freq|cos_cached|sin_cached)")
+# Parts that a text network does not have: what sees pictures, and the value head that reinforcement learning adds.
+_BESIDE = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..+|v_head\.[\w.]+")
+# How a Gemma 3 that sees pictures begins the names of its text network, in either era of transformers.
+_TEXT_PART = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
+# Names that tell what a file is instead of a language model's weights.
+_TELLING = (
+    (re.compile(r"(?:.*\.)?score\.weight|(?:.*\.)?classifier\..+"), "a classifier's: it judges texts and writes none"),
+    (re.compile(r".*\.lora_[AB]\b.*|.*\.lora_embedding.*|.*\.lora_magnitude.*"), "an adapter's (LoRA): merge it first"),
+    (re.compile(r".*\.(?:qweight|qzeros|g_idx)"), "packed by GPTQ or AWQ, which gemcut does not read"),
+    (re.compile(r".*\.(?:q_weight|q_scale|q_perm|q_groups)"), "packed by EXL2, which gemcut does not read"),
+    (re.compile(r".*\.(?:scales|biases)"), "packed by MLX, which gemcut does not read"),
+    (re.compile(r".*\.(?:weight_packed|weight_scale|weight_scale_inv|input_scale)"), "packed by compressed-tensors"),
+)
+_INSTEAD = "; take the whole weights in safetensors (gemcut cuts them while loading), or a GGUF file"
 
 #: Fused parameters of the network and the tensors their rows come from, top to bottom.
 FUSED = {
@@ -182,9 +196,11 @@ def _unfused(state: Mapping[str, torch.Tensor], name: str, config: GemmaConfig) 
 
 
 def _translate(name: str, outer: str, layers: str, table: Mapping[str, str], head: str) -> str | None:
+    if layers == "layers" and (name.startswith("language_model.") or name.startswith("model.language_model.")):
+        name = _TEXT_PART.sub("", name, count=1)
     if name == head:
         return LM_HEAD
-    if _COMPUTED.fullmatch(name):
+    if _COMPUTED.fullmatch(name) or (layers == "layers" and _BESIDE.fullmatch(name)):
         return None
     # A backbone saved without its head has no "model." prefix.
     full = name if name.startswith(outer) else outer + name
@@ -193,6 +209,9 @@ def _translate(name: str, outer: str, layers: str, table: Mapping[str, str], hea
     match = re.fullmatch(rf"{re.escape(outer)}{layers}\.(0|[1-9]\d{{0,3}})\.(.+)", full)
     if match and match.group(2) in table and match.group(2) not in _OUTER_NAMES:
         return f"layers.{match.group(1)}.{table[match.group(2)]}"
+    for pattern, what in _TELLING:
+        if layers == "layers" and pattern.fullmatch(name):
+            raise CheckpointError(f"unexpected tensor {name}: it is {what}{_INSTEAD}")
     raise CheckpointError(f"unexpected tensor {name}: no Gemma 2 or Gemma 3 text network has one of that name")
 
 

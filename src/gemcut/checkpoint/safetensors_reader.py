@@ -15,17 +15,23 @@ from typing import Any
 
 import torch
 
-from gemcut.checkpoint import names
+from gemcut.checkpoint import foreign, names
 from gemcut.checkpoint.bnb import companion, stored_quantization
 from gemcut.checkpoint.mapped import MappedFile
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
+from gemcut.files import read_json, shown
 from gemcut.quantization.state import check_statistics, from_stored
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8}
+# What else a safetensors file may hold: read where a tensor is to be skipped, refused where it is a weight.
+_OTHER_DTYPES = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool}
+_OTHER_DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64}
+_OTHER_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_NAME_OF = {dtype: name for name, dtype in (_DTYPES | _PACKED_DTYPES | _OTHER_DTYPES).items()}
 _MAX_HEADER = 100_000_000
 _COMPARE_ROWS_BYTES = 64 << 20
 
@@ -81,6 +87,25 @@ class PackedEntry:
     def _weight(self) -> FourBitWeight | Int8Weight:
         parts = {leaf: entry.tensor() for leaf, entry in self._entries.items()}
         return from_stored(self.name, parts, self._dtype)
+
+
+def _dispensable(name: str) -> bool:
+    """Whether a network can do without the tensor: the tied head, computed constants, what a text network lacks."""
+    try:
+        return names.from_hf(name) in (None, names.LM_HEAD)
+    except CheckpointError:
+        return False
+
+
+def _cannot_read(entry: Entry) -> str:
+    dtype = _NAME_OF[entry.dtype]
+    if dtype.startswith("F8"):
+        why = "it is quantized to fp8: take the original weights and choose a quantization while loading"
+    elif dtype in ("I32", "U32"):
+        why = "it is packed (as GPTQ, AWQ, EXL2 and MLX do): take the original weights, or a GGUF file"
+    else:
+        why = "convert it first"
+    return f"tensor {entry.name} has dtype {dtype}; gemcut reads {', '.join(_DTYPES | _PACKED_DTYPES)}; {why}"
 
 
 class SafetensorsFolder:
@@ -162,10 +187,11 @@ class SafetensorsFolder:
     def _add(self, entries: list[Entry], wanted: set[str] | None, path: Path) -> None:
         present = {entry.name for entry in entries}
         for name in sorted((wanted or set()) - present):
-            raise CheckpointError(f"{path} lacks the tensor {name} that {INDEX} places there; copy the folder again")
-        for entry in entries:
-            if wanted is not None and entry.name not in wanted:
-                raise CheckpointError(f"{path}: unexpected tensor {entry.name}: {INDEX} does not place it there")
+            if not _dispensable(name):
+                raise CheckpointError(
+                    f"{path} lacks the tensor {name} that {INDEX} places there; copy the folder again"
+                )
+        for entry in entries:  # those that the index does not list too: transformers reads them as well
             try:
                 base, leaf = companion(entry.name)
                 ours = names.from_hf(base)
@@ -173,6 +199,8 @@ class SafetensorsFolder:
                 raise CheckpointError(f"{path}: {error}") from None
             if ours is None:
                 continue
+            if entry.dtype in _OTHER_DTYPES.values():
+                raise CheckpointError(f"{path}: {_cannot_read(entry)}")
             there: Mapping[str, object] = self._companions.setdefault(ours, {}) if leaf else self._entries
             if (leaf or ours) in there:
                 raise CheckpointError(f"{path}: tensor {entry.name} is there twice")
@@ -219,17 +247,17 @@ class SafetensorsFolder:
 def weight_files(index: Path) -> dict[str, set[str]]:
     """File name -> tensor names, from a ``model.safetensors.index.json``. Only plain names inside the folder pass."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{index} is damaged: expected a JSON object with a weight_map") from None
     files: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
         # A name with a separator could read any file of the machine.
         if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in '/\\:\0\n"'):
             raise CheckpointError(
-                f"{index} places a tensor in {file!r}; expected the plain name of a .safetensors file"
+                f"{index} places a tensor in {shown(file)}; expected the plain name of a .safetensors file"
             )
         files.setdefault(file, set()).add(tensor)
     return dict(sorted(files.items()))
@@ -251,7 +279,7 @@ def read_header(path: Path) -> list[Entry]:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} has a damaged safetensors header; get the file again") from None
-    entries.sort(key=lambda entry: entry.offset)
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))  # an empty tensor lies before its neighbour
     end = 8 + length
     for entry in entries:
         if entry.offset != end:
@@ -264,12 +292,15 @@ def read_header(path: Path) -> list[Entry]:
 
 
 def _entry(name: str, value: dict[str, Any], file: MappedFile, start: int) -> Entry:
-    dtype, known = value["dtype"], _DTYPES | _PACKED_DTYPES
+    dtype, known = value["dtype"], _DTYPES | _PACKED_DTYPES | _OTHER_DTYPES
     if dtype not in known:
-        raise CheckpointError(f"{file.path}: tensor {name} has dtype {dtype}; gemcut reads {', '.join(known)}")
+        raise CheckpointError(
+            f"{file.path}: tensor {name[:120]} has dtype {shown(dtype)}; gemcut reads "
+            f"{', '.join(_DTYPES | _PACKED_DTYPES)}"
+        )
     shape, (begin, end) = value["shape"], value["data_offsets"]
-    if not all(type(n) is int and 0 < n < 1 << 48 for n in shape) or not all(type(n) is int for n in (begin, end)):
-        raise ValueError("a size is not a positive whole number")
+    if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or not all(type(n) is int for n in (begin, end)):
+        raise ValueError("a size is no whole number from 0 on")
     entry = Entry(name, file, start + begin, tuple(shape), known[dtype])
     if begin < 0 or end - begin != entry.nbytes:
         raise ValueError("byte range and shape disagree")
@@ -292,14 +323,16 @@ def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
             if not path.is_file():
                 raise CheckpointError(f"{folder} lacks the shard {path.name} that {INDEX} names; copy or download it")
         return [*files]
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.name not in _NOT_WEIGHTS)
     if len(found) == 1:
         return [(found[0], None)]
     if found:
         raise CheckpointError(f"{folder} has {len(found)} .safetensors files but no {INDEX} to say what is where")
-    other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
-    hint = f" (it has {other[0]}; gemcut reads safetensors folders, or a .gguf file by its own path)" if other else ""
-    raise CheckpointError(f"{folder} has no model.safetensors{hint}")
+    raise CheckpointError(f"{folder} has no model.safetensors{foreign.hint(folder)}")
+
+
+#: Files of an adapter, which are no weights of a whole network.
+_NOT_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 
 
 def _require_tied(head: Entry, embedding: Entry) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gemcut.checkpoint import foreign
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from gemcut.files import UnreadableError, read_json
 from gemcut.paths import expand
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ class Source:
         if not path.is_file():
             return {}
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
+            data = read_json(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+        except UnreadableError as error:
+            raise CheckpointError(f"cannot read {path}: it {error}") from None
         if not isinstance(data, dict):
             raise CheckpointError(f"{path} holds {type(data).__name__}; expected a JSON object")
         return data
@@ -233,19 +236,23 @@ def _exists(path: Path) -> bool:
 def _local(path: Path, name: str) -> Source:
     _refuse_pointers(path)
     if path.is_file():
-        if path.suffix in (".safetensors", ".json", ".bin"):
-            raise CheckpointError(f"{path} is one file of a checkpoint; give its folder, {path.parent}")
+        if (what := foreign.file_hint(path)) is not None:
+            raise CheckpointError(what)
         return Source("gguf", path, name)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is neither a folder nor a regular file; give a checkpoint folder or .gguf file")
+    if foreign.is_adapter(entry.name for entry in _entries(path)):
+        raise CheckpointError(f"{path} is no model but a {foreign.adapter(path)}")
     if not (path / "config.json").is_file():
-        ggufs = sorted(path.glob("*.gguf"))
-        hint = f"; to read {ggufs[0].name}, give its own path" if ggufs else ""
-        raise ConfigError(f"{path} has no config.json: not a checkpoint folder{hint}")
+        if any(entry.name == "config.json" for entry in _entries(path)):
+            raise ConfigError(f"{path / 'config.json'} is no regular file; expected a checkpoint's config.json")
+        raise ConfigError(f"{path} has no config.json: not a checkpoint folder{foreign.hint(path)}")
     return Source("folder", path, name)
 
 
 def _refuse_pointers(path: Path) -> None:
     """A repository cloned without git-lfs holds small text files in place of the large ones: say so by name."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(_entries(path)) if path.is_dir() else [path]:
         if not file.is_file() or file.suffix not in (".safetensors", ".json", ".gguf"):
             continue
         try:
@@ -258,6 +265,13 @@ def _refuse_pointers(path: Path) -> None:
                 f"{file} is a git-lfs pointer, not the file itself: the repository was cloned without git-lfs; "
                 "run `git lfs install` and `git lfs pull` there, or give the hub id instead of the folder"
             )
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from None
 
 
 def _not_found(text: str) -> str:

@@ -39,7 +39,8 @@ class GemmaForCausalLM:
             generation_config = GenerationConfig.from_dict(gemma.generation_config)
             generation_config.update(eos_token_id=sorted(gemma.stop_ids))
             for name, value in (("bos", gemma.tokenizer.bos_id), ("pad", gemma.tokenizer.pad_id)):
-                if getattr(generation_config, f"{name}_token_id") is None:
+                stored = getattr(generation_config, f"{name}_token_id")
+                if stored is None or (type(stored) is int and stored < 0):  # -1 says "none"
                     generation_config.update(**{f"{name}_token_id": value})
         self.generation_config = generation_config
 

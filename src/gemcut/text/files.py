@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from gemcut.errors import CheckpointError, TokenizerError
+from gemcut.files import MAX_JSON_BYTES, UnreadableError, parse_json, read_bounded
 
 
 def read_text(path: Path) -> str:
     """A UTF-8 file's text, or TokenizerError."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read {path} ({error}); download it again") from error
+        return read_bounded(path, MAX_JSON_BYTES).decode("utf-8")
+    except OSError as error:
+        raise TokenizerError(f"cannot read {path} ({error.strerror or error}); download it again") from error
+    except UnreadableError as error:
+        raise TokenizerError(f"cannot read {path}: it {error}") from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"cannot read {path}: it is not UTF-8 ({error.reason}); download it again") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -24,11 +28,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(read_text(path))
-    except ValueError as error:
-        if isinstance(error, TokenizerError):
-            raise
-        raise TokenizerError(f"{path} is not valid JSON ({error}); download it again") from error
+        data = parse_json(read_text(path))
+    except UnreadableError as error:
+        raise TokenizerError(f"{path} {error}; download it again") from None
     if not isinstance(data, dict):
         raise TokenizerError(f"{path} holds a {type(data).__name__}; expected a JSON object")
     return data

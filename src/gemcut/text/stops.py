@@ -25,7 +25,7 @@ def stop_ids(config: GemmaConfig, generation_config: Mapping[str, Any] | None, t
     """
     found = {*config.eos_token_ids, tokenizer.eos_id}
     given = (generation_config or {}).get("eos_token_id")
-    if given is not None:
+    if given is not None and not (type(given) is int and given < 0):  # -1 says "none"
         found.update(token_ids(given, "generation_config's eos_token_id"))
     if tokenizer.end_of_turn_id is not None:
         found.add(tokenizer.end_of_turn_id)
