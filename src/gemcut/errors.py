@@ -49,3 +49,7 @@ class RequestError(GemcutError):
 
 class UnsupportedError(GemcutError, NotImplementedError):
     """A known option of another library that gemcut does not have. The message names the option."""
+
+
+class MissingAttributeError(GemcutError, AttributeError):
+    """An attribute that transformers has and gemcut has not. The message says what to use instead."""

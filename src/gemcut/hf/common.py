@@ -85,3 +85,14 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a name too long or with a NUL is no file
         return False
+
+
+def named_folder(save_directory: str | Path) -> Path:
+    """The folder that a ``save_pretrained`` was given.
+
+    Raises:
+        ParameterError: it is empty, which would mean the folder the program happens to run in.
+    """
+    if not isinstance(save_directory, (str, Path)) or save_directory == "":
+        raise ParameterError(f"save_directory is {save_directory!r}; expected the name of a folder ('.' is this one)")
+    return Path(save_directory)

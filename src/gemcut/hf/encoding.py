@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from gemcut.errors import ParameterError
 from gemcut.hf.common import find_device, warn_once
+from gemcut.hf.missing import missing
+from gemcut.hf.public_names import ENCODING
 
 #: What transformers says where a checkpoint names no limit; the engine refuses what passes the context.
 NO_LIMIT = int(1e30)
@@ -19,11 +21,38 @@ class BatchEncoding(UserDict[str, Any]):
     """A mapping with ``input_ids`` and ``attention_mask``, also as attributes: lists, or int64 tensors [B, T]."""
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["data"][name]
-        except KeyError:
-            held = ", ".join(map(str, self.__dict__.get("data", ())))
-            raise AttributeError(f"BatchEncoding has no {name!r}; it holds {held or 'nothing'}") from None
+        data = self.__dict__.get("data", {})
+        if name in data:
+            return data[name]
+        if name.startswith("_") or name in ENCODING:
+            raise missing(self, name, ENCODING)
+        held = ", ".join(map(str, data))
+        raise AttributeError(f"BatchEncoding has no {name!r}; it holds {held or 'nothing'}")
+
+    @property
+    def is_fast(self) -> bool:
+        """Always True: the tokenizers library split the text."""
+        return True
+
+    @property
+    def n_sequences(self) -> int:
+        """Always 1: Gemma has no pairs of texts."""
+        return 1
+
+    def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> BatchEncoding:
+        """Make arrays of the lists, in place: ``tensor_type`` "pt" or "np"; None leaves them.
+
+        Raises:
+            ParameterError: another type, or rows of different lengths.
+        """
+        if tensor_type is not None:
+            for name, value in list(self.data.items()):
+                if isinstance(value, list):
+                    many = prepend_batch_axis or bool(value and isinstance(value[0], list))
+                    rows = [value] if prepend_batch_axis or not many else value
+                    tensor = to_tensors(rows, tensor_type)
+                    self.data[name] = tensor if many else tensor[0]
+        return self
 
     def to(self, device: str | int | torch.device, *, non_blocking: bool = False) -> BatchEncoding:
         """Move the tensors, in place, and return this object.
@@ -106,3 +135,40 @@ def padded_width(
             raise ParameterError("padding='max_length' needs max_length: this tokenizer sets no limit")
         width = max(width, given)
     return -(-width // (multiple or 1)) * (multiple or 1)
+
+
+_PADDED = ("input_ids", "attention_mask", "special_tokens_mask")
+
+
+def read_encoded(encoded: Any) -> tuple[dict[str, list[list[int]]], bool, str | None]:
+    """(rows by name, whether it was one text, "pt" or "np" where it held arrays) of what ``pad`` is given.
+
+    Raises:
+        ParameterError: there is no ``input_ids``, another key, or the keys hold rows of different lengths.
+    """
+    if isinstance(encoded, (list, tuple)) and encoded and all(isinstance(one, Mapping) for one in encoded):
+        if any(one.keys() != encoded[0].keys() for one in encoded):
+            raise ParameterError("pad: the encoded texts do not all hold the same keys")
+        encoded = {key: [one[key] for one in encoded] for key in encoded[0]}
+    if not isinstance(encoded, Mapping) or "input_ids" not in encoded:
+        held = (
+            f"holds {', '.join(map(str, encoded))}" if isinstance(encoded, Mapping) else f"is {type(encoded).__name__}"
+        )
+        raise ParameterError(
+            f"pad: the input {held}; expected input_ids and attention_mask, or a list of such mappings"
+        )
+    for name in encoded:
+        if name not in _PADDED:
+            raise ParameterError(
+                f"pad: how {name!r} is padded is not known; pad it yourself ({', '.join(_PADDED)} are)"
+            )
+    first = encoded["input_ids"]
+    inner = first[0] if isinstance(first, (list, tuple)) and len(first) else first
+    kind = "pt" if isinstance(inner, torch.Tensor) else "np" if hasattr(inner, "tolist") else None
+    lists = {name: id_lists(value) for name, value in encoded.items()}
+    single = not any(isinstance(row, list) for row in lists["input_ids"])
+    rows = {name: [value] if single else value for name, value in lists.items()}
+    for name, value in rows.items():
+        if [len(row) for row in value] != [len(row) for row in rows["input_ids"]]:
+            raise ParameterError(f"pad: {name} and input_ids differ in length")
+    return rows, single, kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from gemcut.errors import CheckpointError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma
 from gemcut.hardware import parse_dtype
 from gemcut.hf.common import Refusal, find_device
+from gemcut.hf.missing import missing
+from gemcut.hf.public_names import CONFIG
 from gemcut.network import export_network, move_network
 
 _DEVICES = "a model is on one device in this version"
@@ -71,8 +74,7 @@ FORWARD: dict[str, Refusal] = {
     "use_cache": ((False,), "the forward call returns no keys and values"),
     "cache_position": ((), "the forward call has no cache"),
     "token_type_ids": ((), "Gemma has no token types"),
-    "output_attentions": ((False,), "inner states are not kept"),
-    "output_hidden_states": ((False,), "inner states are not kept"),
+    "output_attentions": ((False,), "attention weights are never whole in memory"),
     "return_dict": ((True,), "use .to_tuple() on the output"),
     "num_items_in_batch": ((), "divide the loss yourself"),
 }
@@ -161,10 +163,10 @@ def shard_bytes(size: int | str) -> int:
 
 
 def save(gemma: Gemma, folder: Path, max_shard_bytes: int, generation_config: dict[str, Any]) -> None:
-    """Write the model into ``folder``, which may hold a tokenizer but no other model."""
-    taken = [*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")]
-    if taken:
-        raise CheckpointError(f"{folder} already holds a model ({taken[0].name}); choose another name or remove it")
+    """Write the model into ``folder``. A model in Hugging Face layout that is there is replaced; other files stay."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(f"{folder} already holds a model ({ggufs[0].name}); choose another name or remove it")
     tensors, cut = export_network(gemma.model), gemma.model.quantization
     if not folder.is_dir() or not any(folder.iterdir()):
         save_folder(
@@ -176,11 +178,22 @@ def save(gemma: Gemma, folder: Path, max_shard_bytes: int, generation_config: di
         save_folder(
             part, gemma.config, tensors, None, max_shard_bytes, generation_config=generation_config, quantization=cut
         )
-        # config.json last: where it is, everything is.
+        # Of the old model config.json goes first, of the new one it comes last: where it is, everything is. Weights
+        # that are still mapped into memory stay readable: their files are replaced and not written over.
+        (folder / "config.json").unlink(missing_ok=True)
+        for old in folder.iterdir():
+            if _WEIGHTS.fullmatch(old.name):
+                old.unlink()
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+#: Files of a model in Hugging Face layout that hold its weights.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
 class ModelConfig:
@@ -193,7 +206,7 @@ class ModelConfig:
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("_values", {})
         if name not in values:
-            raise AttributeError(f"the config has no {name!r}")
+            raise missing(self, name, CONFIG)
         return values[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -206,6 +219,23 @@ class ModelConfig:
 
     def __repr__(self) -> str:
         return f"ModelConfig({self.to_dict()})"
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Always False."""
+        return False
+
+    def get_text_config(self, *args: Any, **options: Any) -> ModelConfig:
+        """This config: the model is a text model."""
+        return self
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """``to_dict`` as JSON; ``use_diff`` changes nothing."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """``to_dict``: config.json is written whole."""
+        return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemcut.errors import ContextLengthError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma
 from gemcut.hardware import parse_dtype
 from gemcut.hf import generation, scores
-from gemcut.hf.common import find_device, refuse, warn_once
+from gemcut.hf.common import find_device, named_folder, refuse, warn_once
 from gemcut.hf.inputs import read_rows, split_mapping
 from gemcut.hf.loading import CALL, FORWARD, ModelConfig, moved, save, shard_bytes
+from gemcut.hf.module_access import ModuleAccess
 from gemcut.hf.options import FIXED, HONOURED, GenerationConfig, merge_options
 from gemcut.hf.outputs import CausalLMOutput, GenerateOutput
+from gemcut.hf.public_names import MODEL
 from gemcut.hf.quantization_config import BitsAndBytesConfig
 from gemcut.model.quantized import Int8Embedding, QuantizedLinear
 
 
-class GemmaForCausalLM:
+class GemmaForCausalLM(ModuleAccess):
     """A Gemma model with transformers' methods. It is for inference: nothing here computes gradients.
 
     Attributes:
@@ -77,9 +78,20 @@ class GemmaForCausalLM:
             raise UnsupportedError("train: gemcut.hf models are for inference; they compute no gradients")
         return self
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The network's parameters."""
-        return self.gemma.model.parameters()
+    def requires_grad_(self, requires_grad: bool = True) -> GemmaForCausalLM:
+        """This model for False, which is always so; True is refused."""
+        if requires_grad:
+            raise UnsupportedError(f"requires_grad_: {MODEL['zero_grad']}")
+        return self
+
+    def can_generate(self) -> bool:
+        """Always True."""
+        return True
+
+    @property
+    def main_input_name(self) -> str:
+        """What the model takes first."""
+        return "input_ids"
 
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:
@@ -171,6 +183,7 @@ class GemmaForCausalLM:
         *,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
         **others: Any,
     ) -> CausalLMOutput:
         """Logits of every position.
@@ -180,10 +193,12 @@ class GemmaForCausalLM:
             attention_mask: [B, T], zero at padding; padding may be on either side.
             labels: int64 [B, T]; -100, and padding, do not count. The loss is the mean over all that do.
             logits_to_keep: only the last so many columns; 0 keeps all.
+            output_hidden_states: give [B, T, d] after the embedding and after each layer too, the last one normed.
             others: transformers' other arguments; refused by name unless they change nothing.
 
         Returns:
-            ``logits`` fp32 [B, T, V], zero at padding; and ``loss`` with labels.
+            ``logits`` fp32 [B, T, V], zero at padding; ``loss`` with labels; and ``hidden_states``, also zero at
+            padding, in the model's dtype.
         """
         refuse("the model", others, FORWARD)
         input_ids, attention_mask = split_mapping(input_ids, attention_mask)
@@ -204,19 +219,21 @@ class GemmaForCausalLM:
             )
         first = max(0, width - logits_to_keep) if logits_to_keep else 0
         logits = torch.zeros(rows, width - first, config.vocab_size, device=self.device)
-        for row, (start, stop), ids in zip(logits, batch.spans, batch.rows, strict=True):
+        states = scores.empty_states(self.gemma, rows, width) if output_hidden_states else None
+        for i, (row, (start, stop), ids) in enumerate(zip(logits, batch.spans, batch.rows, strict=True)):
             kept = max(start, first)
+            hidden = scores.hidden_states(self.gemma, ids, None if states is None else states[:, i, start:stop])
             if kept < stop:
-                row[kept - first : stop - first] = self.gemma.model.head(
-                    scores.hidden_states(self.gemma, ids)[kept - start :]
-                )
+                row[kept - first : stop - first] = self.gemma.model.head(hidden[kept - start :])
         loss = None
         if labels is not None:
             targets = labels.to(self.device).long().clone()
             for row, (start, stop) in zip(targets, batch.spans, strict=True):
                 row[: start + 1], row[stop:] = -100, -100  # nothing predicts a row's first token
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).to(batch.ids.device)
-        return CausalLMOutput(loss=loss, logits=logits.to(batch.ids.device))
+        where = batch.ids.device
+        layers = None if states is None else tuple(states.to(where).unbind())
+        return CausalLMOutput(loss=loss, logits=logits.to(where), hidden_states=layers)
 
     forward = __call__
 
@@ -312,11 +329,31 @@ class GemmaForCausalLM:
                 output.scores = scores.by_step(changed, sequences.device)
         return output
 
+    def compute_transition_scores(
+        self, sequences: Tensor, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    ) -> Tensor:
+        """The score of each new token, fp32 [B, new], from ``generate``'s sequences and scores (or logits).
+
+        ``normalize_logits`` makes log-probabilities of them. What stands behind a row's end has no meaning.
+        """
+        if beam_indices is not None:
+            raise UnsupportedError("compute_transition_scores: beam search is not in this version; leave beam_indices")
+        if not scores:
+            raise ParameterError("compute_transition_scores needs scores: generate(..., output_scores=True)")
+        stacked = torch.stack(tuple(scores), dim=1)  # [B, new, V]
+        if normalize_logits:
+            stacked = stacked.log_softmax(dim=-1)
+        tokens = sequences[:, -stacked.shape[1] :, None]
+        return stacked.gather(2, tokens.to(stacked.device)).squeeze(2)
+
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **others: Any) -> None:
         """Write config.json, generation_config.json and safetensors in Hugging Face layout; not the tokenizer.
 
+        A model in that layout that is there already is replaced once the new one is written.
+
         Raises:
-            CheckpointError: there is a model already, or the disk is full; nothing half-written is left.
+            ParameterError: ``save_directory`` is empty.
+            CheckpointError: the folder holds a GGUF file, or the disk is full; nothing half-written is left.
         """
         refuse("save_pretrained", others, {"safe_serialization": ((True,), "only safetensors are written")})
-        save(self.gemma, Path(save_directory), shard_bytes(max_shard_size), self.generation_config.to_dict())
+        save(self.gemma, named_folder(save_directory), shard_bytes(max_shard_size), self.generation_config.to_dict())

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemcut.checkpoint.source import resolve
 from gemcut.errors import ParameterError
-from gemcut.hf.common import Refusal, refuse, usable_revision, warn_once
+from gemcut.hf.common import Refusal, named_folder, refuse, usable_revision, warn_once
 from gemcut.text import files as text_files
 
 #: Options that do what they do in transformers.
@@ -179,7 +179,7 @@ class GenerationConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write generation_config.json. Raises CheckpointError when it cannot be written."""
-        text_files.write_text(Path(save_directory) / _FILE, json.dumps(self.to_dict(), indent=2) + "\n")
+        text_files.write_text(named_folder(save_directory) / _FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def merge_options(

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gemcut.hf.missing import missing
+from gemcut.hf.public_names import OUTPUT
+
 
 class Output:
     """Fields by attribute, by name ``out["logits"]``, or by place among those that are there ``out[0]``."""
@@ -23,6 +26,13 @@ class Output:
     def items(self) -> list[tuple[str, Any]]:
         """(name, value) of the fields that are there."""
         return list(zip(self.keys(), self.values(), strict=True))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The field of that name if it is there."""
+        return getattr(self, key) if key in self.keys() else default
+
+    def __getattr__(self, name: str) -> Any:  # only called where there is no such attribute
+        raise missing(self, name, OUTPUT)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are there."""
@@ -47,10 +57,25 @@ class Output:
 
 @dataclass
 class CausalLMOutput(Output):
-    """Of ``model(...)``: ``logits`` fp32 [B, T, V], zero where the mask is zero; ``loss`` where labels were given."""
+    """Of ``model(...)``: ``logits`` fp32 [B, T, V], zero where the mask is zero; ``loss`` where labels were given.
+
+    ``hidden_states``, where asked for: [B, T, d] after the embedding and after each layer, the last one normed; zero
+    where the mask is zero.
+    """
 
     loss: Tensor | None
     logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
+
+
+@dataclass
+class BaseModelOutput(Output):
+    """Of ``model.model(...)``, the network without its head: the fields of `CausalLMOutput`, in the model's dtype."""
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
 
 
 @dataclass

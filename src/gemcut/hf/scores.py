@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemcut.config import SLIDING
 from gemcut.engine.request import Request, Sequence
 from gemcut.engine.sampler import candidates, change_logits
 from gemcut.gemma import Gemma
@@ -16,12 +17,31 @@ from gemcut.hf.generation import SUPPRESSED, Job
 from gemcut.model.dense import DenseKeyValues
 
 
-def hidden_states(gemma: Gemma, ids: list[int]) -> Tensor:
-    """fp32 [T, d] of one whole sequence, before the final norm."""
+def hidden_states(gemma: Gemma, ids: list[int], states: Tensor | None = None) -> Tensor:
+    """fp32 [T, d] of one whole sequence, before the final norm.
+
+    ``states`` [layers + 1, T, d], where given, gets what each layer was given, and the end after the final norm.
+    """
     tokens = torch.tensor(ids, device=gemma.device)
     positions = torch.arange(len(ids), device=gemma.device)
-    hidden: Tensor = gemma.model(tokens, positions, DenseKeyValues(len(ids)))
+    cache, model = DenseKeyValues(len(ids)), gemma.model
+    if states is None:
+        hidden: Tensor = model(tokens, positions, cache)
+        return hidden
+    hidden = model.embed(tokens).float() * model.embed_scale
+    full, sliding = model.rope_full.at(positions), model.rope_sliding.at(positions)
+    for state, layer, kind in zip(states, model.layers, model.config.layer_types, strict=False):
+        state.copy_(hidden)
+        hidden = layer(hidden, sliding if kind == SLIDING else full, cache)
+    states[-1].copy_(model.norm(hidden))
     return hidden
+
+
+def empty_states(gemma: Gemma, rows: int, width: int) -> Tensor:
+    """Zeros [layers + 1, B, T, d] in the model's dtype."""
+    config = gemma.config
+    shape = (config.num_hidden_layers + 1, rows, width, config.hidden_size)
+    return torch.zeros(shape, dtype=gemma.dtype, device=gemma.device)
 
 
 @torch.no_grad()

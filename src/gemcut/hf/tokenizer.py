@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gemcut.errors import ParameterError
+from gemcut.errors import ChatTemplateError, ParameterError
 from gemcut.hf.chat_template import ChatWriter, chat_options
-from gemcut.hf.common import Refusal, refuse
+from gemcut.hf.common import Refusal, named_folder, refuse
 from gemcut.hf.encoding import (
     NO_LIMIT,
     BatchEncoding,
@@ -17,6 +17,7 @@ from gemcut.hf.encoding import (
     length_limit,
     pad_rows,
     padded_width,
+    read_encoded,
     to_tensors,
 )
 from gemcut.hf.vocabulary import Vocabulary, side_name
@@ -32,7 +33,6 @@ _CALL: dict[str, Refusal] = {
     "stride": ((0,), "overflowing tokens are not returned"),
     "return_token_type_ids": ((False,), "Gemma has no token types"),
     "return_overflowing_tokens": ((False,), "cut the text yourself"),
-    "return_special_tokens_mask": ((False,), "compare ids with all_special_ids"),
     "return_offsets_mapping": ((False,), "use tokenizer.tokenizer.backend for offsets"),
     "return_length": ((False,), "use len of the ids"),
     "split_special_tokens": ((False,), "use tokenizer.tokenizer.encode(..., parse_special=False)"),
@@ -104,6 +104,7 @@ class GemmaTokenizer(Vocabulary):
         padding_side: str | None = None,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
+        return_special_tokens_mask: bool = False,
         **others: Any,
     ) -> BatchEncoding:
         """Token ids and attention mask of a text or of several.
@@ -119,6 +120,7 @@ class GemmaTokenizer(Vocabulary):
             padding_side: "left" or "right", for this call.
             return_tensors: "pt" or "np" for int64 [B, T]; None for lists.
             return_attention_mask: False leaves it out.
+            return_special_tokens_mask: give ``special_tokens_mask`` too, 1 for each special token that was added.
             others: transformers' other arguments; refused by name unless they change nothing.
 
         Raises:
@@ -130,6 +132,8 @@ class GemmaTokenizer(Vocabulary):
         limit = length_limit(truncation, max_length, padding, self.model_max_length)
         rows = [self._encode(one, add_special_tokens, limit) for one in texts]
         options: dict[str, Any] = {"pad_to_multiple_of": pad_to_multiple_of, "padding_side": padding_side}
+        if return_special_tokens_mask:
+            options["special"] = [self._added(row, add_special_tokens) for row in rows]
         return self._batch(
             rows, isinstance(text, str), padding, max_length, return_tensors, return_attention_mask, **options
         )
@@ -137,6 +141,14 @@ class GemmaTokenizer(Vocabulary):
     def encode(self, text: str, *, add_special_tokens: bool = True, **options: Any) -> Any:
         """The ``input_ids`` of calling the tokenizer: a list, or with ``return_tensors="pt"`` a tensor [1, T]."""
         return self(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
+
+    def encode_plus(self, text: str, **options: Any) -> BatchEncoding:
+        """The same as calling the tokenizer (the name of transformers 4)."""
+        return self(text, **options)
+
+    def batch_encode_plus(self, texts: Sequence[str], **options: Any) -> BatchEncoding:
+        """The same as calling the tokenizer with several texts (the name of transformers 4)."""
+        return self(list(texts), **options)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[str]:
         """The text's tokens as the vocabulary spells them."""
@@ -159,6 +171,57 @@ class GemmaTokenizer(Vocabulary):
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **others: Any) -> list[str]:
         """Text of each row."""
         return [self.decode(row, skip_special_tokens, **others) for row in sequences]
+
+    # ---- batches -------------------------------------------------------------------------------------------------
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Bring encoded texts to one length, as a collate function does.
+
+        Args:
+            encoded_inputs: a mapping with ``input_ids`` (a text or several), or a list of such mappings.
+            padding, max_length, pad_to_multiple_of, padding_side, return_tensors: as in calling the tokenizer.
+            return_attention_mask: False leaves it out.
+            verbose: changes nothing.
+
+        Raises:
+            ParameterError: no ``input_ids``, another key (its padding is not known), or rows that differ in length.
+        """
+        rows, single, kind = read_encoded(encoded_inputs)
+        return self._batch(
+            rows["input_ids"],
+            single,
+            padding,
+            max_length,
+            return_tensors or kind,
+            return_attention_mask,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            masks=rows.get("attention_mask"),
+            special=rows.get("special_tokens_mask"),
+            keep_single=True,
+        )
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The Jinja template that `apply_chat_template` would use.
+
+        Raises:
+            ChatTemplateError: the checkpoint has none; Gemma's own format is built in.
+        """
+        refuse("get_chat_template", {"tools": tools}, _CHAT)
+        template = chat_template or self.chat_template
+        if template is None:
+            raise ChatTemplateError("this checkpoint has no chat template; apply_chat_template writes Gemma's format")
+        return template
 
     # ---- dialogues -----------------------------------------------------------------------------------------------
 
@@ -230,7 +293,7 @@ class GemmaTokenizer(Vocabulary):
     def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
         """Write tokenizer.json and tokenizer_config.json, which transformers reads too; return their paths."""
         refuse("save_pretrained", others, {"legacy_format": ((False,), "one file format is written")})
-        folder = Path(save_directory)
+        folder = named_folder(save_directory)
         self.tokenizer.save(folder)
         config = text_files.read_json_object(folder / _CONFIG_FILE) | {
             "padding_side": self.padding_side,
@@ -254,6 +317,13 @@ class GemmaTokenizer(Vocabulary):
         room = None if limit is None else max(0, limit - len(before) - len(after))
         return [*before, *self._cut(body, room), *after]
 
+    def _added(self, ids: list[int], special: bool) -> list[int]:
+        """1 where encoding added a special token, 0 elsewhere."""
+        mask = [0] * len(ids)
+        if special and ids:
+            mask[0], mask[-1] = mask[0] or int(self.add_bos_token), mask[-1] or int(self.add_eos_token)
+        return mask
+
     def _cut(self, ids: list[int], limit: int | None) -> list[int]:
         if limit is None or len(ids) <= limit:
             return ids
@@ -270,16 +340,27 @@ class GemmaTokenizer(Vocabulary):
         *,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
+        masks: list[list[int]] | None = None,
+        special: list[list[int]] | None = None,
+        keep_single: bool = False,
     ) -> BatchEncoding:
-        """Pad rows as asked and make lists or tensors of them."""
+        """Pad rows as asked and make lists or tensors of them.
+
+        ``masks`` and ``special`` (1: a special token) are those of the rows, where they are known. ``keep_single``
+        makes a tensor of a single text [T] and not [1, T].
+        """
         width = padded_width(rows, padding, max_length, self.model_max_length, pad_to_multiple_of)
-        masks = [[1] * len(row) for row in rows]
+        data: dict[str, Any] = {"input_ids": rows, "attention_mask": masks or [[1] * len(row) for row in rows]}
+        if special is not None:
+            data["special_tokens_mask"] = special
         if width is not None:
             side = side_name("padding_side", padding_side or self.padding_side)
-            rows, masks = pad_rows(rows, width, self.pad_token_id, side), pad_rows(masks, width, 0, side)
-        data: dict[str, Any] = {"input_ids": rows, "attention_mask": masks}
+            fills = {"input_ids": self.pad_token_id, "special_tokens_mask": 1}
+            data = {name: pad_rows(value, width, fills.get(name, 0), side) for name, value in data.items()}
         if return_attention_mask is False:
             del data["attention_mask"]
+        if return_tensors is not None and single and keep_single:
+            return BatchEncoding({name: to_tensors(value, return_tensors)[0] for name, value in data.items()})
         if return_tensors is not None:
             return BatchEncoding({name: to_tensors(value, return_tensors) for name, value in data.items()})
         return BatchEncoding({name: value[0] for name, value in data.items()} if single else data)

@@ -307,6 +307,13 @@ class Tokenizer:
             raise ParameterError(f"token id {value} is not in the vocabulary (0 to {self.vocab_size - 1})")
         return value
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: everything but the lock, which belongs to this process."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     def _mark_special(self, names: Iterable[str]) -> None:
         """Make sure the named tokens are special: one that is not could be typed by a user into a chat.
 
