@@ -144,6 +144,14 @@ class GenerationConfig:
         """The fields that are set."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that are set: their default is None."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The fields that are set as JSON; ``use_diff`` changes nothing."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GenerationConfig:
         """From the content of a generation_config.json. Keys of other versions of transformers are left out, with a
