@@ -212,12 +212,11 @@ class GemmaTokenizer(Vocabulary):
         )
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The Jinja template that `apply_chat_template` would use.
+        """The Jinja template that `apply_chat_template` would use; there is one, with ``tools`` and without.
 
         Raises:
             ChatTemplateError: the checkpoint has none; Gemma's own format is built in.
         """
-        refuse("get_chat_template", {"tools": tools}, _CHAT)
         template = chat_template or self.chat_template
         if template is None:
             raise ChatTemplateError("this checkpoint has no chat template; apply_chat_template writes Gemma's format")
