@@ -82,6 +82,8 @@ def test_protocols_see_a_plain_attribute_error(kind: str, pairs: dict[str, Any])
 
 
 def test_what_can_be_copied_is_copied(model: Any, tokenizer: Any) -> None:
+    dialogue = [{"role": "user", "content": "hi"}]
+    written = tokenizer.apply_chat_template(dialogue, tokenize=False)  # its template is compiled now
     encoding, output = tokenizer(["a", "b c"], padding=True), model(torch.tensor([[2, 10, 11]]))
     for again in (copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))):
         assert again(encoding).data == encoding.data
@@ -92,6 +94,7 @@ def test_what_can_be_copied_is_copied(model: Any, tokenizer: Any) -> None:
         assert other("Hello wörld <bos>").data == tokenizer("Hello wörld <bos>").data
         assert other.decode([2, 10, 999]) == tokenizer.decode([2, 10, 999])
         assert other.padding_side == "left"
+        assert other.apply_chat_template(dialogue, tokenize=False) == written
         config = hf.BitsAndBytesConfig(load_in_4bit=True)
         assert again(config).to_dict() == config.to_dict()
 

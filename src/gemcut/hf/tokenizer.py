@@ -76,6 +76,13 @@ class GemmaTokenizer(Vocabulary):
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         self._chat = ChatWriter(tokenizer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: compiled templates are made again."""
+        return {name: value for name, value in vars(self).items() if name != "_chat"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _chat=ChatWriter(state["tokenizer"]))
+
     def __repr__(self) -> str:
         return (
             f"GemmaTokenizer({self.name_or_path!r}, vocab_size={self.vocab_size}, padding_side={self.padding_side!r})"
