@@ -12,13 +12,15 @@ from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
-from rich.segment import Segment
+from rich.segment import ControlType, Segment
 from rich.text import Text
 
 from gemcut.cli.output import safe
 
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 _SECONDS_BETWEEN_DRAWINGS = 1 / 12
+# Control codes, which rich writes as they are and counts as no width. It names no kind for these; any kind will do.
+_WRAP_OFF, _WRAP_ON = (Segment(code, None, [(ControlType.BELL,)]) for code in ("\x1b[?7l", "\x1b[?7h"))
 
 
 class View(Protocol):
@@ -168,11 +170,17 @@ class _Block:
             del rendered[-1]
         while rendered and _is_blank(rendered[0]):
             del rendered[0]
+        if (
+            self._tail
+        ):  # drawn over later, so every line must take one row, whatever width the terminal gives its letters
+            yield _WRAP_OFF
         if self._gap:
             yield Segment.line()
         for line in rendered[-room:] if self._tail else rendered:
             yield from line
             yield Segment.line()
+        if self._tail:
+            yield _WRAP_ON
 
 
 def _is_blank(line: list[Segment]) -> bool:
