@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 import support
 from gemcut.errors import CheckpointError, ParameterError, TokenizerError
-from gemcut.text import Tokenizer
+from gemcut.text import Detokenizer, Tokenizer
 
 many = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 fragments = st.sampled_from(
@@ -138,11 +138,24 @@ def test_text_must_be_str(small: Tokenizer, text: Any) -> None:
         small.encode(text)
 
 
-@pytest.mark.parametrize("token_id", [-1, 10**6, 2**40, -(2**70), 1.5, "1", None])
+@pytest.mark.parametrize("token_id", [-1, 2**32, 2**40, -(2**70), 1.5, "1", None])
 def test_ids_outside_the_vocabulary_are_refused(small: Tokenizer, token_id: Any) -> None:
     for call in (lambda: small.decode([token_id]), lambda: small.token_bytes(token_id)):
         with pytest.raises(ParameterError, match=r"token id .*(not in the vocabulary|expected a whole number)"):
             call()
+
+
+def test_an_id_that_the_vocabulary_lacks_decodes_to_nothing(gemma2: Tokenizer, hf_gemma2: Any) -> None:
+    """Rows that pad an embedding can be sampled; transformers is the reference."""
+    ids = [gemma2.bos_id, *gemma2.encode("a €", add_bos=False), 256_003, 10**6, *gemma2.encode(" b", add_bos=False)]
+    for skip in (True, False):
+        assert gemma2.decode(ids, skip_special_tokens=skip) == hf_gemma2.decode(ids, skip_special_tokens=skip)
+    assert gemma2.decode([256_003]) == gemma2.token_text(256_003) == ""
+    assert gemma2.token_bytes(256_003) == b""
+    detokenizer = Detokenizer(gemma2)
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == gemma2.decode(ids)
+    with pytest.raises(ParameterError, match="token id 256003 is not in the vocabulary"):
+        gemma2.id_to_token(256_003)
 
 
 def test_ids_may_be_a_tensor(small: Tokenizer) -> None:

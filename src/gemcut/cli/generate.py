@@ -128,7 +128,7 @@ def answer_report(
     if prompt is not None:
         report["prompt"] = prompt
     if completion.logprobs is not None:
-        token = gemma.tokenizer.id_to_token
+        token = gemma.tokenizer.token_name
         report["logprobs"] = [
             {
                 "token": token(entry.token_id),

@@ -260,11 +260,14 @@ class Vocabulary:
         return str(decoder.decode(names)) if decoder is not None else "".join(names)
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The vocabulary's spelling of an id, or of each id of a list or tensor."""
+        """The vocabulary's spelling of an id, or of each id of a list or tensor; None where it lacks the id."""
         if isinstance(ids, int):
-            return self.tokenizer.id_to_token(ids)
+            return self._spelling(ids)
         skipped = self.tokenizer.special_ids if skip_special_tokens else frozenset()
-        return [self.tokenizer.id_to_token(i) for i in id_lists(ids) if i not in skipped]
+        return [self._spelling(i) for i in id_lists(ids) if i not in skipped]
+
+    def _spelling(self, token_id: int) -> str | None:
+        return self.tokenizer.token_name(token_id) or None
 
 
 def side_name(name: str, side: str) -> str:

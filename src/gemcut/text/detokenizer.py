@@ -53,7 +53,7 @@ class Detokenizer:
         """Take the next token; return the text that is now certain ("" while a character or stop string is open).
 
         Raises:
-            ParameterError: the id is not in the vocabulary.
+            ParameterError: the id is negative or beyond 32 bits. One that the vocabulary lacks adds "".
         """
         if self.stopped is not None:
             return ""

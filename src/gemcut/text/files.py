@@ -23,6 +23,14 @@ def read_text(path: Path) -> str:
         raise TokenizerError(f"cannot read {path}: it is not UTF-8 ({error.reason}); download it again") from None
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, or TokenizerError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"cannot be read ({error.strerror or error})") from error
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty where the file does not exist; TokenizerError where it is damaged."""
     if not path.is_file():

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from gemcut.errors import CheckpointError, ParameterError, TokenizerError
-from gemcut.text import files, gguf_vocab
+from gemcut.text import files, gguf_vocab, tokenizer_json
 from gemcut.text.quick_backend import QuickBackend
 
 START_OF_TURN = "<start_of_turn>"
@@ -108,10 +108,9 @@ class Tokenizer:
             config |= _named_tokens(files.read_json_object(folder / "special_tokens_map.json"))
         templates = _chat_templates(folder, config)
         try:
-            backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for every kind of damage
-            reason = " ".join(str(error).split())
-            raise TokenizerError(f"{file} is damaged or not a tokenizer ({reason}); download it again") from error
+            backend = tokenizer_json.read_backend(files.read_bytes(file))
+        except TokenizerError as error:
+            raise TokenizerError(f"{file}: {error}; download it again") from error
         try:
             several = templates if set(templates) != {"default"} else {}
             return cls(backend, chat_template=templates.get("default"), chat_templates=several, config=config)
@@ -233,18 +232,24 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. A run of byte tokens that is not valid UTF-8 becomes one U+FFFD per byte.
 
+        An id that the vocabulary lacks adds nothing: a model's embedding may have rows that stand for no token.
+
         Raises:
-            ParameterError: an id is not in the vocabulary.
+            ParameterError: an id is not a whole number, or negative or beyond 32 bits.
         """
         checked = [self._checked(token_id) for token_id in ids]
         with self._lock:
             return str(self.backend.decode(checked, skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
-        """Text that one token adds when decoded (spaces as spaces; for a byte token its name, ``<0x0A>``)."""
+        """Text that one token adds when decoded (spaces as spaces; for a byte token its name, ``<0x0A>``).
+
+        "" for an id that the vocabulary lacks.
+        """
         text = self._texts.get(token_id)
         if text is None:
-            text = self.id_to_token(token_id).replace(_SPACE, " ")
+            name = self.backend.id_to_token(self._checked(token_id))
+            text = "" if name is None else str(name).replace(_SPACE, " ")
             self._texts[token_id] = text
         return text
 
@@ -263,7 +268,14 @@ class Tokenizer:
         Raises:
             ParameterError: the id is not in the vocabulary.
         """
-        return str(self.backend.id_to_token(self._checked(token_id)))
+        name = self.backend.id_to_token(self._checked(token_id))
+        if name is None:
+            raise ParameterError(f"token id {token_id} is not in the vocabulary (0 to {self.vocab_size - 1})")
+        return str(name)
+
+    def token_name(self, token_id: int) -> str:
+        """`id_to_token`, and "" for an id that the vocabulary lacks: a model may give it a probability."""
+        return self.id_to_token(token_id) if self.token_text(token_id) else ""
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token by its exact spelling in the vocabulary, or None."""
@@ -303,7 +315,7 @@ class Tokenizer:
             value = operator.index(token_id)
         except TypeError:
             raise ParameterError(f"token id is {token_id!r}; expected a whole number") from None
-        if not 0 <= value < self.vocab_size:
+        if not 0 <= value < 1 << 32:
             raise ParameterError(f"token id {value} is not in the vocabulary (0 to {self.vocab_size - 1})")
         return value
 
