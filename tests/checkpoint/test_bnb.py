@@ -275,8 +275,8 @@ def test_damaged_weights_are_named(kind: str, cut: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq', which is not supported"),
-        ({"quant_method": "awq"}, "'awq', which is not supported"),
+        ({"quant_method": "gptq", "bits": 4}, "by GPTQ, which is not supported"),
+        ({"quant_method": "awq"}, "by AWQ, which is not supported"),
         ({"quant_method": None}, "names no quant_method"),
         ({}, "names no quant_method"),
         ({"quant_method": "bitsandbytes"}, "load_in_4bit"),

@@ -46,7 +46,7 @@ def download(
 
     hub = _Repository(repo, revision, token, cache_dir, local_files_only, progress)
     folder = hub.fetch(_SMALL_FILES, revision)
-    there = {path.name for path in folder.iterdir()}
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()  # nothing matched: no folder
     if foreign.is_adapter(there) and ("config.json" not in there or (weights and not _whole_weights(folder, hub))):
         raise CheckpointError(f"{repo} on the hub is no model but a {foreign.adapter(folder)}")
     if not (folder / "config.json").is_file():
