@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 
 class GemcutError(Exception):
     """Base of every error gemcut raises on purpose. The command line prints its message and exits with 2."""
@@ -39,8 +43,54 @@ class ContextLengthError(GemcutError, ValueError):
     """Prompt and requested tokens do not fit the model's context."""
 
 
+@dataclass(frozen=True)
+class MemoryOption:
+    """Another form of the same weights: ``dtype`` or ``quantization``, its value, and bytes needed and there."""
+
+    option: Literal["dtype", "quantization"]
+    value: str
+    nbytes: int
+    available: int
+
+
+Door = Literal["python", "facade", "command"]
+_WORDS: dict[Door, dict[str, str]] = {
+    "python": {"dtype": 'dtype="{}"', "quantization": 'quantization="{}"'},
+    "facade": {
+        "dtype": "dtype=torch.{}",
+        "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+        "nf4": 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
+    },
+    "command": {"dtype": "--dtype {}", "quantization": "--quantization {}"},
+}
+
+
 class CapacityError(GemcutError):
-    """The memory there is cannot hold what was asked for. The message names both numbers."""
+    """The memory there is cannot hold what was asked for. The message names both numbers.
+
+    Where smaller forms of the weights are known, ``options`` holds them, and the message ends with them in the words of
+    the front door it is read at: ``at`` gives those of another one.
+    """
+
+    def __init__(self, problem: str, *, options: Sequence[MemoryOption] = (), door: Door = "python") -> None:
+        self.problem, self.options, self.door = problem, tuple(options), door
+        super().__init__(problem + self._advice())
+
+    def at(self, door: Door) -> CapacityError:
+        """The same error in the words of another front door."""
+        return CapacityError(self.problem, options=self.options, door=door) if self.options else self
+
+    def _advice(self) -> str:
+        if not self.options:
+            return ""
+        words = _WORDS[self.door]
+        fits = [option for option in self.options if option.nbytes <= option.available]
+        ways = [
+            f"{words.get(o.value, words.get(o.option, '')).format(o.value)} ({o.nbytes / 1e9:.1f} GB)"
+            for o in fits or self.options[-1:]
+        ]
+        what = f"choose {', or '.join(ways)}" if fits else f"even {ways[0]} is too much: choose a smaller model"
+        return f": {what}; `gemcut plan` shows what fits"
 
 
 class RequestError(GemcutError):

@@ -20,11 +20,11 @@ from gemcut import process
 from gemcut.checkpoint.source import Source, resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import bytes_per_block, shape_for_tokens
-from gemcut.errors import CapacityError, ParameterError
+from gemcut.errors import CapacityError, MemoryOption, ParameterError
 from gemcut.hardware import free_memory, parse_device, parse_dtype
 from gemcut.model import Model
 from gemcut.network import effective_quantization, load_network
-from gemcut.plan import CHUNK, MemoryPlan
+from gemcut.plan import CHUNK, Cut, MemoryPlan, weight_bytes
 from gemcut.progress import LoadProgress
 from gemcut.prompts import (
     Prompt,
@@ -407,11 +407,22 @@ def _check_memory(source: Source, dtype: torch.dtype, device: torch.device, spec
     available = free_memory(device)
     if available is not None and plan.weights > available:
         kind = plan.dtype if spec is None else spec.format
-        way = "quantization='nf4', " if spec is None else ""
         raise CapacityError(
             f"the weights of {source.name} need {plan.weights / 1e9:.1f} GB in {kind}; {available / 1e9:.1f} GB are "
-            f"free on {device}: choose {way}a smaller model or another device (`gemcut plan` shows what fits)"
+            f"free on {device}",
+            options=_smaller(source, plan, spec, available),
         )
+
+
+def _smaller(source: Source, plan: MemoryPlan, spec: Quantization | None, available: int) -> tuple[MemoryOption, ...]:
+    """Other forms of the same weights that are smaller, the closest to what was asked for first."""
+    if spec is not None:
+        return ()
+    found = [MemoryOption("dtype", "bfloat16", weight_bytes(source.config(), "bfloat16"), available)]
+    for name in ("int8", "nf4"):
+        size = weight_bytes(source.config(), "bfloat16", Cut(name))
+        found.append(MemoryOption("quantization", name, size, available))
+    return tuple(option for option in found if option.nbytes < plan.weights)
 
 
 def _cache_bytes(model: Model, device: torch.device, max_context: int | None, chunk: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import support
+from gemcut.cli import output
 from gemcut.cli.plan import DTYPE_NAMES, parse_memory
 from gemcut.config import FAMILY
 from gemcut.errors import ParameterError
@@ -168,3 +169,18 @@ def test_dtype_names_are_those_of_the_loader() -> None:
     for short, name in DTYPE_NAMES.items():
         assert DTYPES[short] is DTYPES[name]
     assert set(DTYPES) == set(DTYPE_NAMES) | set(DTYPE_NAMES.values())
+
+
+@pytest.mark.parametrize("width", [40, 53, 64, 80, 99, 120, 200])
+def test_a_number_is_never_shortened(cli: Cli, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """However narrow the terminal is, every number of --json's report is there in full."""
+    plans = json.loads(cli("plan", "27b", "--memory", "80GB", "--json").out)["plans"]
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = cli("plan", "27b", "--memory", "80GB").out
+    assert "…" not in out
+    for plan in plans:
+        assert output.gigabytes(plan["weights_bytes"]) in out
+        assert output.gigabytes(plan["total_bytes"]) in out
+        assert output.gigabytes(plan["kv_bytes"]) in out
+    table = out[: out.index("Fits:")].splitlines()[1:]
+    assert max(map(len, table)) <= width

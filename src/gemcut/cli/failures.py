@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from gemcut.errors import GemcutError
+from gemcut.errors import CapacityError, GemcutError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -26,6 +26,8 @@ def explain(error: BaseException) -> Failure:
         return Failure("interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):  # the reader of our output has left: nobody to tell
         return Failure("", BROKEN_PIPE)
+    if isinstance(error, CapacityError):
+        error = error.at("command")
     if isinstance(error, GemcutError):
         return Failure(f"error: {one_line(str(error))}", 2)
     if callable(format_message := getattr(error, "format_message", None)):  # typer's and click's own

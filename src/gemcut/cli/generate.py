@@ -12,11 +12,16 @@ import typer
 from gemcut.cli import output
 from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, with_options
 from gemcut.errors import ParameterError
+from gemcut.files import UnreadableError, read_bounded
 
 if TYPE_CHECKING:
     from gemcut.gemma import Gemma
     from gemcut.results import Completion
     from gemcut.sampling_defaults import ResolvedSampling
+
+#: The largest context of a Gemma 2 or 3 is 131,072 tokens, and their longest token has 48 bytes of text: whatever is
+#: longer fits no context, so reading on is in vain.
+MAX_PROMPT_BYTES = 131_072 * 48
 
 
 @with_options
@@ -79,9 +84,11 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
         raise ParameterError("the prompt was given twice, as an argument and as --file; drop one")
     if file is not None and str(file) != "-":
         try:
-            text = decode(file.read_bytes(), str(file))
+            text = decode(read_bounded(file, MAX_PROMPT_BYTES), str(file))
         except OSError as error:
             raise ParameterError(f"cannot read {file}: {error.strerror or error}") from None
+        except UnreadableError as error:
+            raise ParameterError(f"the prompt file {file} {error}; give less text") from None
     elif argument is None or argument == "-":
         if argument is None and file is None and output.is_terminal(sys.stdin):
             raise ParameterError('no prompt: give it as an argument ("The sky is"), with --file PATH, or pipe it in')
@@ -94,8 +101,15 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
 
 
 def read_stdin() -> bytes:
-    """All of standard input."""
-    return sys.stdin.buffer.read()
+    """All of standard input, a pipe that may never end. Raises ParameterError where it is too much or closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise ParameterError('standard input is closed; give the prompt as an argument ("The sky is") or pipe it in')
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise ParameterError(
+            f"standard input has more than {MAX_PROMPT_BYTES:,} bytes, more than any Gemma's context holds; give less"
+        )
+    return data
 
 
 def decode(data: bytes, where: str, *, trim: bool = True) -> str:

@@ -98,6 +98,9 @@ def _run(arguments: list[str]) -> int:
 
 def _prepare_output(debug: bool) -> None:
     """Characters the terminal's encoding lacks are replaced, not fatal; warnings take one line."""
+    for name in ("stdout", "stderr"):  # closed with >&- : what is said there goes nowhere, and quietly
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="replace")

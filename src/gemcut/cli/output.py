@@ -9,6 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gemcut.gemma import Gemma
     from gemcut.results import Completion
     from gemcut.sampling_defaults import ResolvedSampling
@@ -23,10 +25,21 @@ def safe(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
+def console(**options: Any) -> Console:
+    """rich's console, but a reader who has left is ours to answer: rich would end the process with exit code 1."""
+    import rich.console
+
+    class Ours(rich.console.Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich calls this while it handles the BrokenPipeError
+
+    return Ours(highlight=False, **options)
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person looks at ``stream``."""
     try:
-        return stream.isatty()
+        return stream is not None and stream.isatty()  # Python has None for a stream closed before it began
     except ValueError:  # closed
         return False
 

@@ -98,10 +98,9 @@ def plan(
             {"model": label, "config_from": source, "device": limit.kind, "plans": [_report(each) for each in plans]}
         )
         return
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    console = output.console()
     layers = f"{len(config.full_layers)} full + {len(config.sliding_layers)} sliding layers"
     console.print(
         f"[bold]{escape(label)}[/]: {output.count(config.num_parameters())} parameters, {layers}", soft_wrap=True
@@ -113,7 +112,8 @@ def plan(
             f"[dim]Its {_join(expanded)} weights are expanded to one of these formats while they are read.[/]",
             soft_wrap=True,
         )
-    console.print(_table(plans, limit))
+    for part in _beside(plans, console.width, limit):
+        console.print(_table(part, limit))
     for line in _verdict(plans, limit):
         console.print(line, soft_wrap=True)
 
@@ -190,6 +190,21 @@ def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, Quantizat
     return source.name, source.config(), str(source.path), source.quantization, list(source.expanded)
 
 
+def _beside(plans: list[MemoryPlan], width: int, limit: Limit) -> list[list[MemoryPlan]]:
+    """The plans in groups whose columns stand side by side in ``width``: a number is never shortened."""
+    from rich.console import Console
+
+    wide = Console(width=10_000)
+    parts: list[list[MemoryPlan]] = [[]]
+    for plan in plans:
+        together = [*parts[-1], plan]
+        if parts[-1] and wide.measure(_table(together, limit)).minimum > width:
+            parts.append([plan])
+        else:
+            parts[-1] = together
+    return parts
+
+
 def _table(plans: list[MemoryPlan], limit: Limit) -> Table:
     from rich import box
     from rich.table import Table
@@ -197,9 +212,11 @@ def _table(plans: list[MemoryPlan], limit: Limit) -> Table:
 
     first = plans[0]
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", min_width=14)  # the longest word of its titles
     for plan in plans:
-        table.add_column(plan.label.replace(" + ", "\n+ "), justify="right")
+        title = plan.label.replace(" + ", "\n+ ")
+        # rich takes a title for narrower than it is, and would cut it and the numbers under it
+        table.add_column(title, justify="right", no_wrap=True, min_width=max(map(len, title.split("\n"))))
 
     def row(title: str, values: list[str], style: str = "") -> None:
         table.add_row(title, *values, style=style)

@@ -141,11 +141,10 @@ def _held_out(
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = output.console()
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, entry in report["weights"].items():
         kinds.setdefault(name.split(".")[-2], []).append(entry)

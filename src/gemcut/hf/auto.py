@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gemcut.checkpoint.source import resolve
-from gemcut.errors import ParameterError
+from gemcut.errors import CapacityError, ParameterError
 from gemcut.gemma import Gemma
 from gemcut.hf.common import Refusal, refuse, usable_revision, warn_once
 from gemcut.hf.loading import LOAD, placement, wanted_dtype
@@ -159,15 +159,18 @@ class AutoModelForCausalLM:
             quantization_config, {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
         )
         spec = None if config is None else config.to_quantization()
-        gemma = Gemma.load(
-            pretrained_model_name_or_path,
-            dtype=wanted_dtype(torch_dtype, dtype, default=torch.float32 if config is None else "auto"),
-            quantization=spec,
-            device=placement(device_map),
-            revision=usable_revision(pretrained_model_name_or_path, revision),
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            attn_implementation=attention,
-        )
+        try:
+            gemma = Gemma.load(
+                pretrained_model_name_or_path,
+                dtype=wanted_dtype(torch_dtype, dtype, default=torch.float32 if config is None else "auto"),
+                quantization=spec,
+                device=placement(device_map),
+                revision=usable_revision(pretrained_model_name_or_path, revision),
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                attn_implementation=attention,
+            )
+        except CapacityError as error:
+            raise error.at("facade") from None
         return GemmaForCausalLM(gemma, str(pretrained_model_name_or_path), generation_config)
