@@ -93,5 +93,6 @@ def test_what_does_not_fit_is_told_what_does_in_the_words_of_each_front_door(
     error = cli("generate", "-m", folder, "--dtype", "bfloat16", "hi").error
     assert "--quantization nf4 (6.1 GB)" in error
     assert "--dtype" not in error
-    with pytest.raises(GemcutError, match=r"need 10\.2 GB in int8; 8\.0 GB are free"):
+    # The embedding stays in the fp32 of the checkpoint: 256,000 × 3,584 × 2 bytes more than in bf16.
+    with pytest.raises(GemcutError, match=r"need 12\.0 GB in int8; 8\.0 GB are free"):
         Gemma.load(folder, quantization="int8", progress=False)
