@@ -88,7 +88,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
         except OSError as error:
             raise ParameterError(f"cannot read {file}: {error.strerror or error}") from None
         except UnreadableError as error:
-            raise ParameterError(f"the prompt file {file} {error}; give less text") from None
+            raise ParameterError(f"cannot read {file}: it {error}") from None
     elif argument is None or argument == "-":
         if argument is None and file is None and output.is_terminal(sys.stdin):
             raise ParameterError('no prompt: give it as an argument ("The sky is"), with --file PATH, or pipe it in')
