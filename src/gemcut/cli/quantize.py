@@ -66,7 +66,8 @@ def quantize(
         raise ParameterError("--calibrate is for nf4 and fp4; int8 needs none")
     check_out(out)  # before anything is downloaded for nothing
     if calibrate is not None and (not calibrate.exists() or calibrate.is_dir()):
-        raise ParameterError(f"cannot read {calibrate}: expected a text file to calibrate on")
+        what = "is a folder" if calibrate.is_dir() else "No such file"
+        raise ParameterError(f"cannot read {calibrate}: {what}; expected a text file to calibrate on")
     with LoadProgress(True, f"downloading {model}") as report:
         source = hub.fetch(model, report)
     cutter, options, held_out = (None, {}, []) if calibrate is None else _calibration(source, spec, calibrate)
