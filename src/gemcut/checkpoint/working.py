@@ -116,9 +116,9 @@ def assemble(work: Path) -> Path:
             os.link(work / shard, final / name)
         except OSError:  # a file system without links: a kill between here and the end costs the run
             (work / shard).replace(final / name)
-    stays = {"lock", _STATE, state.get("kept", ""), *shards}
-    for path in work.iterdir():
-        if path.is_file() and path.name not in stays:
+    stays = {"lock", _STATE, state.get("kept", ""), final.name, *shards}
+    for path in list(work.iterdir()):
+        if path.name not in stays and (path.is_file() or path.name == "additional_chat_templates"):
             path.replace(final / path.name)
     return final
 
