@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 
+from gemcut import files
 from gemcut.errors import ParameterError
 
 MAX_TEXT = 4 * 10**6  # far beyond any context: a token has at least a byte
@@ -15,19 +14,15 @@ MAX_CHAT = 64 * 10**6
 def read_bounded(path: Path, limit: int) -> bytes:
     """A file's bytes. Raises ParameterError where it cannot be read, is no regular file, or has more than ``limit``."""
     try:
-        # Not blocking: a pipe without a writer would be waited for before it can be looked at.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ParameterError(f"{path} is not a file with text in it (a folder, a pipe or a device)")
-            data = file.read(limit + 1)
+        if files.check_regular(path) > limit:
+            raise ParameterError(f"{path} has more than {limit // 10**6} MB; expected a file that fits the context")
+        return files.read_bounded(path, limit)
+    except files.UnreadableError as error:
+        raise ParameterError(f"cannot read {path}: it {error}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, ParameterError):
             raise
         raise ParameterError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > limit:
-        raise ParameterError(f"{path} has more than {limit // 10**6} MB; expected a file that fits the context")
-    return data
 
 
 def read_text_file(path: Path) -> str:
