@@ -18,7 +18,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
             raise ParameterError(f"{path} has more than {limit // 10**6} MB; expected a file that fits the context")
         return files.read_bounded(path, limit)
     except files.UnreadableError as error:
-        raise ParameterError(f"cannot read {path}: it {error}") from None
+        raise ParameterError(f"{path} is not a file with text in it: it {error}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, ParameterError):
             raise
