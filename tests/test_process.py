@@ -25,7 +25,7 @@ gemma = new_gemma()
 if sys.argv[1] == "used":
     torch.set_num_threads(2)
     torch.randn(2000, 2000) @ torch.randn(2000, 2000)  # wakes PyTorch's threads
-    stream = gemma.stream_ids([5, 6], gemma._params([5, 6], {"seed": 1}, 9))
+    stream = gemma.stream_ids([5, 6], gemma._params([5, 6], {"seed": 1, "max_new_tokens": 9}))
     next(stream)
 else:
     stream = None
@@ -34,7 +34,7 @@ def work(name):
     jobs = {
         "generate": lambda: gemma.generate("abc", max_new_tokens=3),
         "forward": lambda: dense_logits(gemma.model, torch.tensor([1, 2, 3])),
-        "read": lambda: next(stream) if stream else gemma.complete([[1]], gemma._params([1], {}, 3)),
+        "read": lambda: next(stream) if stream else gemma.complete([[1]], gemma._params([1], {"max_new_tokens": 3})),
         "step": lambda: gemma.engine.step(),
         "load": lambda: Gemma.load("no-such-model"),
         "another": lambda: new_gemma(),
@@ -85,7 +85,8 @@ def test_worker_forked_before_anything_was_loaded_works() -> None:
         "def work(n):\n"
         "    from engine.words import new_gemma\n"
         "    gemma = new_gemma()\n"
-        "    return len(gemma.complete([[5, 6]], gemma._params([5, 6], {'ignore_eos': True}, 4))[0].token_ids)\n"
+        "    params = gemma._params([5, 6], {'ignore_eos': True, 'max_new_tokens': 4})\n"
+        "    return len(gemma.complete([[5, 6]], params)[0].token_ids)\n"
         "with multiprocessing.get_context('fork').Pool(1) as pool:\n"
         "    print(pool.map(work, [0]))\n"
     )
