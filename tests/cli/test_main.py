@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import signal
 import subprocess
@@ -126,6 +127,20 @@ def test_ctrl_c_while_loading_or_generating(tiny: Path, delay: float) -> None:
     # Either way a shell sees 130: an interrupt inside an import of C code makes Python end by the signal itself.
     assert running.returncode in (130, -signal.SIGINT), err
     assert err.decode().splitlines() == ["interrupted"]
+
+
+def test_an_interrupt_that_an_import_swallowed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C code may lose a KeyboardInterrupt while it imports; numpy then says that it cannot be loaded twice."""
+
+    def swallow(*_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot load module more than once per process")
+
+    monkeypatch.setattr("gemcut.checkpoint.source.resolve", swallow)
+    run = cli("info", "2b")
+    assert (run.code, run.error) == (130, "interrupted")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_reader_that_leaves_is_no_error(tiny: Path) -> None:

@@ -18,6 +18,7 @@ from gemcut.cli.config import app as config_app
 from gemcut.cli.failures import explain, one_line
 from gemcut.cli.generate import generate
 from gemcut.cli.info import info
+from gemcut.cli.interrupt import imports_interrupted
 from gemcut.cli.options import DEBUG_HELP, flag
 from gemcut.cli.plan import plan
 from gemcut.cli.quantize import quantize
@@ -65,7 +66,8 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in itertools.takewhile(lambda argument: argument != "--", arguments)
     _prepare_output(debug)
     try:
-        code = _run(arguments)
+        with imports_interrupted():
+            code = _run(arguments)
         sys.stdout.flush()  # here, where a reader that left can still be met quietly
         return code
     except (Exception, KeyboardInterrupt) as error:
