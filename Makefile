@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # What an installation compiles: a change of it asks for another.
 KERNELS := src/gemcut/kernels/cpu/build.py $(shell find src/gemcut/kernels/cpu/src -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-gpu lint bench-cpu clean
+.PHONY: demo test test-gpu lint bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -28,6 +28,12 @@ lint: $(VENV)/dev.stamp
 
 bench-cpu: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/cpu_inference.py
+
+# One user: make bench-gpu SIZES=2b takes one size.
+SIZES ?= 2b,9b,27b
+bench-gpu: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/gpu_inference.py --size $(SIZES) --weights nf4,nf4-head8,int8,bf16 \
+		--contexts 128,8000 --prefill 128,512,1000,4096 --new 64 --repetitions 3
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gemcut needs Python 3.11 or newer, this is " + sys.version.split()[0])'

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import platform
 import statistics
 import time
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from options import names_of
 from transformers_peer import as_transformers, cut_by_bitsandbytes, transformers_seconds
 
 import gemcut
@@ -49,6 +51,8 @@ OURS = {
     "int8": Quantization("int8", head="int8"),
 }
 PEERS = ("transformers", "bitsandbytes", "llama.cpp-Q4_0", "llama.cpp-Q8_0", "llama.cpp-Q4_K_M")
+#: What a peer imports, and what pip calls it.
+PACKAGES = {"bitsandbytes": "bitsandbytes", "llama_cpp": "llama-cpp-python"}
 MEASUREMENTS = (f"prefill {PROMPT}", "decode, 1 request", f"decode, {BATCH} together")
 
 #: (prompts, steps) -> (prefill, decode) seconds; None where the engine does not do batches.
@@ -119,6 +123,12 @@ def step_bytes(model: Model) -> int:
     """Bytes a decode step of one request reads: every weight once (the embedding serves as the head)."""
     packed = sum(weight.nbytes for module in model.modules() for weight in getattr(module, "weights", ()))
     return packed + sum(parameter.nbytes for parameter in model.parameters())
+
+
+def missing(name: str) -> list[str]:
+    """The modules that the engine ``name`` needs and that are not installed."""
+    wanted = [module for module in PACKAGES if name.startswith(module.replace("_", "."))]
+    return [module for module in wanted if importlib.util.find_spec(module) is None]
 
 
 def llama_contestant(name: str, path: Path, threads: int) -> Contestant:
@@ -226,16 +236,21 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["2b", "270m", "all"], default="all")
-    parser.add_argument("--engines", default=",".join((*OURS, *PEERS)), help="comma-separated; see above")
+    engines = (*OURS, *PEERS)
+    parser.add_argument("--engines", type=names_of("engine", engines), help="comma-separated; see above")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--steps", type=int, default=STEPS, help="tokens to decode in each repetition")
     parser.add_argument("--layers", type=int, help="fewer layers of the 2B shape, for a quick look")
     parser.add_argument("--threads", type=int, help="threads of every engine (default: torch's own choice)")
     args = parser.parse_args()
-    names = args.engines.split(",")
-    for name in names:
-        if name not in OURS and name not in PEERS:
-            parser.error(f"no engine {name!r}; choose from {', '.join((*OURS, *PEERS))}")
+    absent = [name for name in args.engines or engines if missing(name)]
+    if absent:
+        needs = sorted({PACKAGES[module] for name in absent for module in missing(name)})
+        what = f"{', '.join(absent)} needs pip install {' '.join(needs)}"
+        if args.engines:
+            parser.error(what)
+        print(f"left out: {what}")
+    names = [name for name in args.engines or engines if name not in absent]
     if args.threads:
         torch.set_num_threads(args.threads)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, gemcut {gemcut.__version__}"

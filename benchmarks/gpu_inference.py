@@ -2,12 +2,13 @@
 
     python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers
     python benchmarks/gpu_inference.py --size 27b --weights nf4 --peer transformers --quick     # two requests a row
+    make bench-gpu                                         # three sizes, four formats, without the peer
 
 Ours is timed through the engine; every repetition is a request of its own, of which decode counts the steps after the
 first token and prefill the time until it. The peer is timed through generate(): in bf16, or cut by bitsandbytes where
 that is installed, which the table says. "A token" is what a step must read, weights and cached keys and values, or the
 operations of a token's matrix products; "of limit" compares with the read bandwidth, or the rate of a bf16 product of
-8192 x 8192 x 8192, measured before and after (the higher counts). Progress goes to stderr, one table to stdout.
+8192 x 8192 x 8192, measured before and after (the higher counts). Progress goes to stderr, a table a size to stdout.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from gpu_network import SIZES, WEIGHTS, build, cache_bytes, product_flop
+from options import names_of
 
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.kernels.bandwidth import read_bandwidth
@@ -110,9 +112,9 @@ def together(engine: Engine, users: int, prompt: int, new: int) -> float:
     return speed
 
 
-def our_rows(weights: str, options: argparse.Namespace) -> list[Row]:
-    """All rows of one kind of weights."""
-    model, nbytes = build(options.size, weights, options.layers)
+def our_rows(size: str, weights: str, options: argparse.Namespace) -> list[Row]:
+    """All rows of one size and kind of weights."""
+    model, nbytes = build(size, weights, options.layers)
     config, device = model.config, torch.device("cuda", torch.cuda.current_device())
     memory = int(torch.cuda.mem_get_info()[0] * 0.6) if options.users else None
     engine = Engine(model, device, EngineConfig(max_batch_tokens=4096, max_context=8192, kv_memory=memory))
@@ -152,14 +154,14 @@ def our_rows(weights: str, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def peers(options: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
-    """tok/s of each repetition by (the peer's name, row)."""
+def peers(size: str, options: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
+    """tok/s of each repetition of one size by (the peer's name, row)."""
     from gpu_peer import build_peer, peer_name, peer_speeds
 
     speeds = {}
     for name in dict.fromkeys(peer_name(weights) for weights in options.weights):
         progress(name)
-        peer = build_peer(options.size, options.layers, name)
+        peer = build_peer(size, options.layers, name)
         measured = peer_speeds(peer, options.contexts, options.prefill, PEER_TOKENS, options.repetitions)
         speeds.update({(name, row): values for row, values in measured.items()})
         for row, values in measured.items():
@@ -192,14 +194,6 @@ def print_table(rows: list[Row], beside: dict[tuple[str, str], list[float]], ban
         print("| " + " | ".join([*cells, *peer]) + " |")
 
 
-def names(text: str) -> list[str]:
-    chosen = text.split(",")
-    unknown = [name for name in chosen if name not in WEIGHTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown weights {unknown[0]!r}; there are {', '.join(WEIGHTS)}")
-    return chosen
-
-
 def lengths(text: str) -> list[int]:
     values = [int(part) for part in text.split(",") if part]
     if not all(0 < value <= 8000 for value in values):
@@ -209,8 +203,12 @@ def lengths(text: str) -> list[int]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Users of one GPU, full shapes, random weights.")
-    parser.add_argument("--size", choices=list(SIZES), default="27b")
-    parser.add_argument("--weights", type=names, default=["nf4"], help=f"comma-separated: {', '.join(WEIGHTS)}")
+    parser.add_argument(
+        "--size", type=names_of("size", SIZES), default=["27b"], help=f"comma-separated: {', '.join(SIZES)}"
+    )
+    parser.add_argument(
+        "--weights", type=names_of("weights", WEIGHTS), default=["nf4"], help=f"comma-separated: {', '.join(WEIGHTS)}"
+    )
     parser.add_argument("--peer", choices=["none", "transformers"], default="none")
     parser.add_argument("--contexts", type=lengths, default=[128], help="prompts before decoding, comma-separated")
     parser.add_argument(
@@ -244,14 +242,20 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    for size in options.size:
+        measure(size, options)
+
+
+def measure(size: str, options: argparse.Namespace) -> None:
+    """Measures one size and prints its table."""
     started = time.perf_counter()
     limits = [(read_bandwidth(), product_rate())]
     rows: list[Row] = []
     for weights in options.weights:
-        rows += our_rows(weights, options)
+        rows += our_rows(size, weights, options)
         free()
     limits.append((read_bandwidth(), product_rate()))
-    beside = peers(options) if options.peer == "transformers" else {}
+    beside = peers(size, options) if options.peer == "transformers" else {}
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if beside:
         import gpu_peer
@@ -260,11 +264,12 @@ def main() -> None:
     bandwidths, rates = zip(*limits, strict=True)
     layers = f", {options.layers} layers" if options.layers else ""
     print(f"device {torch.cuda.get_device_name()}; {versions}")
-    print(f"Gemma 2 {options.size} shape{layers}, random weights; {options.repetitions} requests a row,")
+    print(f"Gemma 2 {size} shape{layers}, random weights; {options.repetitions} requests a row,")
     print(f"{options.new} tokens each ({PEER_TOKENS + 1} of the peer); {time.perf_counter() - started:.0f} s in all")
     print(f"read bandwidth before and after {bandwidths[0] / 1e9:,.0f} and {bandwidths[1] / 1e9:,.0f} GB/s, ", end="")
     print(f"bf16 product {rates[0] / 1e12:.0f} and {rates[1] / 1e12:.0f} TFLOP/s\n")
     print_table(rows, beside, max(bandwidths), max(rates))
+    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from gpu_layer_kernels import HEADER, decode_attentions, draws, gated_products, prefill_attention, row_kernels
 from gpu_timing import replay_seconds
+from options import names_of, row_counts
 from torch import Tensor
 
 from gemcut.kernels import cuda_linear, nvrtc
@@ -112,12 +113,12 @@ def print_products(options: argparse.Namespace, bandwidth: float) -> None:
         f"{'format':9}{'linear':8}{'m':>5}{'ours':>9}{'spread':>16}{'of m=1':>7}{'TFLOP/s':>8}{'% of read':>10}"
         f"{'decoded':>9}{'bf16 mm':>9}"
     )
-    for name in options.formats.split(","):
-        for linear in options.linears.split(","):
+    for name in options.formats:
+        for linear in options.linears:
             n, k = SHAPES[linear]
             ours, decoded, nbytes = products(name, n, k, linear == "head")
             first = None
-            for m in (int(rows) for rows in options.rows.split(",")):
+            for m in options.rows:
                 x = torch.randn(m, k, device="cuda").bfloat16()
                 times = time_products(ours, as_given(ours[0], linear, x, options.x), options.repetitions)
                 median = statistics.median(times)
@@ -137,21 +138,25 @@ def print_products(options: argparse.Namespace, bandwidth: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the GPU's kernels at Gemma 2 27B's shapes.")
-    parser.add_argument("--kernels", default="products", help=f"comma-separated: {', '.join(GROUPS)}")
-    parser.add_argument("--formats", default="nf4,fp4,nf4-flat,int8", help="of products")
-    parser.add_argument("--linears", default=LINEARS, help=f"of products, comma-separated: {', '.join(SHAPES)}")
-    parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,4096", help="of products")
+    for option, known, default in (
+        ("kernels", GROUPS, "products"),
+        ("formats", FORMATS, "nf4,fp4,nf4-flat,int8"),
+        ("linears", SHAPES, LINEARS),
+    ):
+        of = "" if option == "kernels" else "of products, "
+        parser.add_argument(
+            f"--{option}",
+            type=names_of(option, known),
+            default=default,
+            help=f"{of}comma-separated: {', '.join(known)}",
+        )
+    rows = "1,8,16,32,64,128,256,512,1024,4096"
+    parser.add_argument("--rows", type=row_counts, default=rows, help="of products, comma-separated")
     parser.add_argument(
         "--x", default="engine", choices=("engine", "rows", "ordered"), help="how products get x; rows: as plain rows"
     )
     parser.add_argument("--repetitions", type=int, default=9)
     options = parser.parse_args()
-    for what, known in (("kernels", GROUPS), ("formats", FORMATS), ("linears", SHAPES)):
-        unknown = [name for name in getattr(options, what).split(",") if name not in known]
-        if unknown:
-            parser.error(f"unknown {what} {unknown[0]!r}; there are {', '.join(known)}")
-    if not all(rows.isdecimal() and int(rows) > 0 for rows in options.rows.split(",")):
-        parser.error(f"--rows takes numbers from 1 on, comma-separated, not {options.rows!r}")
     reason = nvrtc.unavailable_reason()
     if reason is not None:
         parser.error(reason)
@@ -160,7 +165,7 @@ def main() -> None:
     print(
         f"read bandwidth {bandwidth / 1e9:.0f} GB/s (4 GiB, best); {options.repetitions} replays a figure, median, us"
     )
-    for group in options.kernels.split(","):
+    for group in options.kernels:
         if group == "products":
             print_products(options, bandwidth)
             continue
