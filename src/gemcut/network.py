@@ -14,6 +14,7 @@ from gemcut.checkpoint.source import Source
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
 from gemcut.kernels.cpu import library
+from gemcut.kernels.cpu.dequantize import dequantize
 from gemcut.kernels.memory import weight_allocator
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
@@ -21,7 +22,7 @@ from gemcut.model.quantized import Int8Embedding, QuantizedLinear, quantized_emb
 from gemcut.quantization.decode import decode
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_table, quantize_tensors
-from gemcut.quantization.weights import Weight, move_weight
+from gemcut.quantization.weights import Incoming, Weight, move_weight
 
 
 def load_network(
@@ -50,11 +51,14 @@ def load_network(
     process.enter()
     spec = effective_quantization(source, quantization)
     model = build_network(source.config(), dtype=dtype, device=device, quantization=spec, attention=attention)
-    tensors: Iterator[tuple[str, Weight]] = source.tensors(dtype=dtype)
+    tensors: Iterator[tuple[str, Incoming]]
     if source.quantization is not None:
+        tensors = source.tensors(dtype=dtype)
         tensors = quantize_table(tensors, dtype=dtype) if spec is not None and spec.head else tensors
-    elif spec is not None:
-        tensors = quantize_tensors(tensors, spec, module_name=hf_module, dtype=dtype)
+    else:
+        tensors = source.incoming(dtype=dtype, dequantize=None if kernels == "plain" else dequantize)
+        if spec is not None:
+            tensors = quantize_tensors(tensors, spec, module_name=hf_module, dtype=dtype)
     load_model_weights(
         model,
         tensors,

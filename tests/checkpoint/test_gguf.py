@@ -21,8 +21,14 @@ from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.source import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
+from gemcut.kernels.cpu.dequantize import dequantize
 from gemcut.model.gemma import Model
+from gemcut.network import load_network
+from gemcut.quantization.four_bit import quantize_4bit
+from gemcut.quantization.int8 import quantize_int8
 from gemcut.quantization.spec import Quantization
+from gemcut.quantization.stream import quantize_tensors
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, StoredWeight
 from gemcut.streamed import Rounded, compare_checkpoints
 from support import gguf_path, hf_model, save_checkpoint, tiny_config
 
@@ -190,6 +196,75 @@ def test_a_file_can_be_read_in_inference_mode(tmp_path: Path, kind: Q, dtype: to
     for name, tensor in found.items():
         reference = torch.from_numpy(expected[names.to_gguf(name)]).to(tensor.dtype)
         assert torch.equal(tensor, reference), name
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q5_0, Q.Q4_0, Q.Q4_1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_a_weight_is_read_into_its_place_and_in_pieces(
+    tmp_path: Path, kind: Q, dtype: torch.dtype, by_kernels: bool
+) -> None:
+    expected = write_gguf(tmp_path / "x.gguf", kind)
+    source = resolve(tmp_path / "x.gguf")
+    seen = set()
+    for name, weight in source.incoming(dtype=dtype, dequantize=dequantize if by_kernels else None):
+        assert isinstance(weight, StoredWeight)
+        values = torch.from_numpy(expected[names.to_gguf(name)])
+        rounded = values.to(torch.float32 if name.endswith(".scale") else dtype)
+        assert weight.dtype == rounded.dtype
+        assert weight.shape == tuple(rounded.shape)
+        # Into a place of another dtype it is rounded to its own first, as a tensor would be.
+        for place in (weight.dtype, torch.bfloat16, torch.float32):
+            out = torch.full(weight.shape, 7.0, dtype=place)
+            weight.read(out)
+            assert torch.equal(out, rounded.to(place)), name
+        step = 3 * weight.shape[-1]
+        pieces = [piece.clone() for piece in weight.pieces(step)]
+        assert torch.equal(torch.cat(pieces), rounded.reshape(-1))
+        assert {len(p) for p in pieces[:-1]} <= {step}
+        seen.add(names.to_gguf(name))
+    assert seen == expected.keys()
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("skip", [None, ("o_proj",)])
+def test_weights_cut_on_the_way_are_those_cut_whole(tmp_path: Path, form: Any, skip: tuple[str, ...] | None) -> None:
+    """Cut piece by piece from the file, and cut from the whole matrix as gguf dequantizes it."""
+    expected = write_gguf(tmp_path / "x.gguf", Q.Q8_0)
+    source = resolve(tmp_path / "x.gguf")
+    spec = Quantization(form, block_size=32, skip=skip)
+    cut_here = quantize_tensors(source.incoming(dtype=torch.bfloat16), spec, module_name=names.hf_module)
+    packed = 0
+    for name, weight in cut_here:
+        whole = torch.from_numpy(expected[names.to_gguf(name)])
+        if isinstance(weight, StoredWeight):
+            assert name == "embed.weight" or name.endswith(".scale") or (skip and "o_proj" in name)
+            continue
+        packed += 1
+        rounded = whole.to(torch.bfloat16)
+        reference: Any = (
+            quantize_int8(rounded)
+            if form == "int8"
+            else quantize_4bit(rounded, form, block_size=32, double_quant=spec.double_quant)
+        )
+        assert isinstance(weight, (FourBitWeight, Int8Weight))
+        assert weight.dtype == torch.bfloat16
+        assert all(map(torch.equal, weight.tensors, reference.tensors)), name
+    assert packed == 4 * (7 if skip is None else 6)
+
+
+def test_a_nan_in_a_file_is_named_while_it_is_cut(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", Q.F16)
+    at = read_header(tmp_path / "x.gguf").tensors["blk.1.ffn_up.weight"].offset
+    data = bytearray((tmp_path / "x.gguf").read_bytes())
+    data[at + 200 : at + 202] = b"\x00\x7e"
+    (tmp_path / "x.gguf").write_bytes(data)
+    for form in (None, "nf4", "int8"):
+        spec = None if form is None else Quantization(form, block_size=32)
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+            load_network(
+                resolve(tmp_path / "x.gguf"), dtype=torch.bfloat16, device=torch.device("cpu"), quantization=spec
+            )
 
 
 @pytest.mark.parametrize("form", ["nf4", "fp4"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ from gemcut.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 1 << 20  # weights dequantized in one go: small enough for the cache, large enough to hide NumPy's overhead
+    from gemcut.checkpoint.gguf_weight import Dequantize, GgufWeight
+
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -79,7 +79,23 @@ class GgufFile:
         ``dtype`` None: F32, F16 and BF16 tensors as stored, quantized ones dequantized to fp32.
         ``only`` names the tensors wanted; None: all.
         """
+        for name, weight in self.weights(progress, dtype, only):
+            yield name, weight.whole()
+
+    def weights(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        dtype: torch.dtype | None = None,
+        only: Collection[str] | None = None,
+        dequantize: Dequantize | None = None,
+    ) -> Iterator[tuple[str, GgufWeight]]:
+        """As `tensors`, each still in the file: it is to be read before the next one is asked for.
+
+        ``dequantize`` is tried before the gguf library, whose values it must give.
+        """
         import torch
+
+        from gemcut.checkpoint.gguf_weight import GgufWeight
 
         done, total = 0, self.nbytes
         with ThreadPoolExecutor(
@@ -91,7 +107,7 @@ class GgufFile:
                 if only is not None and name not in only:
                     continue
                 wanted = torch.float32 if name.endswith(".scale") else dtype
-                yield name, self._read(tensor, wanted, pool)
+                yield name, GgufWeight(tensor, wanted, pool, dequantize)
                 tensor.file.release(tensor.offset, tensor.nbytes)
                 done += tensor.nbytes
                 if progress:
@@ -188,33 +204,9 @@ class GgufFile:
         self._tied = True
 
     def _read(self, tensor: GgufTensor, dtype: torch.dtype | None, pool: ThreadPoolExecutor) -> torch.Tensor:
-        import torch
+        from gemcut.checkpoint.gguf_weight import GgufWeight
 
-        if tensor.type.name in WHOLE:
-            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-            stored = tensor.file.tensor(tensor.offset, tensor.shape, kinds[tensor.type.name])
-            return stored if dtype is None else stored.to(dtype)
-        import numpy as np
-        from gguf import quants
-        from gguf.constants import GGMLQuantizationType
-
-        kind = GGMLQuantizationType(tensor.type.number)
-        out = torch.empty(math.prod(tensor.shape), dtype=dtype or torch.float32)
-        block, block_bytes = tensor.type.block, tensor.type.nbytes
-        data = np.frombuffer(tensor.file.map, np.uint8, tensor.nbytes, tensor.offset)
-        step = max(1, _CHUNK // block)
-
-        def convert(first: int) -> None:
-            # One long row: blocks do not know of rows, and gguf works through few long rows fastest.
-            raw = data[first * block_bytes : (first + step) * block_bytes]
-            values = torch.from_numpy(quants.dequantize(raw.reshape(1, -1), kind)).view(-1)
-            out[first * block : first * block + len(values)].copy_(values)
-
-        with np.errstate(all="ignore"):
-            # A thread of the pool is not in the caller's inference mode, and may fill a tensor made there only in one
-            # of its own; tensors made outside it may be filled in it, too.
-            list(pool.map(torch.inference_mode()(convert), range(0, tensor.nbytes // block_bytes, step)))
-        return out.view(tensor.shape)
+        return GgufWeight(tensor, dtype, pool, None).whole()
 
     def _list(self, key: str, *kinds: str) -> list[Any]:
         """An array of the vocabulary. Raises CheckpointError where it is missing or holds another kind of thing."""

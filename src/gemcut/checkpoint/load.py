@@ -12,7 +12,7 @@ from torch import nn
 
 from gemcut.checkpoint.names import FUSED, split_layer
 from gemcut.errors import CheckpointError
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import FourBitWeight, Incoming, Int8Weight, StoredWeight, Weight
 
 _STAGE_BYTES = 64 << 20
 
@@ -34,7 +34,7 @@ class PackedModule(Protocol):
 
 def load_model_weights(
     model: nn.Module,
-    tensors: Iterable[tuple[str, Weight]],
+    tensors: Iterable[tuple[str, Incoming]],
     *,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -44,11 +44,11 @@ def load_model_weights(
 ) -> None:
     """Give ``model``, built on the meta device, its parameters: ``scale`` ones in fp32, all others in ``dtype``.
 
-    ``tensors`` yields (our name, weight on the CPU); q, k, v and gate, up go to their rows of the fused parameters, or
-    to the parts of a module that holds packed weights. The ``progress`` hears (done, in all) after each tensor: bytes
-    the parameters have when whole, scaled to ``total`` if that is given. ``allocate`` makes the memory; None:
-    ``torch.empty`` on ``device``. The parameters are put into the module only when all are complete: after an error or
-    Ctrl-C the model is as before.
+    ``tensors`` yields (our name, weight on the CPU, or one in its file that is read into its place); q, k, v and gate,
+    up go to their rows of the fused parameters, or to the parts of a module that holds packed weights. The ``progress``
+    hears (done, in all) after each tensor: bytes the parameters have when whole, scaled to ``total`` if that is given.
+    ``allocate`` makes the memory; None: ``torch.empty`` on ``device``. The parameters are put into the module only when
+    all are complete: after an error or Ctrl-C the model is as before.
     Raises CheckpointError naming the first tensor that is missing, unexpected, there twice, or of a wrong shape.
     """
     packed = {
@@ -95,35 +95,36 @@ class _Builder:
         self.nbytes += sum(math.prod(shape) * dtype.itemsize for m in packed.values() for shape in m.part_shapes)
         self.copy = _PinnedCopier(device) if device.type == "cuda" else _plain_copy
 
-    def add(self, name: str, tensor: Weight) -> None:
+    def add(self, name: str, tensor: Incoming) -> None:
         target, index = self._packed_place(name)
         if target is not None:
             self._add_part(name, tensor, target, index)
             return
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, (torch.Tensor, StoredWeight)):
             raise CheckpointError(f"tensor {name} is quantized, but the network was built for whole weights there")
-        target, start = self._place(name, tensor)
-        shape = self.targets[target].shape
-        stop = start + tensor.shape[0] if tensor.ndim else start
-        if tensor.shape[1:] != shape[1:] or tensor.ndim != len(shape) or start < 0 or stop > shape[0]:
+        given = tuple(tensor.shape)
+        target, start = self._place(name, given)
+        shape = tuple(self.targets[target].shape)
+        stop = start + given[0] if given else start
+        if given[1:] != shape[1:] or len(given) != len(shape) or start < 0 or stop > shape[0]:
             raise CheckpointError(
-                f"tensor {name} has shape {list(tensor.shape)}, which does not fit parameter {target} {list(shape)}"
+                f"tensor {name} has shape {list(given)}, which does not fit parameter {target} {list(shape)}"
             )
         if target == name and stop != shape[0]:
-            raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}; the network needs {list(shape)}")
+            raise CheckpointError(f"tensor {name} has shape {list(given)}; the network needs {list(shape)}")
         ranges = self.filled.setdefault(target, [])
         for other_start, other_stop, other in ranges:
             if start < other_stop and other_start < stop:
                 reason = "is there twice" if other == name else f"overlaps {other} in parameter {target}: wrong shape"
-                raise CheckpointError(f"tensor {name} {list(tensor.shape)} {reason}")
+                raise CheckpointError(f"tensor {name} {list(given)} {reason}")
         ranges.append((start, stop, name))
         if target not in self.built:
-            self.built[target] = self.allocate(tuple(shape), self._dtype(target))
+            self.built[target] = self.allocate(shape, self._dtype(target))
         goal = self.built[target][start:stop]
         self._keep(name, goal, tensor)
         self.done += goal.numel() * goal.element_size()
 
-    def _add_part(self, name: str, weight: Weight, target: str, index: int) -> None:
+    def _add_part(self, name: str, weight: Incoming, target: str, index: int) -> None:
         wanted = self.packed[target].part_shapes[index]
         if tuple(weight.shape) != wanted:
             raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}; the network needs {list(wanted)}")
@@ -132,10 +133,10 @@ class _Builder:
         self.parts[target][index] = self._stored(name, weight, self.packed[target].compute_dtype)
         self.done += math.prod(wanted) * self.dtype.itemsize
 
-    def _stored(self, name: str, weight: Weight, whole_dtype: torch.dtype) -> Weight:
+    def _stored(self, name: str, weight: Incoming, whole_dtype: torch.dtype) -> Weight:
         """A copy of ``weight`` where weights live; a whole one in ``whole_dtype``."""
 
-        def keep(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        def keep(tensor: torch.Tensor | StoredWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
             goal = self.allocate(tuple(tensor.shape), dtype or tensor.dtype)
             self._keep(name, goal, tensor)
             return goal
@@ -149,12 +150,20 @@ class _Builder:
             return dataclasses.replace(weight, codes=keep(weight.codes), absmax=keep(weight.absmax))
         return keep(weight, whole_dtype)
 
-    def _keep(self, name: str, goal: torch.Tensor, tensor: torch.Tensor) -> None:
+    def _keep(self, name: str, goal: torch.Tensor, tensor: torch.Tensor | StoredWeight) -> None:
         """Copy ``tensor`` to ``goal``. Raises CheckpointError where it is on the CPU and not finite in its dtype there.
 
         A GPU's weights are looked at when they are all in place (``finish``), so that nothing waits for each.
         """
-        self.copy(goal, tensor)
+        if isinstance(tensor, torch.Tensor):
+            self.copy(goal, tensor)
+        elif goal.device.type == "cpu":
+            tensor.read(goal)
+        else:
+            flat, start = goal.view(-1), 0
+            for piece in tensor.pieces(_STAGE_BYTES // tensor.dtype.itemsize):
+                self.copy(flat[start : start + piece.numel()], piece)
+                start += piece.numel()
         if not goal.is_floating_point() or goal.numel() == 0:
             return
         if goal.device.type == "cpu":
@@ -195,28 +204,31 @@ class _Builder:
                 return prefix + fused, parts.index(inner)
         return None, 0
 
-    def _place(self, name: str, tensor: torch.Tensor) -> tuple[str, int]:
-        """The parameter a tensor belongs to and its first row there."""
+    def _place(self, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
+        """The parameter that a tensor of this shape belongs to, and its first row there."""
         if name in self.targets:
             return name, 0
         prefix, inner = split_layer(name)
         for fused, parts in FUSED.items():
-            if inner in parts and prefix + fused in self.targets and tensor.ndim == 2:
+            if inner in parts and prefix + fused in self.targets and len(shape) == 2:
                 # The last part ends at the last row; k and v are of one size, gate and up too.
                 from_end = len(parts) - parts.index(inner)
                 rows = self.targets[prefix + fused].shape[0]
-                return prefix + fused, 0 if parts[0] == inner else rows - from_end * tensor.shape[0]
+                return prefix + fused, 0 if parts[0] == inner else rows - from_end * shape[0]
         raise CheckpointError(f"unexpected tensor {name}: the network has no parameter for it")
 
     def _dtype(self, target: str) -> torch.dtype:
         return torch.float32 if target.endswith("scale") else self.dtype
 
 
-def _require_finite(name: str, ends: Ends, dtype: torch.dtype, tensor: torch.Tensor | None = None) -> None:
+def _require_finite(
+    name: str, ends: Ends, dtype: torch.dtype, tensor: torch.Tensor | StoredWeight | None = None
+) -> None:
     """Raise CheckpointError unless both ``ends`` of a tensor are finite; ``tensor`` is what it was before its dtype."""
-    if all(math.isfinite(end.item()) for end in ends):
+    if _is_finite(ends):
         return
-    if tensor is not None and all(math.isfinite(end.item()) for end in torch.aminmax(tensor)):
+    before = tensor.pieces(_STAGE_BYTES // 4) if isinstance(tensor, StoredWeight) else [tensor]
+    if all(piece is not None and _is_finite(torch.aminmax(piece)) for piece in before):
         raise CheckpointError(
             f"tensor {name} holds magnitudes that {str(dtype).removeprefix('torch.')} does not; load it with dtype "
             "bfloat16 or float32"
@@ -225,6 +237,10 @@ def _require_finite(name: str, ends: Ends, dtype: torch.dtype, tensor: torch.Ten
         f"tensor {name} holds NaN or infinity: the checkpoint is damaged or its training diverged; get the file "
         "again, or start from an earlier checkpoint"
     )
+
+
+def _is_finite(ends: Ends) -> bool:
+    return all(math.isfinite(end.item()) for end in ends)
 
 
 def _plain_copy(target: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     import torch
 
     from gemcut.checkpoint.gguf_reader import GgufFile
+    from gemcut.checkpoint.gguf_weight import Dequantize
     from gemcut.checkpoint.safetensors_reader import SafetensorsFolder
     from gemcut.quantization.spec import Quantization
-    from gemcut.quantization.weights import Weight
+    from gemcut.quantization.weights import Incoming, Weight
     from gemcut.text.tokenizer import Tokenizer
 
 #: Called with (bytes done, bytes in all) while files are downloaded or read.
@@ -134,6 +135,15 @@ class Source:
         if self.kind == "gguf":
             return self._gguf.tensors(progress, dtype, only)
         return self._folder.tensors(progress, only)
+
+    def incoming(
+        self, *, dtype: torch.dtype | None = None, dequantize: Dequantize | None = None
+    ) -> Iterator[tuple[str, Incoming]]:
+        """As ``tensors``, for a loader: weights of a GGUF file come as StoredWeight, to be read into their places.
+
+        ``dequantize`` does what the gguf library would do, sooner; see gemcut.checkpoint.gguf_weight.
+        """
+        return self._gguf.weights(None, dtype, None, dequantize) if self.kind == "gguf" else self._folder.tensors()
 
     @cached_property
     def _config(self) -> GemmaConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +97,31 @@ class Int8Weight:
 
 #: A weight matrix as a linear layer may hold it.
 Weight = Tensor | FourBitWeight | Int8Weight
+
+
+class StoredWeight(ABC):
+    """A whole weight that is still in its file: read into the place where it is to be, it is never in memory twice.
+
+    Attributes:
+        shape: of the weight.
+        dtype: what its values are rounded to.
+    """
+
+    shape: tuple[int, ...]
+    dtype: dtype
+
+    @abstractmethod
+    def read(self, out: Tensor) -> None:
+        """Fill ``out``, contiguous, on the CPU, of this shape; in another dtype its values are rounded once more."""
+
+    @abstractmethod
+    def pieces(self, values: int) -> Iterator[Tensor]:
+        """The values in order, ``values`` at a time (a whole number of rows, or of 256 values; fewer at the end), each
+        a flat tensor in ``dtype`` of which only the last one is valid."""
+
+
+#: A weight on its way from a file to a layer.
+Incoming = Weight | StoredWeight
 
 
 def move_weight(weight: Weight, where: device) -> Weight:
