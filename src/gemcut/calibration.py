@@ -24,6 +24,7 @@ from gemcut.checkpoint.names import FUSED, expected_shapes, split_layer, to_hf
 from gemcut.checkpoint.source import Source
 from gemcut.config import SLIDING
 from gemcut.errors import CheckpointError, ParameterError
+from gemcut.kernels.dispatch import LinearCase, LinearKernel, choose_linear
 from gemcut.model import Model
 from gemcut.model.attention import Span
 from gemcut.quantization.calibrate import Method, quantize_4bit_calibrated
@@ -173,13 +174,29 @@ class _Probe(nn.Module):
         self.parts = parts
         self.weights: list[Tensor] = []
         self.observe: Callable[[Tensor], None] | None = None
+        self.product: LinearKernel | None = None
+
+    def fill(self, weights: list[Tensor]) -> None:
+        """Take the matrices, all in the compute dtype, and the kernel that a loaded network would take for them."""
+        self.weights = weights
+        case = LinearCase(tuple(weights), weights[0].dtype, weights[0].dtype)
+        self.product = choose_linear(case, weights[0].device).kernel
+
+    def empty(self) -> None:
+        """Let the matrices go."""
+        self.weights, self.product = [], None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
         if self.observe is not None:
             self.observe(x)
             raise _InputSeen
-        return torch.cat([F.linear(x, weight) for weight in self.weights], dim=-1)
+        return self.outputs(x)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """``x`` [T, in] -> [T, out], whoever observes."""
+        assert self.product is not None
+        return self.product(x)
 
 
 class _Replay(nn.Module):
@@ -229,7 +246,7 @@ class _Run:
             stage: [prefix + part for part in FUSED.get(f"{stage}.weight", (f"{stage}.weight",))] for stage in probes
         }
         for stage, probe in probes.items():
-            probe.weights = [decode(tensors[name], self.dtype) for name in parts[stage]]
+            probe.fill([decode(tensors[name], self.dtype) for name in parts[stage]])
         attention = module.attention
         for stage, probe in probes.items():
             if stage == "mlp.gate_up_proj":  # attention is settled: compute it once for all passes that follow
@@ -240,11 +257,11 @@ class _Run:
             moments = self._moments(model, index, probe, normed=stage in _NORMED)
             for name in todo:
                 tensors[name] = self._cut(name, tensors[name], moments)
-            probe.weights = [decode(tensors[name], self.dtype) for name in parts[stage]]
+            probe.fill([decode(tensors[name], self.dtype) for name in parts[stage]])
         self._advance(model, index)
         module.attention = attention
         for probe in probes.values():  # this layer's memory goes before the next one's comes
-            probe.weights = []
+            probe.empty()
         self.state.layer = index + 1
         for name in names:
             yield name, tensors.pop(name)
@@ -271,7 +288,7 @@ class _Run:
         def observe(x: Tensor) -> None:
             share = None
             if normed:  # what follows divides each token's outputs by their size, and their errors with them
-                share = F.linear(x, probe.weights[0]).float().square_().mean(dim=1).add_(1e-12).reciprocal_()
+                share = probe.outputs(x).float().square_().mean(dim=1).add_(1e-12).reciprocal_()
             moments.add(x, share)
 
         probe.observe = observe

@@ -64,7 +64,6 @@ class Reference:
         return measure(torch.cat(self.hidden), ours, targets, self.whole.head, cut.head)
 
 
-@torch.inference_mode()
 def measure(
     expected: Tensor,
     found: Tensor,
@@ -76,28 +75,51 @@ def measure(
 
     ``targets`` int64 [T] are the tokens that came; a head gives fp32 logits [n, V], which are overwritten.
     """
-    kl: list[Tensor] = []
-    loss = reference_loss = 0.0
-    same = 0
+    return measure_all(expected, [found], targets, whole_head, [cut_head])[0]
+
+
+@torch.inference_mode()
+def measure_all(
+    expected: Tensor,
+    found: Sequence[Tensor],
+    targets: Tensor,
+    whole_head: Callable[[Tensor], Tensor],
+    cut_heads: Sequence[Callable[[Tensor], Tensor]],
+) -> list[Divergence]:
+    """``measure`` for several cut networks, with the whole one's logits computed once."""
+    sums = [_Sums() for _ in found]
+    reference_loss = 0.0
     for start in range(0, len(targets), _ROWS):
         rows = slice(start, start + _ROWS)
         p = _log_probabilities(whole_head(expected[rows]).cpu())
-        q = _log_probabilities(cut_head(found[rows]).cpu())
-        wanted = targets[rows, None]
-        loss -= q.gather(1, wanted).sum().item()
+        likelihood, likeliest, wanted = p.exp(), p.argmax(dim=1), targets[rows, None]
         reference_loss -= p.gather(1, wanted).sum().item()
-        same += int((p.argmax(dim=1) == q.argmax(dim=1)).sum())
-        kl.append(torch.linalg.vecdot(p.exp(), p - q))
-    every = torch.cat(kl)
-    count = every.numel()
-    return Divergence(
-        tokens=count,
-        perplexity=math.exp(loss / count),
-        reference_perplexity=math.exp(reference_loss / count),
-        kl=every.mean(dtype=torch.float64).item(),
-        kl_p99=every.quantile(0.99).item(),
-        same_top=same / count,
-    )
+        for each, states, head in zip(sums, found, cut_heads, strict=True):
+            q = _log_probabilities(head(states[rows]).cpu())
+            each.loss -= q.gather(1, wanted).sum().item()
+            each.same += int((likeliest == q.argmax(dim=1)).sum())
+            each.kl.append(torch.linalg.vecdot(likelihood, p - q))
+    return [each.divergence(reference_loss) for each in sums]
+
+
+class _Sums:
+    """What is summed over tokens for one cut network."""
+
+    def __init__(self) -> None:
+        self.kl: list[Tensor] = []
+        self.loss, self.same = 0.0, 0
+
+    def divergence(self, reference_loss: float) -> Divergence:
+        every = torch.cat(self.kl)
+        count = every.numel()
+        return Divergence(
+            tokens=count,
+            perplexity=math.exp(self.loss / count),
+            reference_perplexity=math.exp(reference_loss / count),
+            kl=every.mean(dtype=torch.float64).item(),
+            kl_p99=every.quantile(0.99).item(),
+            same_top=self.same / count,
+        )
 
 
 @torch.inference_mode()

@@ -16,9 +16,11 @@ from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.checkpoint.source import Source
 from gemcut.config import SLIDING, GemmaConfig
-from gemcut.divergence import Divergence, measure
+from gemcut.divergence import Divergence, measure_all
 from gemcut.errors import ParameterError
+from gemcut.kernels.dispatch import LinearCase, choose_linear
 from gemcut.model import Model
+from gemcut.model.bind import bind_products, release_products
 from gemcut.model.dense import DenseKeyValues
 from gemcut.model.norm import RMSNorm
 from gemcut.quantization.decode import decode
@@ -102,12 +104,14 @@ def compare_checkpoints(
     matrix = decode(table, compute)
     cap = whole.config().final_logit_softcapping
 
+    product = choose_linear(LinearCase((matrix,), compute, torch.float32), matrix.device).kernel
+
     def head(states: Tensor) -> Tensor:
-        logits = F.linear(states, matrix).float()
+        logits = product(states)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     targets = torch.cat([torch.tensor(document[1:]) for document in documents])
-    return [measure(expected, states(cut), targets, head, head) for cut in cuts]
+    return measure_all(expected, [states(cut) for cut in cuts], targets, head, [head] * len(cuts))
 
 
 @torch.inference_mode()
@@ -133,6 +137,7 @@ def final_states(
             rows = slice(start, start + length)
             hidden[rows] = layer(hidden[rows], rope.at(torch.arange(length)), DenseKeyValues(length))
             start += length
+        release_products(layer)
         layer.to_empty(device="meta")  # before the next one comes
         progress((index + 1) / len(model.layers))
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -152,3 +157,4 @@ def _fill(layer: nn.Module, source: Weights, names: set[str], prefix: str, dtype
         for name, weight in source.tensors(dtype=dtype, only=names)
     )
     load_model_weights(holder, stream, dtype=dtype, device="cpu")
+    bind_products(layer, torch.device("cpu"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcut.quantization.calibrate import Method, quantize_4bit_calibrated
+from gemcut.quantization.calibrate import Codebook, Method, quantize_4bit_calibrated
 from gemcut.quantization.four_bit import dequantize_4bit, quantize_4bit
 from gemcut.quantization.moments import Moments, block_width
 from gemcut.quantization.tables import code_table, dynamic_map
@@ -200,3 +200,21 @@ def test_moments_are_the_sum_of_outer_products() -> None:
 )
 def test_memory_bounds_the_width_of_blocks(size: int, memory: int, expected: int) -> None:
     assert block_width(size, memory, 64) == expected
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_many_values_find_their_nearest_codes(quant_type: Any) -> None:
+    """The quick search for many values against distances in float64, and against the rule for ties: the lower code."""
+    book = Codebook(quant_type, torch.device("cpu"))
+    middles, inf = book.middles, torch.tensor(torch.inf)
+    edges = torch.cat([middles, middles.nextafter(inf), middles.nextafter(-inf), torch.linspace(-1, 1, 4097)])
+    far = torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf, -torch.inf])
+    values = torch.cat([edges, far, torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 0.6])
+    places = book.nearest(values.view(1, -1))
+    assert torch.equal(places[0], (values[:, None] > middles).sum(1))
+    finite = values.isfinite() & (values.abs() < 2)
+    distance = (values[finite, None].double() - book.values.double()).abs()
+    chosen = distance.gather(1, places[0][finite, None])[:, 0]
+    assert (chosen - distance.amin(1)).max() < 1e-7  # middles are rounded to fp32
+    assert torch.equal(book.at(places), book.values[places])
+    assert book.nearest(torch.full((1 << 14,), torch.nan)).shape == (1 << 14,)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.quantization.spec import Quantization
 
+#: Tokens of a document of the sample text, one in nine of which is held out.
+CONTEXT = 512
+
 
 @with_options
 def quantize(
@@ -113,7 +116,7 @@ def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter
     from gemcut.calibrated import CalibratedCutter
     from gemcut.text.samples import read_calibration_text
 
-    context = min(512, source.config().max_position_embeddings)
+    context = min(CONTEXT, source.config().max_position_embeddings)
     every = read_calibration_text(text, source.tokenizer(), tokens=18432, context=context)
     held_out = [document for document in every[8::9] if len(document) > 1]
     if not held_out:

@@ -23,15 +23,7 @@ def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> d
     Call it when the weights are in place; replacing a weight afterwards needs another call. ``kernels`` is "auto" or
     the name of one implementation: "plain" is plain PyTorch everywhere. Raises UnsupportedError.
     """
-    chosen = {}
-    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
-    for name, module in modules:
-        if isinstance(module, (Linear, QuantizedLinear, Embedding, Int8Embedding)):
-            choice = choose_linear(module.case, device, kernels)
-            module.kernel, chosen[name] = choice.kernel, choice
-            repacked = getattr(choice.kernel, "weights", None)  # a kernel that repacked gives the matrices back
-            if repacked is not None and isinstance(module, (QuantizedLinear, Int8Embedding)):
-                module.fill(list(repacked))
+    chosen = bind_products(model, device, kernels)
     config, attention = model.config, model.attention_implementation
     model.kernels, model.step = kernels, None
     if kernels in ("auto", "cuda") and cuda_step.supports(config, model.dtype, device) is None:
@@ -39,3 +31,23 @@ def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> d
     elif kernels == "auto" and attention.varlen is None and step.supports(model.dtype, config.head_dim, device) is None:
         model.step = step.CpuStep()
     return chosen
+
+
+def bind_products(part: nn.Module, device: torch.device, kernels: str = "auto") -> dict[str, Choice]:
+    """Choose a kernel for each matrix in ``part`` of a network, a layer for one, as ``bind_kernels`` does for all."""
+    chosen = {}
+    for name, module in part.named_modules():
+        if isinstance(module, (Linear, QuantizedLinear, Embedding, Int8Embedding)):
+            choice = choose_linear(module.case, device, kernels)
+            module.kernel, chosen[name] = choice.kernel, choice
+            repacked = getattr(choice.kernel, "weights", None)  # a kernel that repacked gives the matrices back
+            if repacked is not None and isinstance(module, (QuantizedLinear, Int8Embedding)):
+                module.fill(list(repacked))
+    return chosen
+
+
+def release_products(part: nn.Module) -> None:
+    """Take the kernels from ``part``, which hold its matrices."""
+    for module in part.modules():
+        if isinstance(module, (Linear, QuantizedLinear, Embedding, Int8Embedding)):
+            module.kernel = None

@@ -35,6 +35,8 @@ _GRID = tuple(0.72 + 0.04 * i for i in range(9))
 _REFITS = 2
 #: Values searched at a time.
 _SEARCH_VALUES = 1 << 17
+#: Values from which the table of fine steps finds nearest codes sooner than a binary search: 5 ns a value, not 25.
+_MANY = 1 << 13
 #: Values whose codes a thread chooses together: about ten temporaries of 4 or 8 bytes each.
 _SLICE_VALUES = 1 << 22
 
@@ -147,10 +149,31 @@ class Codebook:
         self.values = ordered.values
         self.stored = ordered.indices.to(torch.uint8)
         self.middles = (self.values[:-1] + self.values[1:]) / 2
+        # Steps so fine that each holds one middle at most: a value's place is that of its step, or one more.
+        self._fineness = 1.0
+        while len(set((steps := self._step(self.middles)).tolist())) < steps.numel():
+            self._fineness *= 2
+        every = torch.arange(2 * int(self._fineness) + 1, device=device)
+        self._places = (steps[None, :] < every[:, None]).sum(dim=1)
+        self._limits = torch.full(every.shape, torch.inf, device=device)
+        self._limits[steps] = self.middles
 
     def nearest(self, ratios: Tensor) -> Tensor:
         """Places (int64) in ``values`` nearest to ``ratios``."""
-        return torch.bucketize(ratios, self.middles)
+        if ratios.numel() < _MANY:
+            return torch.bucketize(ratios, self.middles)
+        flat = ratios.reshape(-1)
+        steps = self._step(flat)
+        places = self._places.index_select(0, steps)
+        return places.add_(flat > self._limits.index_select(0, steps)).view(ratios.shape)
+
+    def at(self, places: Tensor) -> Tensor:
+        """``values[places]``, fp32, for int64 places of any shape: several times quicker on a CPU."""
+        return self.values.index_select(0, places.reshape(-1)).view(places.shape)
+
+    def _step(self, ratios: Tensor) -> Tensor:
+        """The step of each ratio, int64: rises with it. NaN, which no integer stands for, gets the first."""
+        return ratios.clamp(-1.0, 1.0).mul_(self._fineness).add_(self._fineness).long().clamp_(min=0)
 
 
 class Scales:
@@ -245,7 +268,7 @@ class Feedback:
             lost = torch.empty(stop - start, work.shape[1], dtype=torch.float32, device=work.device)
             for j in range(start, stop):
                 places = codebook.nearest(work[j] * inverse[j])
-                error = (work[j] - codebook.values[places] * scale[j]).div_(strength[j])
+                error = (work[j] - codebook.at(places) * scale[j]).div_(strength[j])
                 chosen[j], lost[j - start] = places, error
                 if j + 1 < stop:
                     work[j + 1 : stop].addr_(near[j - start, j - start + 1 :], error, alpha=-1)
@@ -274,7 +297,7 @@ def _descend(
     size, (first, row) = weight.shape[0], corner
     refit = scales.aligned and first % scales.block_size == 0
     width = scales.block_size if refit else _LAZY
-    current = codebook.values[chosen] * absmax
+    current = codebook.at(chosen) * absmax
     gradient = hessian @ (weight - current)  # of the error, but for a factor of -2
     strength = hessian.diagonal().tolist()
     for _ in range(sweeps):
@@ -285,11 +308,11 @@ def _descend(
             inverse = _reciprocal(absmax[low:high])
             for j in range(high - low):
                 places = codebook.nearest((part[j] + slope[j] / strength[low + j]) * inverse[j])
-                values = codebook.values[places] * absmax[low + j]
+                values = codebook.at(places) * absmax[low + j]
                 slope.addr_(own[j], values - part[j], alpha=-1)
                 chosen[low + j], part[j] = places, values
             if refit:
-                units = codebook.values[chosen[low:high]]
+                units = codebook.at(chosen[low:high])
                 # The error is quadratic in the block's statistic: take its best value, or the nearest storable one.
                 best = absmax[low] + _ratio((units * slope).sum(dim=0), (units * (own @ units)).sum(dim=0))
                 fitted = scales.replace(first + low, row, torch.where(best > 0, best, absmax[low]))
@@ -306,7 +329,7 @@ def _search(values: Tensor, importance: Tensor, codebook: Codebook) -> Tensor:
 
     def consider(absmax: Tensor) -> Tensor:
         """Keep ``absmax`` where it beats the best so far; returns the values it decodes to, before scaling."""
-        units = codebook.values[codebook.nearest(values * _reciprocal(absmax)[:, None])]
+        units = codebook.at(codebook.nearest(values * _reciprocal(absmax)[:, None]))
         error = ((units * absmax[:, None] - values).square_() * importance).sum(dim=1)
         better = error < least
         best[better], least[better] = absmax[better], error[better]
