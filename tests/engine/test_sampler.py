@@ -5,6 +5,7 @@ The chi-square tests have fixed seeds and ask for p > 0.001: they pass or fail f
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from typing import Any
@@ -116,6 +117,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 PROMPT, OUTPUT = (1, 2, 3, 3), (4, 8, 8, 8, 2)
+#: Fields that say how long an answer is, when it ends or what comes with it, or that only switch a draw on.
+NOT_OF_A_DRAW = {
+    *("max_new_tokens", "min_new_tokens", "stop", "ignore_eos"),
+    *("seed", "logprobs", "do_sample"),
+}
+
+
+def test_every_field_of_a_draw_has_a_case() -> None:
+    """Whoever adds a field is asked for a case, whose distribution is worked out by hand."""
+    named = {name for values in SETTINGS.values() for name in values}
+    assert {field.name for field in dataclasses.fields(SamplingParams)} - NOT_OF_A_DRAW == named
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -50,6 +51,9 @@ BAD: list[tuple[str, Any]] = [
     ("logprobs", True),
     ("do_sample", 1),
     ("do_sample", "yes"),
+    ("ignore_eos", 1),
+    ("ignore_eos", "no"),
+    ("ignore_eos", None),
     ("stop", ""),
     ("stop", ("a", "")),
     ("stop", 5),
@@ -72,6 +76,11 @@ def test_bad_value_names_the_parameter(name: str, value: Any) -> None:
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, GemcutError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_every_field_is_checked() -> None:
+    """Whoever adds a field is asked for a value that is refused."""
+    assert {field.name for field in dataclasses.fields(SamplingParams)} == {name for name, _ in BAD}
 
 
 def test_unknown_parameter_is_named_with_those_known() -> None:

@@ -73,6 +73,8 @@ class SamplingParams:
             _whole(self, "seed", -(2**63), 2**64 - 1)
         if self.logprobs is not None:
             _whole(self, "logprobs", 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise ParameterError(f"ignore_eos is {self.ignore_eos!r}; expected True or False")
         if self.do_sample is not None and not isinstance(self.do_sample, bool):
             raise ParameterError(f"do_sample is {self.do_sample!r}; expected True or False")
         if self.do_sample and self.temperature == 0:
