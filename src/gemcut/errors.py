@@ -31,6 +31,10 @@ class TokenizerError(GemcutError, ValueError):
     """A tokenizer is missing, damaged or of an unknown kind."""
 
 
+class MissingTokenizerError(TokenizerError):
+    """A checkpoint has no tokenizer files. Its model still takes token ids."""
+
+
 class ChatTemplateError(GemcutError, ValueError):
     """A dialogue the chat template cannot express (wrong role order, unknown role, no text)."""
 

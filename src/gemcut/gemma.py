@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, overload
 
@@ -20,7 +20,7 @@ from gemcut import process
 from gemcut.checkpoint.source import Source, resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import bytes_per_block, shape_for_tokens
-from gemcut.errors import CapacityError, MemoryOption, ParameterError
+from gemcut.errors import CapacityError, MemoryOption, MissingTokenizerError, ParameterError
 from gemcut.hardware import free_memory, parse_device, parse_dtype
 from gemcut.model import Model
 from gemcut.network import effective_quantization, load_network
@@ -57,14 +57,15 @@ class Gemma:
     def __init__(
         self,
         model: Model,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         device: torch.device,
         *,
         engine: EngineConfig | None = None,
         generation_config: Mapping[str, Any] | None = None,
         source: Source | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.device = model, tokenizer, device
+        """``tokenizer`` None: the model takes token ids alone, and whatever needs texts raises TokenizerError."""
+        self.model, self._tokenizer, self.device = model, tokenizer, device
         self.config, self.dtype = model.config, model.dtype
         self.generation_config = dict(generation_config or {})
         self.source = source
@@ -73,7 +74,6 @@ class Gemma:
         self.sampling_levels: list[Level] = [checkpoint_level(self.generation_config)]
         self._told_left_out = False
         self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
-        self._chat = ChatWriter(tokenizer)
         self.engine = Engine(model, device, engine)
         self.load_seconds = 0.0
 
@@ -99,7 +99,7 @@ class Gemma:
         kv_memory: int | None = None,
         progress: bool | Callable[[int, int], None] = True,
     ) -> Gemma:
-        """Load a checkpoint.
+        """Load a checkpoint. One without tokenizer files takes token ids alone; see `tokenizer`.
 
         Args:
             name: a Hugging Face folder, a ``.gguf`` file, a hub id, or a short name such as "27b-it".
@@ -133,7 +133,7 @@ class Gemma:
         compute = parse_dtype(dtype, parse_dtype(config.torch_dtype, torch.bfloat16))
         chunk = max_batch_tokens or CHUNK[where.type]
         spec = effective_quantization(config_source, parse_quantization(quantization))
-        _check_memory(config_source, compute, where, spec)
+        check_memory(config_source, compute, where, spec)
         source = config_source  # a GGUF file is whole, and its header of 500,000 texts is read once
         if source.kind == "folder":
             with LoadProgress(progress, f"downloading {source.name}") as report:
@@ -156,7 +156,7 @@ class Gemma:
         )
         gemma = cls(
             model,
-            source.tokenizer(),
+            _tokenizer_of(source),
             where,
             engine=engine,
             generation_config=source.generation_config(),
@@ -174,6 +174,37 @@ class Gemma:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_pickle("a Gemma", "its engine and cache belong to this process; call Gemma.load in each process")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises TokenizerError where it has none."""
+        if self._tokenizer is None:
+            where = "" if self.source is None else f" in {self.source.path}"
+            raise MissingTokenizerError(
+                f"there is no tokenizer.json{where}: this model takes token ids alone (complete, score and stream_ids; "
+                "generate of AutoModelForCausalLM), and no texts; put the checkpoint's tokenizer files there and load "
+                "it again"
+            )
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.__dict__.pop("_chat", None)
+
+    @property
+    def bos_id(self) -> int:
+        """The id that begins a text: the tokenizer's, or config.json's where there is none."""
+        return self.config.bos_token_id if self._tokenizer is None else self._tokenizer.bos_id
+
+    @property
+    def pad_id(self) -> int:
+        """The id that pads: the tokenizer's, or config.json's where there is none."""
+        return self.config.pad_token_id if self._tokenizer is None else self._tokenizer.pad_id
+
+    @cached_property
+    def _chat(self) -> ChatWriter:
+        return ChatWriter(self.tokenizer)
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
@@ -209,18 +240,20 @@ class Gemma:
             ParameterError: something in ``prompts`` is no prompt, or a sampling parameter is wrong.
             ContextLengthError: a prompt and its answer do not fit the context.
         """
-        many, one = split_prompts(prompts, pad_id=self.tokenizer.pad_id)
+        many, one = split_prompts(prompts, pad_id=self.pad_id)
         if stream:
             if not one or n is not None:
                 raise ParameterError("stream=True gives one answer to one prompt; call stream() once for each")
             return self.stream(many[0], **sampling)
         _refuse_logprobs(sampling)
+        _ = self.tokenizer  # which makes texts of the answers
         ids = [self.encode(prompt) for prompt in many]
         texts = self._answers(ids, [self._params(i, sampling) for i in ids], n)
         return texts[0] if one else texts
 
     def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
         """Continue one text piece by piece."""
+        _ = self.tokenizer  # which makes the pieces
         ids = self.encode(prompt)
         return self.stream_ids(ids, self._params(ids, sampling))
 
@@ -284,7 +317,7 @@ class Gemma:
         ``texts`` are prompts as in `generate`: a text's first token is ``<bos>``, ids are taken as they are. The
         result has an entry a prompt, also where there is one alone.
         """
-        many, _ = split_prompts(texts, pad_id=self.tokenizer.pad_id)
+        many, _ = split_prompts(texts, pad_id=self.pad_id)
         params = SamplingParams(max_new_tokens=0)
         results = self.complete([self.encode(text) for text in many], [params] * len(many), prompt_logprobs=True)
         return [list(result.checked().prompt_logprobs or ()) for result in results]
@@ -317,7 +350,7 @@ class Gemma:
 
         ``prompts`` are those of `generate`; ``params`` hold for all of them, or are a sequence, one a prompt.
         """
-        many = [self.encode(prompt) for prompt in split_prompts(prompts, pad_id=self.tokenizer.pad_id)[0]]
+        many = [self.encode(prompt) for prompt in split_prompts(prompts, pad_id=self.pad_id)[0]]
         each = sampling_for_each(params, len(many))
         streams: list[TextStream] = []
         try:
@@ -344,16 +377,19 @@ class Gemma:
     ) -> TextStream:
         """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
 
-        Every front door ends here.
+        Every front door ends here. Without a tokenizer all texts are "", and stop texts raise TokenizerError.
         """
         ids = token_ids(ids)
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
+        text = None
+        if self._tokenizer is not None or params.stop:
+            text = partial(Detokenizer, self.tokenizer, prompt_ids=tuple(ids), stop=params.stop)
         request = Request(
             prompt_ids=tuple(ids),
             params=params,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
-            text=partial(Detokenizer, self.tokenizer, prompt_ids=tuple(ids), stop=params.stop),
+            text=text,
             prompt_logprobs=prompt_logprobs,
         )
         # The stream first: whatever strikes here, a request that is started has an owner or is dropped with it.
@@ -395,21 +431,39 @@ class Gemma:
         return self.resolve_sampling(len(ids), sampling, chat=chat).params
 
 
+def _tokenizer_of(source: Source) -> Tokenizer | None:
+    try:
+        return source.tokenizer()
+    except MissingTokenizerError:  # weights alone: as in transformers, ids go in and come out
+        return None
+
+
 def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:
     """A plain text has no place for log-probabilities; asking for them there is a mistake."""
     if sampling.get("logprobs") is not None:
         raise ParameterError("logprobs cannot be part of a text; use stream(...).result or complete(...)")
 
 
-def _check_memory(source: Source, dtype: torch.dtype, device: torch.device, spec: Quantization | None) -> None:
-    """Refuse before loading what cannot fit."""
+def check_memory(
+    source: Source, dtype: torch.dtype, device: torch.device, spec: Quantization | None, *, allowed: int | None = None
+) -> None:
+    """Refuse before loading what cannot fit. Raises CapacityError.
+
+    Args:
+        source: the checkpoint; its configuration is read.
+        dtype: compute dtype.
+        device: where the weights will be.
+        spec: what they are cut to.
+        allowed: bytes that they may take there; None: what is free.
+    """
     plan = MemoryPlan.make(source.config(), dtype=str(dtype).removeprefix("torch."), context=1, quantization=spec)
-    available = free_memory(device)
+    available = free_memory(device) if allowed is None else allowed
     if available is not None and plan.weights > available:
         kind = plan.dtype if spec is None else spec.format
+        there = f"are free on {device}" if allowed is None else f"are allowed on {device} (max_memory)"
         raise CapacityError(
-            f"the weights of {source.name} need {plan.weights / 1e9:.1f} GB in {kind}; {available / 1e9:.1f} GB are "
-            f"free on {device}",
+            f"the weights of {source.name} need {plan.weights / 1e9:.1f} GB in {kind}; {available / 1e9:.1f} GB "
+            f"{there}",
             options=_smaller(source, plan, spec, available),
         )
 

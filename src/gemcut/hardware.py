@@ -36,6 +36,8 @@ def parse_device(device: str | int | torch.device | None) -> torch.device:
     if device is None or device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        if isinstance(device, bool) or (isinstance(device, int) and device < 0):
+            raise TypeError
         found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError):
         raise ParameterError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None

@@ -329,7 +329,6 @@ def test_bad_inputs(ids: Any, mask: Any, message: str, model: Any) -> None:
         ("prefix_allowed_tokens_fn", lambda batch, ids: [1]),
         ("assistant_model", object()),
         ("negative_prompt_ids", torch.tensor([[2]])),
-        ("synced_gpus", True),
         ("custom_generate", "some/repo"),
         ("past_key_values", object()),
         ("inputs_embeds", torch.zeros(1, 2, 3)),

@@ -49,7 +49,7 @@ def test_a_gpu_that_is_not_there_warns_once(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for place in ("auto", "cpu", "cuda:0", 0, {"": "cuda"}, {"": 0}, None, torch.device("cuda")):
-            assert hf.loading.placement(place) == torch.device("cpu")
+            assert hf.placement.placement(place)[0] == torch.device("cpu")
         model = load(folder, device_map=0)
         assert model.to(0) is model
         assert model.to("cuda").to("cpu", torch.float32).cuda().cpu().eval() is model
@@ -59,11 +59,9 @@ def test_a_gpu_that_is_not_there_warns_once(folder: Path) -> None:
     ("options", "error", "message"),
     [
         ({"use_safetensors": False}, UnsupportedError, "use_safetensors=False"),
-        ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True"),
         ({"attn_implementation": "flash_attention_2"}, UnsupportedError, "'flash_attention_2' computes in bfloat16 or"),
         ({"attn_implementation": "flash_attention_3"}, UnsupportedError, "attn_implementation='flash_attention_3'"),
         ({"attn_implementation": {"": "eager"}}, ParameterError, "attn_implementation"),
-        ({"max_memory": {0: "10GB"}}, UnsupportedError, "max_memory"),
         ({"use_auth_token": "x"}, UnsupportedError, "use token="),
         ({"device_map": {"model.layers.0": 0, "model.layers.1": 1}}, UnsupportedError, "device_map with keys"),
         ({"device_map": "balanced"}, UnsupportedError, "device_map='balanced'"),

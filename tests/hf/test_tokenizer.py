@@ -222,8 +222,6 @@ def test_options_of_from_pretrained(folder: Path) -> None:
         hf.AutoTokenizer.from_pretrained(folder, use_fast=False)
     with pytest.warns(UserWarning, match="revision='x' has no effect"):
         hf.AutoTokenizer.from_pretrained(folder, revision="x")
-    with pytest.raises(UnsupportedError, match="trust_remote_code=True"):
-        hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     with pytest.raises(ParameterError, match="'paddingside'"):
         hf.AutoTokenizer.from_pretrained(folder, paddingside="left")
     with pytest.raises(ParameterError, match="padding_side is 'up'"):

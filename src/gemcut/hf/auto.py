@@ -8,19 +8,21 @@ from typing import Any
 import torch
 
 from gemcut.checkpoint.source import resolve
-from gemcut.errors import CapacityError, ParameterError
-from gemcut.gemma import Gemma
-from gemcut.hf.common import Refusal, refuse, usable_revision, warn_once
-from gemcut.hf.loading import LOAD, placement, wanted_dtype
+from gemcut.errors import CapacityError, ParameterError, UnsupportedError
+from gemcut.gemma import Gemma, check_memory
+from gemcut.hardware import parse_dtype
+from gemcut.hf.common import CODE_IDLE, NO_CODE, Refusal, refuse, usable_revision, warn_once
+from gemcut.hf.loading import LOAD, LOAD_IDLE, wanted_dtype
 from gemcut.hf.model import GemmaForCausalLM
 from gemcut.hf.options import GenerationConfig
+from gemcut.hf.placement import placement
 from gemcut.hf.quantization_config import BitsAndBytesConfig, read_quantization_config
 from gemcut.hf.tokenizer import GemmaTokenizer
+from gemcut.network import effective_quantization
 from gemcut.text import Tokenizer
 from gemcut.text import files as text_files
 
 _TOKENIZER: dict[str, Refusal] = {
-    "trust_remote_code": ((False,), "gemcut runs no code from checkpoints"),
     "force_download": ((False,), "delete the cached files instead"),
     "subfolder": (("",), "give the folder's own path"),
     "gguf_file": ((), "give the .gguf file's own path as the name"),
@@ -71,6 +73,7 @@ class AutoTokenizer:
             ParameterError: an unknown one.
             GemcutError: the checkpoint cannot be found or read.
         """
+        own_code = others.pop("trust_remote_code", None)
         refuse("AutoTokenizer.from_pretrained", others, _TOKENIZER)
         if not use_fast:
             warn_once("use_fast=False has no effect: gemcut has one tokenizer, with the same ids")
@@ -90,6 +93,8 @@ class AutoTokenizer:
             )
             tokenizer, folder = source.tokenizer(), source.path
         stored = text_files.read_json_object(folder / "tokenizer_config.json") if folder.is_dir() else {}
+        if own_code is not None:
+            _check_code(own_code, folder / "tokenizer_config.json", cls.__name__)
         given = {
             "padding_side": padding_side,
             "truncation_side": truncation_side,
@@ -114,6 +119,7 @@ class AutoModelForCausalLM:
         pretrained_model_name_or_path: str | Path,
         *,
         device_map: Any = None,
+        max_memory: Any = None,
         torch_dtype: str | torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
@@ -134,6 +140,8 @@ class AutoModelForCausalLM:
             device_map: "auto" takes the GPU if there is one; "cuda", "cuda:N", a number, "cpu" or {"": device} that
                 device; None the CPU, as in transformers. A GPU that the machine does not have is replaced by the CPU,
                 with one warning.
+            max_memory: bytes by device, as in {0: "20GB", "cpu": "30GB"}. The model is whole on one device: where its
+                weights need more than is allowed there, it is refused before anything is loaded.
             torch_dtype, dtype: compute dtype under either name; "auto" is the checkpoint's own. Skipped, it is
                 float32, as the Gemma 2 model card says (transformers 5 takes the checkpoint's own); for a quantized
                 model it is the checkpoint's own.
@@ -151,7 +159,8 @@ class AutoModelForCausalLM:
             ParameterError: an unknown one, or torch_dtype and dtype that differ.
             GemcutError: the checkpoint cannot be found, read, or held in memory.
         """
-        refuse("AutoModelForCausalLM.from_pretrained", others, LOAD)
+        own_code = others.pop("trust_remote_code", None)
+        refuse("AutoModelForCausalLM.from_pretrained", others, LOAD, LOAD_IDLE)
         attention = "auto" if attn_implementation is None else attn_implementation
         if not isinstance(attention, str):
             raise ParameterError(f"attn_implementation is of type {type(attention).__name__}; expected a name")
@@ -159,18 +168,48 @@ class AutoModelForCausalLM:
             quantization_config, {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
         )
         spec = None if config is None else config.to_quantization()
+        device, allowed = placement(device_map, max_memory)
+        compute = wanted_dtype(torch_dtype, dtype, default=torch.float32 if config is None else "auto")
+        where: dict[str, Any] = {
+            "revision": usable_revision(pretrained_model_name_or_path, revision),
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
         try:
+            if own_code is not None or allowed is not None:
+                source = resolve(pretrained_model_name_or_path, weights=False, **where)
+                if own_code is not None:
+                    _check_code(own_code, source.path / "config.json", cls.__name__)
+                if allowed is not None:
+                    stored = parse_dtype(source.config().torch_dtype, torch.bfloat16)
+                    cut = effective_quantization(source, spec)
+                    check_memory(source, parse_dtype(compute, stored), device, cut, allowed=allowed)
             gemma = Gemma.load(
                 pretrained_model_name_or_path,
-                dtype=wanted_dtype(torch_dtype, dtype, default=torch.float32 if config is None else "auto"),
+                dtype=compute,
                 quantization=spec,
-                device=placement(device_map),
-                revision=usable_revision(pretrained_model_name_or_path, revision),
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
+                device=device,
                 attn_implementation=attention,
+                **where,
             )
         except CapacityError as error:
             raise error.at("facade") from None
         return GemmaForCausalLM(gemma, str(pretrained_model_name_or_path), generation_config)
+
+
+def _check_code(trust: object, file: Path, name: str) -> None:
+    """What trust_remote_code means: nothing, with a warning, unless ``file`` names code of its own for an Auto class.
+
+    Raises UnsupportedError there, since transformers would run that code, which may compute something else.
+    """
+    own = text_files.read_json_object(file).get("auto_map") if trust and file.parent.is_dir() else None
+    if isinstance(own, dict) and own.get(name):
+        raise UnsupportedError(
+            f"trust_remote_code={trust}: {file} names code of its own for {name} (auto_map), and {NO_CODE}; leave "
+            "trust_remote_code out to take gemcut's own"
+        )
+    option = {"trust_remote_code": trust}
+    refuse(
+        f"{name}.from_pretrained", option, {"trust_remote_code": ((False,), NO_CODE)}, {"trust_remote_code": CODE_IDLE}
+    )

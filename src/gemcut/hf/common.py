@@ -15,23 +15,36 @@ from gemcut.hardware import parse_device
 
 #: An option gemcut knows but does not have: the values that change nothing (None always is one), and why it is refused.
 Refusal = tuple[tuple[Any, ...], str]
+#: An option whose result is the same without it: for which values that holds (a type stands for all of its values), and
+#: what gemcut does instead. Using it is a warning.
+Idle = tuple[tuple[Any, ...], str]
+
+NO_CODE = "gemcut runs no code from checkpoints"
+CODE_IDLE: Idle = ((True,), f"{NO_CODE}; the network and the tokenizer are gemcut's own")
 
 _warned: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    """Warn, at the caller's line outside gemcut, unless this process has given this very warning before."""
-    if message in _warned:
+def warn_once(message: str, key: str | None = None) -> None:
+    """Warn, at the caller's line outside gemcut, unless this process has given this very warning before.
+
+    With ``key``, unless it has given any warning of that key.
+    """
+    if (key or message) in _warned:
         return
-    _warned.add(message)
+    _warned.add(key or message)
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "gemcut":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
 
-def refuse(where: str, given: Mapping[str, Any], known: Mapping[str, Refusal]) -> None:
+def refuse(
+    where: str, given: Mapping[str, Any], known: Mapping[str, Refusal], idle: Mapping[str, Idle] | None = None
+) -> None:
     """Raise for the first option in ``given`` that is unknown, or known and set to something gemcut cannot do.
+
+    A value that ``idle`` lists warns, once for each option and process.
 
     Raises:
         ParameterError: ``known`` does not list the option.
@@ -41,8 +54,13 @@ def refuse(where: str, given: Mapping[str, Any], known: Mapping[str, Refusal]) -
         if name not in known:
             raise ParameterError(f"{where} has no argument {name!r}; check its spelling or leave it out")
         neutral, reason = known[name]
-        if not _is_one_of(value, neutral):
+        if _is_one_of(value, neutral):
+            continue
+        values, instead = (idle or {}).get(name, ((), ""))
+        types = tuple(kind for kind in values if isinstance(kind, type))
+        if not (isinstance(value, types) or _is_one_of(value, values)):
             raise UnsupportedError(f"{where}: {name}={_short(value)} is not supported: {reason}")
+        warn_once(f"{where}: {name}={_short(value)} changes nothing: {instead}", key=f"{where}: {name}")
 
 
 def _is_one_of(value: object, neutral: tuple[Any, ...]) -> bool:
@@ -64,7 +82,8 @@ def find_device(device: str | int | torch.device) -> torch.device:
     Raises:
         ParameterError: no such device; a GPU's number is too large.
     """
-    wants_gpu = str(device).startswith("cuda") or (isinstance(device, int) and not isinstance(device, bool))
+    number = type(device) is int and device >= 0
+    wants_gpu = str(device).startswith("cuda") or number
     if wants_gpu and not torch.cuda.is_available():
         warn_once("this machine has no GPU that torch can use: 'cuda' is taken as 'cpu'")
         return torch.device("cpu")

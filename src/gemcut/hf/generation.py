@@ -76,7 +76,7 @@ def make_job(gemma: Gemma, inputs: Rows, options: Mapping[str, Any], asked: froz
         _warn_without_effect(options, asked)
     repeated = _repeat(inputs, copies)
     stops = _token_ids(gemma, options, "eos_token_id")
-    pads = _token_ids(gemma, options, "pad_token_id") or [gemma.tokenizer.pad_id]
+    pads = _token_ids(gemma, options, "pad_token_id") or [gemma.pad_id]
     max_time = options.get("max_time")
     if max_time is not None and not (isinstance(max_time, (int, float)) and max_time > 0):
         raise ParameterError(f"max_time is {max_time!r}; expected a number of seconds above 0")

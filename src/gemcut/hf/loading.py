@@ -17,8 +17,9 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma
 from gemcut.hardware import parse_dtype
-from gemcut.hf.common import Refusal, find_device
+from gemcut.hf.common import CODE_IDLE, NO_CODE, Idle, Refusal
 from gemcut.hf.missing import missing
+from gemcut.hf.placement import byte_size
 from gemcut.hf.public_names import CONFIG
 from gemcut.network import export_network, move_network
 
@@ -28,16 +29,15 @@ _ANY = (True, False)
 
 #: Arguments of from_pretrained beside those it names.
 LOAD: dict[str, Refusal] = {
-    "low_cpu_mem_usage": (_ANY, ""),  # always so
+    "low_cpu_mem_usage": ((True,), "expected True or False"),  # always so
     "use_safetensors": ((True,), "only safetensors and GGUF are read; pickled weights can run code"),
     "weights_only": ((True,), "gemcut reads weights alone"),
-    "trust_remote_code": ((False,), "gemcut runs no code from checkpoints"),
     "force_download": ((False,), "delete the cached files instead"),
     "resume_download": (_ANY, ""),
     "ignore_mismatched_sizes": ((False,), "every tensor must fit"),
     "output_loading_info": ((False,), "a checkpoint either fits exactly or is refused"),
     "use_auth_token": ((), "use token= instead"),
-    "use_cache": ((True,), "gemcut always keeps keys and values"),
+    "use_cache": ((True,), "expected True or False"),
     "config": ((), "the checkpoint's own config.json is read"),
     "state_dict": ((), "save the weights as a checkpoint folder first"),
     "gguf_file": ((), "give the .gguf file's own path as the name"),
@@ -47,7 +47,6 @@ LOAD: dict[str, Refusal] = {
     "mirror": ((), "set HF_ENDPOINT instead"),
     "from_tf": ((False,), "only safetensors and GGUF are read"),
     "from_flax": ((False,), "only safetensors and GGUF are read"),
-    "max_memory": ((), _OFFLOAD),
     "offload_folder": ((), _OFFLOAD),
     "offload_state_dict": ((False,), _OFFLOAD),
     "offload_buffers": ((False,), _OFFLOAD),
@@ -65,6 +64,18 @@ LOAD: dict[str, Refusal] = {
     "fusion_config": ((), "gemcut fuses what it can by itself"),
     "disable_mmap": ((False,), "files are memory-mapped"),
     "tqdm_class": ((), "the progress bar is gemcut's own"),
+}
+_STREAMED = "gemcut reads one tensor after the other, straight to its device"
+_WHOLE = "nothing is offloaded, the whole model is on its device"
+#: Of these, the values with which transformers gives the same model.
+LOAD_IDLE: dict[str, Idle] = {
+    "low_cpu_mem_usage": ((False,), _STREAMED),
+    "weights_only": ((False,), "no file is unpickled, weights alone are read"),
+    "use_cache": ((False,), "gemcut keeps keys and values in its own paged cache; the tokens are the same"),
+    "offload_folder": ((str, Path), _WHOLE),
+    "offload_state_dict": ((True,), _STREAMED),
+    "offload_buffers": ((True,), _WHOLE),
+    "disable_mmap": ((True,), _STREAMED),
 }
 #: Arguments of the forward call beside those it names.
 FORWARD: dict[str, Refusal] = {
@@ -89,12 +100,17 @@ CALL: dict[str, Refusal] = {
     "negative_prompt_ids": ((), "guidance is not in this version"),
     "negative_prompt_attention_mask": ((), "guidance is not in this version"),
     "custom_generate": ((), "gemcut runs no code from the hub"),
-    "trust_remote_code": ((False,), "gemcut runs no code from checkpoints"),
+    "trust_remote_code": ((False,), NO_CODE),
     "use_model_defaults": ((True,), "change model.generation_config instead"),
     "inputs_embeds": ((), "give input_ids"),
     "position_ids": ((), "positions follow from attention_mask"),
     "past_key_values": ((), "a prompt seen before is found in the cache by itself"),
     "token_type_ids": ((), "Gemma has no token types"),
+}
+#: Of these, the values with which transformers gives the same tokens.
+CALL_IDLE: dict[str, Idle] = {
+    "synced_gpus": ((True,), "a model is on one device"),
+    "trust_remote_code": CODE_IDLE,
 }
 
 
@@ -114,34 +130,13 @@ def wanted_dtype(
     return dtype
 
 
-def placement(device_map: Any) -> torch.device:
-    """The one device a ``device_map`` means.
-
-    Raises:
-        UnsupportedError: it spreads the model over several devices.
-        ParameterError: it names no device.
-    """
-    if device_map is None:
-        return torch.device("cpu")
-    if isinstance(device_map, dict):
-        if set(device_map) != {""}:
-            raise UnsupportedError(f"device_map with keys {', '.join(map(str, device_map))}: {_DEVICES}; use 'auto'")
-        device_map = device_map[""]
-    if isinstance(device_map, str) and device_map in ("balanced", "balanced_low_0", "sequential", "disk"):
-        raise UnsupportedError(f"device_map={device_map!r} is not supported: {_DEVICES}; use 'auto'")
-    try:
-        return find_device(device_map)
-    except ParameterError as error:
-        raise ParameterError(f"device_map: {error}") from None
-
-
 def moved(gemma: Gemma, device: torch.device) -> Gemma:
     """The same model on another device, its weights moved one at a time, with a fresh cache."""
     if gemma.engine.has_work:
         raise ParameterError("the model is still generating; wait for it, or cancel it, before moving it")
     result = Gemma(
         move_network(gemma.model, device),
-        gemma.tokenizer,
+        gemma._tokenizer,
         device,
         engine=gemma.engine.config,
         generation_config=gemma.generation_config,
@@ -152,14 +147,11 @@ def moved(gemma: Gemma, device: torch.device) -> Gemma:
 
 
 def shard_bytes(size: int | str) -> int:
-    """Bytes from "5GB", "500MB", "2GiB" or a number."""
-    match = re.fullmatch(r"(\d+)\s*([KMG])(i?)B", str(size).strip(), re.IGNORECASE)
-    if match:
-        base = 1024 if match.group(3) else 1000
-        return int(match.group(1)) * int(base ** ("KMG".index(match.group(2).upper()) + 1))
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ParameterError(f"max_shard_size is {size!r}; expected a number of bytes, or a text such as '5GB'")
-    return size
+    """Bytes from "5GB", "500MB", "2GiB" or a number. Raises ParameterError where they are none."""
+    number = byte_size("max_shard_size", size)
+    if number < 1:
+        raise ParameterError(f"max_shard_size is {size!r}; expected at least one byte")
+    return number
 
 
 def save(gemma: Gemma, folder: Path, max_shard_bytes: int, generation_config: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from gemcut.hardware import parse_dtype
 from gemcut.hf import generation, scores
 from gemcut.hf.common import find_device, named_folder, refuse, warn_once
 from gemcut.hf.inputs import read_rows, split_mapping
-from gemcut.hf.loading import CALL, FORWARD, ModelConfig, moved, save, shard_bytes
+from gemcut.hf.loading import CALL, CALL_IDLE, FORWARD, ModelConfig, moved, save, shard_bytes
 from gemcut.hf.module_access import ModuleAccess
 from gemcut.hf.options import FIXED, HONOURED, GenerationConfig, merge_options
 from gemcut.hf.outputs import CausalLMOutput, GenerateOutput
@@ -39,7 +39,7 @@ class GemmaForCausalLM(ModuleAccess):
         if generation_config is None:
             generation_config = GenerationConfig.from_dict(gemma.generation_config)
             generation_config.update(eos_token_id=sorted(gemma.stop_ids))
-            for name, value in (("bos", gemma.tokenizer.bos_id), ("pad", gemma.tokenizer.pad_id)):
+            for name, value in (("bos", gemma.bos_id), ("pad", gemma.pad_id)):
                 stored = getattr(generation_config, f"{name}_token_id")
                 if stored is None or (type(stored) is int and stored < 0):  # -1 says "none"
                     generation_config.update(**{f"{name}_token_id": value})
@@ -301,14 +301,14 @@ class GemmaForCausalLM(ModuleAccess):
     ) -> Any:
         gemma = self.gemma
         known = {name: value for name, value in given.items() if name in HONOURED or name in FIXED}
-        refuse("generate", {name: value for name, value in given.items() if name not in known}, CALL)
+        refuse("generate", {name: value for name, value in given.items() if name not in known}, CALL, CALL_IDLE)
         options, asked = merge_options(self.generation_config, config, known)
         if inputs is not None and input_ids is not None:
             raise ParameterError("generate was given both inputs and input_ids; they are the same, give one")
         ids, mask = split_mapping(input_ids if inputs is None else inputs, mask)
         if ids is None:
-            ids = torch.tensor([[options.get("bos_token_id", gemma.tokenizer.bos_id)]])
-        pad_id = options.get("pad_token_id", gemma.tokenizer.pad_id)
+            ids = torch.tensor([[options.get("bos_token_id", gemma.bos_id)]])
+        pad_id = options.get("pad_token_id", gemma.pad_id)
         rows = read_rows(ids, mask, pad_id=pad_id, vocab_size=gemma.config.vocab_size)
         job = generation.make_job(gemma, rows, options, asked, seed)
         extra = [name for name in ("output_logits", "output_scores") if options.get(name)]

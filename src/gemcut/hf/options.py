@@ -9,7 +9,7 @@ from typing import Any
 
 from gemcut.checkpoint.source import resolve
 from gemcut.errors import ParameterError
-from gemcut.hf.common import Refusal, named_folder, refuse, usable_revision, warn_once
+from gemcut.hf.common import Idle, Refusal, named_folder, refuse, usable_revision, warn_once
 from gemcut.text import files as text_files
 
 #: Options that do what they do in transformers.
@@ -40,10 +40,11 @@ HONOURED = frozenset(
 )
 
 _BEAMS = "beam search is not in this version"
+_ONE_BEAM = "it is for beam search, and there is one beam"
 _ASSIST = "assisted generation is not in this version"
 _FILTER = "gemcut samples with temperature, top_k, top_p and min_p"
 _ENCODER = "Gemma has no encoder"
-_CACHE = "gemcut keeps keys and values in its own paged cache"
+_CACHE = "gemcut keeps keys and values in its own paged cache, in the model's dtype"
 _COMPILE = "gemcut compiles nothing at generation"
 _STATES = "inner states are not kept"
 
@@ -57,8 +58,8 @@ FIXED: dict[str, Refusal] = {
     "constraints": ((), _BEAMS),
     "force_words_ids": ((), _BEAMS),
     "use_mtp": ((False,), "Gemma 2 predicts one token at a time"),
-    "use_cache": ((True,), f"{_CACHE}; without it the tokens would be the same, only slower"),
-    # Layers that slide and layers that do not, each with a cache of their own: what gemcut always does.
+    "use_cache": ((True,), "expected True or False"),
+    # Layers that slide and layers that do not, each with a cache of its own that grows: what gemcut always does.
     "cache_implementation": (("hybrid", "dynamic"), _CACHE),
     "cache_config": ((), _CACHE),
     "max_cache_len": ((), _CACHE),
@@ -100,6 +101,26 @@ FIXED: dict[str, Refusal] = {
     "target_lookbehind": ((10,), _ASSIST),
     "assistant_ensemble_weight": ((), _ASSIST),
     "speculation_type": ((), _ASSIST),
+}
+
+_CACHED = "gemcut keeps keys and values in its own paged cache"
+_CHUNKS = "gemcut reads long prompts in chunks by itself"
+#: Of these, the values with which transformers gives the same tokens, only slower, faster or with other memory.
+IDLE: dict[str, Idle] = {
+    "use_cache": ((False,), f"{_CACHED}; the tokens are the same, only sooner"),
+    # All that transformers has but "quantized", which changes the tokens.
+    "cache_implementation": (
+        (
+            *("static", "offloaded_static", "sliding_window", "hybrid_chunked", "offloaded_hybrid"),
+            *("offloaded_hybrid_chunked", "offloaded", "dynamic_full", "paged"),
+        ),
+        _CACHED,
+    ),
+    "max_cache_len": ((int,), f"{_CACHED}, which grows with the text"),
+    "low_memory": ((True,), _CACHED),
+    "prefill_chunk_size": ((int,), _CHUNKS),
+    "early_stopping": ((True, "never"), _ONE_BEAM),
+    "length_penalty": ((int, float), _ONE_BEAM),
 }
 
 #: What transformers writes into the file about the file itself.
@@ -209,7 +230,7 @@ def merge_options(
         raise ParameterError(f"generation_config is of type {type(given).__name__}; expected a GenerationConfig")
     asked = {name: value for name, value in {**config, **drop_none(arguments)}.items() if value is not None}
     options = {k: v for k, v in {**model.to_dict(), **asked}.items() if k not in _METADATA}
-    refuse("generate", {name: value for name, value in options.items() if name not in HONOURED}, FIXED)
+    refuse("generate", {name: value for name, value in options.items() if name not in HONOURED}, FIXED, IDLE)
     return {k: v for k, v in options.items() if k in HONOURED}, frozenset(asked)
 
 

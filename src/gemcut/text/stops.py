@@ -9,7 +9,9 @@ from gemcut.config import GemmaConfig, token_ids
 from gemcut.text.tokenizer import Tokenizer
 
 
-def stop_ids(config: GemmaConfig, generation_config: Mapping[str, Any] | None, tokenizer: Tokenizer) -> frozenset[int]:
+def stop_ids(
+    config: GemmaConfig, generation_config: Mapping[str, Any] | None, tokenizer: Tokenizer | None
+) -> frozenset[int]:
     """Union of what config, generation_config and tokenizer say ends a text.
 
     The union matters: config.json of the 9B and 27B instruction models lists ``<eos>`` alone, yet they end a turn
@@ -18,15 +20,17 @@ def stop_ids(config: GemmaConfig, generation_config: Mapping[str, Any] | None, t
     Args:
         config: the network's configuration.
         generation_config: content of generation_config.json, or None.
-        tokenizer: gives ``<eos>`` and, where its vocabulary has it, ``<end_of_turn>``.
+        tokenizer: gives ``<eos>`` and, where its vocabulary has it, ``<end_of_turn>``; None where there is none.
 
     Raises:
         ConfigError: eos_token_id of generation_config is neither a token id nor a list of them.
     """
-    found = {*config.eos_token_ids, tokenizer.eos_id}
+    found = set(config.eos_token_ids)
     given = (generation_config or {}).get("eos_token_id")
     if given is not None and not (type(given) is int and given < 0):  # -1 says "none"
         found.update(token_ids(given, "generation_config's eos_token_id"))
-    if tokenizer.end_of_turn_id is not None:
-        found.add(tokenizer.end_of_turn_id)
+    if tokenizer is not None:
+        found.add(tokenizer.eos_id)
+        if tokenizer.end_of_turn_id is not None:
+            found.add(tokenizer.end_of_turn_id)
     return frozenset(found)

@@ -13,7 +13,7 @@ from typing import Any, cast
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from gemcut.errors import CheckpointError, ParameterError, TokenizerError
+from gemcut.errors import CheckpointError, MissingTokenizerError, ParameterError, TokenizerError
 from gemcut.text import files, gguf_vocab, tokenizer_json
 from gemcut.text.quick_backend import QuickBackend
 
@@ -102,7 +102,9 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             hint = "; tokenizer.model alone is not enough" if (folder / "tokenizer.model").is_file() else ""
-            raise TokenizerError(f"no tokenizer.json in {folder}{hint}; download the checkpoint's tokenizer files")
+            raise MissingTokenizerError(
+                f"no tokenizer.json in {folder}{hint}; download the checkpoint's tokenizer files"
+            )
         config = files.read_json_object(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # older checkpoints name their special tokens in a file of their own
             config |= _named_tokens(files.read_json_object(folder / "special_tokens_map.json"))

@@ -1,0 +1,100 @@
+"""Where a model goes: what transformers' device_map and max_memory mean for one device, or why they cannot be kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gemcut.errors import ParameterError, UnsupportedError
+from gemcut.hf.common import find_device, warn_once
+
+_ONE = "a model is on one device in this version"
+_WORKS = 'use "auto", "cpu", "cuda", "cuda:N", a number or {"": device}'
+#: Values of device_map that spread a model by themselves.
+_SPREAD = ("balanced", "balanced_low_0", "sequential", "disk")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
+
+
+def byte_size(name: str, size: object) -> int:
+    """Bytes from a number, or a text such as "5GB", "0.5 GiB". Raises ParameterError, which calls it ``name``."""
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if match:
+        unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
+        return int(float(match[1]) * unit)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ParameterError(f"{name} is {size!r}; expected a number of bytes, or a text such as '5GB'")
+    return size
+
+
+def placement(device_map: Any, max_memory: Any = None) -> tuple[torch.device, int | None]:
+    """(the one device that a ``device_map`` means, bytes that ``max_memory`` allows on it; None where it names none).
+
+    As in transformers, "auto" does not take a GPU that ``max_memory`` leaves out or gives nothing.
+
+    Raises:
+        UnsupportedError: the map spreads the model over several devices.
+        ParameterError: it names no device, or ``max_memory`` is no mapping of devices to sizes.
+    """
+    limits = _limits(max_memory)
+    if device_map is None:
+        device = torch.device("cpu")
+    else:
+        if isinstance(device_map, Mapping):
+            device_map = _only(device_map)
+        if isinstance(device_map, str) and device_map in _SPREAD:
+            raise UnsupportedError(f"device_map={device_map!r} is not supported: {_ONE}; {_WORKS}")
+        try:
+            device = find_device(device_map)
+        except ParameterError as error:
+            raise ParameterError(f"device_map: {error}") from None
+        if device_map == "auto" and limits and not limits.get(device):
+            device = next((one for one, size in limits.items() if size and _there(one)), device)
+    if limits:
+        warn_once("max_memory changes nothing where the model fits: it is whole on one device", key="max_memory")
+    return device, limits.get(device)
+
+
+def _only(device_map: Mapping[Any, Any]) -> Any:
+    """The device that stands at every place of a map."""
+    if not device_map:
+        raise ParameterError(f"device_map is empty; {_WORKS}")
+    devices = list(device_map.values())
+    names = {str(find_device(one)) if one not in ("disk", "meta") else one for one in devices}
+    if len(names) > 1:
+        raise UnsupportedError(
+            f"device_map with keys {', '.join(map(str, list(device_map)[:4]))} names {', '.join(sorted(names))}: "
+            f"{_ONE}; {_WORKS}"
+        )
+    return devices[0]
+
+
+def _limits(max_memory: Any) -> dict[torch.device, int]:
+    """Bytes by device, in the order given."""
+    if max_memory is None:
+        return {}
+    if not isinstance(max_memory, Mapping):
+        raise ParameterError(
+            f"max_memory is of type {type(max_memory).__name__}; expected a mapping such as "
+            '{0: "20GB", "cpu": "30GB"}'
+        )
+    found = {}
+    for key, size in max_memory.items():
+        name = f"max_memory[{key!r}]"
+        number = byte_size(name, size)
+        if key == "disk":  # nothing goes there
+            continue
+        try:
+            where = torch.device("cuda", key) if type(key) is int else torch.device(key)
+        except (RuntimeError, TypeError):
+            raise ParameterError(f"{name}: expected 'cpu' or the number of a GPU as a key") from None
+        if where.type not in ("cpu", "cuda") or (where.index or 0) < 0:
+            raise ParameterError(f"{name}: expected 'cpu' or the number of a GPU as a key")
+        found[torch.device("cpu") if where.type == "cpu" else torch.device("cuda", where.index or 0)] = number
+    return found
+
+
+def _there(device: torch.device) -> bool:
+    return device.type == "cpu" or (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count())
