@@ -401,8 +401,8 @@ def test_what_the_template_has_no_place_for_is_refused(facade: Any) -> None:
     for more, kind, what in (
         ({"tools": [{"a": 1}]}, UnsupportedError, "tools=…"),
         ({"documents": [{"a": 1}]}, UnsupportedError, "documents=…"),
-        ({"tools": [len]}, UnsupportedError, "is a function"),
-        ({"tools": "f"}, ParameterError, "expected a list of dicts"),
+        ({"tools": [len]}, ParameterError, "expected a dict or a documented function"),
+        ({"tools": "f"}, ParameterError, "expected a list, each a dict"),
         ({"add_generation_promt": True}, ParameterError, "no argument 'add_generation_promt'"),
     ):
         with pytest.raises(kind, match=what):

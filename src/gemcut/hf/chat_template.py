@@ -7,6 +7,7 @@ from typing import Any
 
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.hf.common import warn_once
+from gemcut.hf.tool_schema import function_schema, is_function
 from gemcut.text import ChatOptions, ChatWriter
 
 __all__ = ["ChatWriter", "chat_options"]
@@ -21,9 +22,8 @@ def chat_options(
     """The arguments of apply_chat_template, checked.
 
     Raises:
-        UnsupportedError: a tool is a function, of which transformers makes a schema; or the template has no place for
-            tools or documents.
-        ParameterError: tools or documents of another type.
+        UnsupportedError: the template has no place for tools or documents.
+        ParameterError: tools or documents of another type, or a function that says too little for a schema.
     """
     plain = ChatOptions(**options)
     known = writer.reads(plain)
@@ -44,17 +44,15 @@ def _schemas(name: str, value: object, known: frozenset[str]) -> list[Any] | Non
     """tools or documents as a list of mappings; None where there are none."""
     if value is None:
         return None
+    expected = "a dict or a documented function" if name == "tools" else "a dict"
     entries = _list(value)
     if entries is None:
-        raise ParameterError(f"{name} is of type {type(value).__name__}; expected a list of dicts")
+        raise ParameterError(f"{name} is of type {type(value).__name__}; expected a list, each {expected}")
     for index, entry in enumerate(entries):
-        if callable(entry):
-            raise UnsupportedError(
-                f"apply_chat_template: {name}[{index}] is a function; give its JSON schema "
-                "(transformers.utils.get_json_schema makes one of a documented function)"
-            )
-        if not isinstance(entry, Mapping):
-            raise ParameterError(f"{name}[{index}] is of type {type(entry).__name__}; expected a dict")
+        if name == "tools" and is_function(entry):
+            entries[index] = function_schema(entry)
+        elif not isinstance(entry, Mapping):
+            raise ParameterError(f"{name}[{index}] is of type {type(entry).__name__}; expected {expected}")
     if name in known:
         return entries
     if entries:

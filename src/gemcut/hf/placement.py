@@ -62,13 +62,21 @@ def _only(device_map: Mapping[Any, Any]) -> Any:
     if not device_map:
         raise ParameterError(f"device_map is empty; {_WORKS}")
     devices = list(device_map.values())
-    names = {str(find_device(one)) if one not in ("disk", "meta") else one for one in devices}
-    if len(names) > 1:
+    if len(names := {_spelled(one) for one in devices}) > 1:
         raise UnsupportedError(
             f"device_map with keys {', '.join(map(str, list(device_map)[:4]))} names {', '.join(sorted(names))}: "
             f"{_ONE}; {_WORKS}"
         )
     return devices[0]
+
+
+def _spelled(device: Any) -> str:
+    """One spelling for each device, there or not: 0, "cuda" and "cuda:0" are the same."""
+    try:
+        found = torch.device("cuda", device) if type(device) is int else torch.device(device)
+    except (RuntimeError, TypeError):
+        return str(device)
+    return "cpu" if found.type == "cpu" else f"{found.type}:{found.index or 0}"
 
 
 def _limits(max_memory: Any) -> dict[torch.device, int]:

@@ -238,7 +238,7 @@ class GemmaTokenizer(Vocabulary):
         documents: Any = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         tokenize: bool = True,
         padding: bool | str = False,
         truncation: bool | str = False,
@@ -254,11 +254,13 @@ class GemmaTokenizer(Vocabulary):
 
         Args:
             conversation: messages ``{"role": ..., "content": ...}``; roles alternate, user first.
-            tools, documents: lists of dicts, for a template that reads them; refused for one that does not.
+            tools, documents: lists of dicts, for a template that reads them; refused for one that does not. A tool may
+                be a function with type hints and a docstring of Google's format, of which its JSON schema is made.
             chat_template: a Jinja template to use instead of the checkpoint's, or the name of one of the checkpoint's;
                 it runs in a sandbox.
             add_generation_prompt: end with the opening of the model's turn.
-            continue_final_message: leave the last turn open, for the model to continue.
+            continue_final_message: leave the last turn open, for the model to continue. True means its content, a text
+                another field that the template writes, such as "reasoning_content".
             tokenize: False gives the string (or strings), True token ids.
             padding, truncation, max_length, return_tensors: as in calling the tokenizer.
             return_dict: True, transformers 5's default, gives a BatchEncoding; False, transformers 4's, the ids alone.

@@ -29,7 +29,8 @@ class ChatOptions:
 
     Attributes:
         add_generation_prompt: end with the opening of the model's turn.
-        continue_final_message: leave the last turn open, to be continued.
+        continue_final_message: leave the last turn open, to be continued: True in its content, a text in the field of
+            that name.
         system: what to do with system messages where the template has no place for them: "fold" them into the first
             user's text, or "error".
         template: the Jinja source, or the name of one of the checkpoint's templates; None is the checkpoint's own,
@@ -39,7 +40,7 @@ class ChatOptions:
     """
 
     add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    continue_final_message: bool | str = False
     system: System = "fold"
     template: str | None = None
     tools: Sequence[Any] | None = None
@@ -51,6 +52,10 @@ class ChatOptions:
             raise ParameterError(
                 "add_generation_prompt and continue_final_message exclude each other: "
                 "the first opens a new turn, the second leaves the last one open"
+            )
+        if not isinstance(self.continue_final_message, (bool, str)) or self.continue_final_message == "":
+            raise ParameterError(
+                f"continue_final_message is {self.continue_final_message!r}; expected True, False or a field's name"
             )
         if self.system not in ("fold", "error"):
             raise ParameterError(f"system is {self.system!r}; expected 'fold' or 'error'")
@@ -311,8 +316,12 @@ def _folded(chat: list[dict[str, Any]], system: System) -> list[dict[str, Any]]:
 
 
 def _layout_options(options: ChatOptions) -> dict[str, Any]:
+    """Arguments of `encode_chat`. Raises ChatTemplateError where another field than the content is to be continued."""
+    field = options.continue_final_message
+    if isinstance(field, str) and field != "content":
+        raise ChatTemplateError(f"continue_final_message: Gemma's format has no field {field!r}; it has content alone")
     return {
         "add_generation_prompt": options.add_generation_prompt,
-        "continue_final_message": options.continue_final_message,
+        "continue_final_message": bool(field),
         "system": options.system,
     }

@@ -70,7 +70,7 @@ class Template:
         variables: Mapping[str, Any],
         *,
         now: datetime.datetime | None = None,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
     ) -> str:
         """The dialogue as one text.
 
@@ -79,7 +79,7 @@ class Template:
             variables: what the template may read besides ``messages``; ``tools`` and ``documents`` are None unless
                 given, ``add_generation_prompt`` is False.
             now: the time ``strftime_now`` tells; the clock's if None.
-            continue_final_message: end within the last message, behind its content.
+            continue_final_message: end within the last message, behind its content or the field of that name.
 
         Raises:
             ChatTemplateError: the template is forbidden something by the sandbox, or raises for these messages.
@@ -94,13 +94,35 @@ class Template:
             values = {"tools": None, "documents": None, "add_generation_prompt": False} | plain_data(variables)
         except RecursionError:
             raise ChatTemplateError("messages or variables of the chat template are nested too deeply") from None
-        last = _open_last(chat) if continue_final_message else None
+        field = "content" if continue_final_message is True else continue_final_message
+        last = self._open_last(chat, field) if field else None
         clock = now or datetime.datetime.now()
         try:
             text = self._compiled.render({"strftime_now": clock.strftime} | values | {"messages": chat})
         except Exception as error:  # a template can fail in any way its expressions can
             raise ChatTemplateError(f"the chat template refuses these messages: {_reason(error)}") from error
         return text if last is None else _cut_open(text, last)
+
+    def _open_last(self, chat: list[Any], field: str) -> str:
+        """Mark the end of a field of the last message, in place; give its text."""
+        message = chat[-1] if chat and isinstance(chat[-1], dict) else {}
+        value = message.get(field)
+        if value is None:
+            raise ChatTemplateError(f"continue_final_message: the last message has no {field}")
+        # A message's reasoning stands under several names, of which the template reads one.
+        names = [name for name in _REASONING if message.get(name) == value] if field in _REASONING else [field]
+        if not any(name in self.source for name in names):
+            raise ChatTemplateError(f"continue_final_message: the chat template writes no {field}")
+        if isinstance(value, str):
+            for name in names:
+                message[name] = value + _OPEN_END
+            return value
+        for part in reversed(value) if isinstance(value, list) else ():
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                text = str(part["text"])
+                part["text"] = text + _OPEN_END
+                return text
+        raise ChatTemplateError(f"continue_final_message needs a last message whose {field} is a text")
 
 
 @lru_cache(maxsize=64)
@@ -276,21 +298,6 @@ def _with_reasoning(message: dict[Any, Any]) -> dict[Any, Any]:
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def _open_last(chat: list[Any]) -> str:
-    """Mark the end of the last message's text, in place; give that text."""
-    message = chat[-1] if chat else None
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(message, dict) and isinstance(content, str):
-        message["content"] = content + _OPEN_END
-        return content
-    for part in reversed(content) if isinstance(content, list) else ():
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            text = str(part["text"])
-            part["text"] = text + _OPEN_END
-            return text
-    raise ChatTemplateError("continue_final_message needs a last message whose content is a text")
 
 
 def _cut_open(text: str, last: str) -> str:
