@@ -181,9 +181,9 @@ class Gemma:
         if self._tokenizer is None:
             where = "" if self.source is None else f" in {self.source.path}"
             raise MissingTokenizerError(
-                f"there is no tokenizer.json{where}: this model takes token ids alone (complete, score and stream_ids; "
-                "generate of AutoModelForCausalLM), and no texts; put the checkpoint's tokenizer files there and load "
-                "it again"
+                f"there is no tokenizer.json{where}, so this model takes no texts: put the checkpoint's tokenizer "
+                "files there and load it again (token ids alone work in Python: complete, score, stream_ids, and "
+                "generate of AutoModelForCausalLM)"
             )
         return self._tokenizer
 
@@ -431,6 +431,11 @@ class Gemma:
         return self.resolve_sampling(len(ids), sampling, chat=chat).params
 
 
+def _size(count: int) -> str:
+    """Bytes as people compare them; small ones not as "0.0 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:,.3f} MB"
+
+
 def _tokenizer_of(source: Source) -> Tokenizer | None:
     try:
         return source.tokenizer()
@@ -462,8 +467,7 @@ def check_memory(
         kind = plan.dtype if spec is None else spec.format
         there = f"are free on {device}" if allowed is None else f"are allowed on {device} (max_memory)"
         raise CapacityError(
-            f"the weights of {source.name} need {plan.weights / 1e9:.1f} GB in {kind}; {available / 1e9:.1f} GB "
-            f"{there}",
+            f"the weights of {source.name} need {_size(plan.weights)} in {kind}; {_size(available)} {there}",
             options=_smaller(source, plan, spec, available),
         )
 

@@ -69,6 +69,8 @@ def branches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("hub")
     main = save_checkpoint(base / "main", hf_model(tiny_config()), max_shard_size="100KB", eos_token_id=[1, 107])
     (main / "chat_template.jinja").write_text("{{ messages }}")
+    (main / "additional_chat_templates").mkdir()
+    (main / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].content }}")
     for name in ("README.md", "pytorch_model.bin", "tiny.gguf", "original/model.safetensors", "onnx/config.json"):
         (main / name).parent.mkdir(exist_ok=True)
         (main / name).write_bytes(b"not needed")
@@ -91,9 +93,10 @@ def test_a_repository_end_to_end(tmp_path: Path, branches: dict[str, Path]) -> N
         assert answer["revision"] == config_only["revision"] == repository.commit("main")
         assert answer["stored"] == "torch.float32"
         fetched = {path.rsplit("/", 1)[1] for path in hub.asked("GET", "/resolve/")}
-        assert fetched <= {path.name for path in branches["main"].iterdir()} - {"README.md", "pytorch_model.bin"}
+        known = {path.name for path in branches["main"].iterdir()} - {"README.md", "pytorch_model.bin"}
+        assert fetched <= known | {"short.jinja"}
         assert not any(part in path for path in hub.asked("GET", "/resolve/") for part in ("gguf", "original", "onnx"))
-        assert {"config.json", "generation_config.json", "chat_template.jinja"} <= fetched
+        assert {"config.json", "generation_config.json", "chat_template.jinja", "short.jinja"} <= fetched
         expected = {name: float(value.double().sum()) for name, value in hf_model(tiny_config()).state_dict().items()}
         assert answer["sum"]["embed.weight"] == pytest.approx(expected["model.embed_tokens.weight"])
         assert answer["seen"]
@@ -118,6 +121,35 @@ def test_a_push_between_two_requests_cannot_mix_versions(tmp_path: Path, branche
         assert str(tmp_path / "elsewhere") in answer["path"]
         assert all(answer["revision"] in path for path in hub.asked("GET", "/resolve/"))
         assert len([p for p in hub.asked("GET", "/api/models/acme/tiny") if "/tree/" not in p]) == 1
+
+
+FACADE = """
+import json, sys
+from gemcut import AutoTokenizer
+from transformers import AutoTokenizer as Theirs
+chat = [{"role": "user", "content": "Hello"}]
+ours, theirs = (one.from_pretrained("acme/chat") for one in (AutoTokenizer, Theirs))
+print(json.dumps([[t.apply_chat_template(chat, chat_template=name, tokenize=False) for name in ("short", None)]
+                  for t in (ours, theirs)]))
+"""
+
+
+@pytest.mark.slow  # the real tokenizer, twice
+def test_additional_chat_templates_are_fetched_and_taken_by_name(tmp_path: Path) -> None:
+    repository = save_checkpoint(tmp_path / "chat", hf_model(tiny_config()), tokenizer=True)
+    (repository / "additional_chat_templates").mkdir()
+    (repository / "additional_chat_templates" / "short.jinja").write_text("<{{ messages[0].content }}>")
+    (repository / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+    with FakeHub({"acme/chat": Repository({"main": repository})}) as hub:
+        environment |= {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", FACADE], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = json.loads(done.stdout.splitlines()[-1])
+    assert ours == theirs == ["<Hello>", "[Hello]"]
 
 
 def test_gated_repositories_say_what_to_do(tmp_path: Path, branches: dict[str, Path]) -> None:

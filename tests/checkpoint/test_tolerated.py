@@ -253,6 +253,7 @@ def test_their_tensors_are_named_where_the_config_says_nothing(plain: Path, tens
         ("model.ckpt", ["pickled"]),
         ("flax_model.msgpack", ["Flax", "Kaggle's transformers variant"]),
         ("_METADATA", ["Orbax", "Kaggle's transformers variant"]),
+        ("2b-it/_METADATA", ["Orbax", "Kaggle's transformers variant"]),
         ("model.weights.h5", ["Keras"]),
         ("saved_model.pb", ["TensorFlow"]),
         ("gemma2-2b.task", ["LiteRT"]),
@@ -264,13 +265,14 @@ def test_their_tensors_are_named_where_the_config_says_nothing(plain: Path, tens
 )
 def test_other_files_are_named(plain: Path, tmp_path: Path, name: str, parts: list[str]) -> None:
     (plain / "model.safetensors").unlink()
+    alone = tmp_path / "alone"
+    for folder in (plain, alone):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
     (plain / name).write_bytes(b"\x80\x04 not to be opened")
     refused(plain, name, *parts)
-    alone = tmp_path / "alone"
-    alone.mkdir()
     (plain / name).rename(alone / name)
     refused(alone, name, *parts)  # without config.json, too
-    if name not in ("_METADATA", "saved_model.pb", "tiny.Q4_K_M.gguf"):
+    if Path(name).name not in ("_METADATA", "saved_model.pb", "tiny.Q4_K_M.gguf"):
         refused(alone / name, name, *parts)  # given alone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 import gemcut.gemma
 import support
 from gemcut import AutoModelForCausalLM, Gemma
-from gemcut.cli.generate import MAX_PROMPT_BYTES
-from gemcut.errors import CapacityError, GemcutError
+from gemcut.cli.generate import MAX_PROMPT_BYTES, read_stdin
+from gemcut.cli.options import TOKEN_BYTES
+from gemcut.errors import CapacityError, GemcutError, ParameterError
 from gemcut.plan import Cut, weight_bytes
+from gemcut.text import Tokenizer
 
 from .conftest import Cli, environment
 
@@ -26,15 +29,22 @@ def shell(line: str, seconds: int = 100) -> tuple[int, str, str]:
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def test_a_prompt_without_end_is_read_no_further_than_any_context_is_long(cli: Cli, tmp_path: Path) -> None:
+def test_a_prompt_without_end_is_read_no_further_than_the_models_context_is_long(
+    cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
     gemcut = f"{sys.executable} -m gemcut"
     code, out, err = shell(f"{gemcut} generate -m gemma-3-270m < /dev/zero")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert f"more than {MAX_PROMPT_BYTES:,} bytes" in err
-    for command in (("generate", "-m", "x"), ("chat", "x")):
-        run = cli(*command, stdin=b"a" * (40 << 20))
-        assert (run.code, run.out) == (2, "")
-        assert f"more than {MAX_PROMPT_BYTES:,} bytes" in run.error
+    assert "more than 1,572,864 bytes, more than 32,768 tokens of context" in err  # the bundled model's, 48 bytes each
+    for command in (("generate", "-m", tiny), ("chat", tiny)):
+        for more, limit in (((), 8192), (("--max-context", "6000"), 6000), (("--max-context", "9000"), 8192)):
+            run = cli(*command, *more, stdin=b"a" * (40 << 20))
+            assert (run.code, run.out) == (2, "")
+            assert f"more than {48 * limit:,} bytes, more than {limit:,} tokens of context can hold" in run.error
+            assert sys.stdin.buffer.tell() == 48 * limit + 1  # and no byte more was read
+        run = cli(*(str(part).replace(str(tiny), "no/such/model") for part in command), stdin=b"a" * (40 << 20))
+        assert "no checkpoint called 'no/such/model'" in run.error
+        assert sys.stdin.buffer.tell() == 1 << 18
     os.mkfifo(tmp_path / "fifo")
     for file, what in (("/dev/zero", "a device"), (tmp_path / "fifo", "a FIFO")):
         run = cli("generate", "-m", "x", "--file", file)
@@ -42,6 +52,21 @@ def test_a_prompt_without_end_is_read_no_further_than_any_context_is_long(cli: C
         assert f"is {what}; expected a regular file" in run.error
     (tmp_path / "large").write_bytes(b"a" * (MAX_PROMPT_BYTES + 1))
     assert "larger than" in cli("generate", "-m", "x", "--file", tmp_path / "large").error
+
+
+def test_a_long_prompt_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, most in ((0, 0), (1000, 0), ((1 << 18) - 1, 0), (1 << 18, 1 << 18), (300_000, 300_000), (300_000, 10**9)):
+        data = bytes(range(256)) * (size // 256) + b"a" * (size % 256)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert read_stdin(lambda most=most: most) == data  # type: ignore[misc]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with pytest.raises(ParameterError, match="more than 299,999 bytes"):
+        read_stdin(lambda: 299_999)
+
+
+def test_no_token_has_more_bytes_than_is_counted_on() -> None:
+    vocabulary = Tokenizer.from_folder(support.tokenizer_dir())
+    assert max(len(vocabulary.token_bytes(i)) for i in range(vocabulary.vocab_size)) == TOKEN_BYTES
 
 
 def test_closed_streams() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -36,6 +37,11 @@ def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
     return hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def idle(seen: Any) -> int:
+    """How many warnings say that an option changes nothing; there may be others, of the machine."""
+    return sum("changes nothing" in str(one.message) for one in seen)
 
 
 #: (argument, value, words of the warning)
@@ -74,7 +80,7 @@ def test_in_a_checkpoints_generation_config(folder: Path, tmp_path: Path, refere
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with pytest.warns(UserWarning, match="changes nothing") as seen:
         ours = model.generate(IDS, **GREEDY)
-    assert len(seen) == 2
+    assert idle(seen) == 2
     assert torch.equal(ours, reference.generate(IDS, **GREEDY))
 
 
@@ -93,15 +99,15 @@ def test_what_would_change_the_tokens_is_refused_still(model: Any) -> None:
         ("offload_buffers", True, "nothing is offloaded"),
         ("low_cpu_mem_usage", False, "one tensor after the other"),
         ("use_cache", False, "its own paged cache"),
-        ("max_memory", {"cpu": "1GB"}, "whole on one device"),
+        ("max_memory", {"cpu": "1GB"}, "fits its one device"),
     ],
 )
 def test_loading_warns_once(name: str, value: Any, words: str, folder: Path, model: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"{name}.* changes nothing.*{words}") as seen:
         loaded = hf.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **{name: value})
-    assert len(seen) == 1
+    assert idle(seen) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".* changes nothing")
         hf.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **{"low_cpu_mem_usage": True, name: value})
     assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
     assert not Path("somewhere").exists()
@@ -123,7 +129,7 @@ def test_code_of_a_checkpoint_is_refused_where_it_would_run(folder: Path, tmp_pa
         path.write_text(json.dumps(stored))
         with pytest.warns(UserWarning, match=f"{name}.*trust_remote_code=True changes nothing") as seen:
             load(tmp_path / "m", trust_remote_code=True)
-        assert len(seen) == 1
+        assert idle(seen) == 1
         with pytest.raises(UnsupportedError, match="trust_remote_code='yes'"):
             load(tmp_path / "m", trust_remote_code="yes")
 
@@ -135,7 +141,10 @@ def test_less_memory_than_the_model_needs_is_refused_with_numbers(folder: Path, 
     weights = sum(p.numel() * 4 for p in reference.parameters())
     with pytest.warns(UserWarning, match="max_memory"):
         load(weights)
-    with pytest.raises(CapacityError, match=r"need 0\.0 GB in float32; 0\.0 GB are allowed on cpu \(max_memory\)"):
+    words = (
+        f"need {weights / 1e6:.3f} MB in float32; {(weights - 1) / 1e6:.3f} MB are allowed on cpu (max_memory): choose"
+    )
+    with pytest.raises(CapacityError, match=re.escape(words)):
         load(weights - 1)
     load(weights - 1, dtype=torch.bfloat16)  # half as much
     with pytest.raises(CapacityError, match="max_memory"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import transformers
 
 import support
 from gemcut import Gemma, SamplingParams, hf
+from gemcut.cli.main import main
 from gemcut.errors import TokenizerError
 
 IDS = torch.tensor([[2, 10, 11, 12, 13], [2, 20, 21, 22, 23]])
@@ -93,7 +95,7 @@ def test_texts_raise_what_is_missing_and_what_to_do(gemma: Gemma, bare: Path) ->
         lambda: model.generate(IDS, stop_strings=["a"]),
     ]
     for call in calls:
-        with pytest.raises(TokenizerError, match=r"no tokenizer\.json in .*token ids alone.*put the checkpoint's") as e:
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.json in .*put the checkpoint's.*token ids alone") as e:
             call()
         assert "\n" not in str(e.value)
         assert str(bare) in str(e.value)
@@ -111,6 +113,21 @@ def test_the_bare_model_is_saved_and_moved(bare: Path, tmp_path: Path) -> None:
     assert torch.equal(again.generate(IDS, max_new_tokens=5), model.generate(IDS, max_new_tokens=5))
     with pytest.raises(Exception, match="cannot be pickled"):
         pickle.dumps(model)
+
+
+def test_on_the_command_line(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (["generate", "-m", str(bare), "Hello"], ["chat", str(bare), "--once", "Hello"]):
+        assert main(line) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"error: there is no tokenizer.json in {bare}, so this model takes no texts: put")
+        assert len(err.splitlines()) == 1
+    assert main(["info", str(bare)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "none, and no tokenizer: it takes token ids alone" in shown
+    assert main(["info", str(bare), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stop_tokens"] == [{"id": 7, "token": None}, {"id": 8, "token": None}]
 
 
 def test_a_damaged_tokenizer_is_no_missing_one(bare: Path, tmp_path: Path) -> None:

@@ -49,13 +49,16 @@ def hint(folder: Path) -> str:
     """ " (it has …: …)" where a folder without safetensors holds something that tells what it is; else ""."""
     try:
         names = sorted(path.name for path in folder.iterdir())
+        # Kaggle's archives hold the weights in a folder of their own beside the tokenizer.
+        deeper = sorted(f"{d.name}/{path.name}" for d in folder.iterdir() if d.is_dir() for path in d.iterdir())
     except OSError:
         return ""
     if ADAPTER_CONFIG in names:
         return f" ({adapter(folder)})"
     for ends, what, instead in _KINDS:
-        for name in names:
-            if any(name == end or (end.startswith(".") and name.lower().endswith(end)) for end in ends):
+        for name in [*names, *deeper]:
+            last = name.rpartition("/")[2]
+            if any(last == end or (end.startswith(".") and last.lower().endswith(end)) for end in ends):
                 return f" (it has {name}, {what}; {instead})"
     return ""
 

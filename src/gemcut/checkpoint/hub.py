@@ -21,6 +21,7 @@ _SMALL_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "model.safetensors.index.json",
     "adapter_config.json",
 ]
@@ -45,7 +46,7 @@ def download(
     from gemcut.checkpoint.safetensors_reader import INDEX, weight_files
 
     hub = _Repository(repo, revision, token, cache_dir, local_files_only, progress)
-    folder = hub.fetch(_SMALL_FILES, revision)
+    folder = hub.fetch(_SMALL_FILES, revision, folders=True)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()  # nothing matched: no folder
     if foreign.is_adapter(there) and ("config.json" not in there or (weights and not _whole_weights(folder, hub))):
         raise CheckpointError(f"{repo} on the hub is no model but a {foreign.adapter(folder)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gemcut.checkpoint import foreign
 from gemcut.config import GemmaConfig
-from gemcut.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from gemcut.errors import CheckpointError, CheckpointNotFoundError, ConfigError, ParameterError
 from gemcut.files import UnreadableError, read_json
 from gemcut.paths import expand
 
@@ -185,7 +186,7 @@ def resolve(
     ``weights=False`` fetches configuration and tokenizer only, of a folder; a GGUF file holds everything.
     Raises CheckpointNotFoundError, GatedRepositoryError, or CheckpointError when a download fails.
     """
-    text = str(name)
+    text = str(checked_name(name))
     path = expand(text)
     if text.strip() and _exists(path):  # "" would be the current folder
         if revision is not None:
@@ -234,6 +235,13 @@ def resolve(
     )
     notice = GEMMA_NOTICE if repo.lower().startswith("google/gemma") else None
     return Source("folder", folder, repo, revision=commit, licence_notice=notice)
+
+
+def checked_name(name: str | Path) -> str | Path:
+    """The name of a checkpoint. Raises ParameterError where it is neither a text nor a path."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise ParameterError(f"the name of a checkpoint is of type {type(name).__name__}; expected a text or a path")
+    return name
 
 
 def _exists(path: Path) -> bool:

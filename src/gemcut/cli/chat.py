@@ -6,7 +6,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +69,7 @@ def chat(
     conversation = Conversation() if load_chat is None else Conversation.load(load_chat)
     if instructions is not None:
         conversation.system = instructions
-    question = _question(once)
+    question = _question(once, partial(load.most_bytes, name))
     if question is None and (stats or as_json):
         given, how = ("--stats", "type /stats") if stats else ("--json", "type /save FILE")
         raise ParameterError(f"{given} is for one message (--once or a pipe); in the conversation, {how}")
@@ -101,7 +102,7 @@ def _orderly_end() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _question(once: str | None) -> str | None:
+def _question(once: str | None, most_bytes: Callable[[], int]) -> str | None:
     """The one message to answer, or None for a conversation."""
     if once is not None:
         text = decode(os.fsencode(once), "--once", trim=False)
@@ -110,7 +111,7 @@ def _question(once: str | None) -> str | None:
             raise ParameterError("a conversation needs a terminal to write to; for one answer use --once TEXT")
         return None
     else:
-        text = decode(read_stdin(), "standard input")
+        text = decode(read_stdin(most_bytes), "standard input")
     if not text.strip():
         raise ParameterError("the message is empty; give some text to answer")
     return text
@@ -167,8 +168,9 @@ def _answer(
     """One message, one answer."""
     with gemma.chat(messages, stream=True, **fields) as stream:
         if as_json:
-            used = gemma.resolve_sampling(stream.result.prompt_tokens, fields, chat=True)
-            output.print_json(answer_report(gemma, stream.result, used))
+            completion = stream.result.checked()
+            used = gemma.resolve_sampling(completion.prompt_tokens, fields, chat=True)
+            output.print_json(answer_report(gemma, completion, used))
         elif output.is_terminal(sys.stdout):
             from rich.console import Console
 
@@ -179,10 +181,7 @@ def _answer(
                 for piece in stream:
                     view.write(piece)
         else:
-            for piece in stream:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            print()
+            output.write_pieces(stream)
         completion = stream.result
     if stats:
         output.print_stats(gemma, completion, gemma.resolve_sampling(completion.prompt_tokens, fields, chat=True))

@@ -215,8 +215,11 @@ class ChatSession:
 
     def do_clear(self, rest: str) -> None:
         """/clear: forget the conversation, keep the instructions"""
+        if not self._may_lose("Clear it?"):
+            return
         self.conversation.turns.clear()
         self.attached.clear()
+        self._saved = []
         self._count()
         self._say("A new conversation.")
 
@@ -257,7 +260,10 @@ class ChatSession:
 
     def do_load(self, rest: str) -> None:
         """/load FILE: go on with a saved conversation"""
-        self._adopt(Conversation.load(_path(rest, "/load")))
+        loaded = Conversation.load(_path(rest, "/load"))
+        if not self._may_lose("Load another in its place?"):
+            return
+        self._adopt(loaded)
         self._saved = list(self.conversation.turns)
         self._say(f"Loaded {self._turns()}, {self.used:,} tokens.")
 
@@ -276,19 +282,28 @@ class ChatSession:
         self._try_to_leave()
 
     def _try_to_leave(self) -> None:
-        """Leave, after a question where a long conversation is in no file and a person is there to answer."""
-        unsaved = self.conversation.turns != self._saved and len(self.conversation.turns) >= 2 * _LONG
-        if unsaved and output.is_terminal(sys.stdin):
-            try:
-                answer = self._input.ask(f"This conversation ({self._turns()}) is not saved. Leave without it? [y/N]")
-            except EOFError:  # Ctrl-D once more, or the terminal is gone
-                answer = "y"
-            except KeyboardInterrupt:
-                answer = "n"
-            if answer.lower() not in ("y", "yes"):
-                self._say("Still here; /save FILE keeps the conversation.")
-                return
-        self._leave = True
+        """Leave, after a question where that would lose a conversation."""
+        # Ctrl-D once more, or a terminal that is gone, leaves.
+        self._leave = self._may_lose("Leave without it?", at_end="y")
+
+    def _may_lose(self, question: str, *, at_end: str = "n") -> bool:
+        """Whether the conversation may be lost: a person is asked where a long one is in no file.
+
+        ``at_end`` is the answer that Ctrl-D stands for.
+        """
+        turns = self.conversation.turns
+        if turns == self._saved or len(turns) < 2 * _LONG or not output.is_terminal(sys.stdin):
+            return True
+        try:
+            answer = self._input.ask(f"This conversation ({self._turns()}) is not saved. {question} [y/N]")
+        except EOFError:
+            answer = at_end
+        except KeyboardInterrupt:
+            answer = "n"
+        if answer.lower() in ("y", "yes"):
+            return True
+        self._say("Still here; /save FILE keeps the conversation.")
+        return False
 
     # ---- what is shown -------------------------------------------------------------------------------------------
 

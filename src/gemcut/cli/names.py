@@ -24,11 +24,11 @@ def family_member(name: str) -> tuple[str, GemmaConfig] | None:
     return None
 
 
-def tuned(source: Source, tokenizer: Tokenizer) -> bool:
+def tuned(source: Source, tokenizer: Tokenizer | None) -> bool:
     """Whether the checkpoint was tuned to answer; False for a base model, which continues text.
 
     An instruction-tuned checkpoint brings a chat template, or its name says so: a word of its last part is "it",
     "instruct" or "chat" (gemma-2-2b-it, gemma-2-2b-it-Q4_K_M.gguf). Base checkpoints have neither.
     """
     words = re.split(r"[-_.\s]+", Path(source.name).name.lower())
-    return tokenizer.chat_template is not None or not _TUNED.isdisjoint(words)
+    return (tokenizer is not None and tokenizer.chat_template is not None) or not _TUNED.isdisjoint(words)

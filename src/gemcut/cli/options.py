@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gemcut.quantization.spec import Quantization
     from gemcut.sampling_defaults import Level
 
+#: The longest token of Gemma 2 and 3 has so many bytes of text.
+TOKEN_BYTES = 48
 DEBUG_HELP = "Show the traceback of an error."
 MODEL_HELP = "Folder, .gguf file, short name (gemma-3-270m, 2b-it, 9b, 27b-it, …) or hub id."
 _MODELS = (
@@ -129,6 +131,11 @@ class LoadOptions(HubOptions):
             attn_implementation=self.attn_implementation,
             max_context=self.max_context,
         )
+
+    def most_bytes(self, name: str) -> int:
+        """Bytes that a prompt may have at most, from the model's configuration: longer ones fit no context."""
+        context = self.find(name).config().max_position_embeddings
+        return TOKEN_BYTES * (context if self.max_context is None else max(1, min(context, self.max_context)))
 
     def specification(self) -> Quantization | None:
         """What the quantization options ask for. Raises ParameterError where they contradict each other."""

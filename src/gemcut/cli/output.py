@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -53,6 +54,24 @@ def styled(text: str, style: str, stream: TextIO) -> str:
 def note(text: str) -> None:
     """One line of remark on standard error."""
     print(styled(safe(text), "dim", sys.stderr), file=sys.stderr, flush=True)
+
+
+def write_pieces(pieces: Iterable[str], tidy: Callable[[str], str] = str, *, begun: bool = False) -> None:
+    """Write a text to standard output as it comes, each piece ``tidy``, and end its line.
+
+    After an error in the middle the line is ended, too, so that the error stands in one of its own. ``begun``: there
+    is something in the line already.
+    """
+    try:
+        for piece in pieces:
+            sys.stdout.write(tidy(piece))
+            sys.stdout.flush()
+            begun = True
+    except BaseException:
+        if begun:
+            print(flush=True)
+        raise
+    print(flush=True)
 
 
 def print_json(data: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.source import checked_name, resolve
 from gemcut.errors import CapacityError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma, check_memory
 from gemcut.hardware import parse_dtype
@@ -19,6 +19,7 @@ from gemcut.hf.placement import placement
 from gemcut.hf.quantization_config import BitsAndBytesConfig, read_quantization_config
 from gemcut.hf.tokenizer import GemmaTokenizer
 from gemcut.network import effective_quantization
+from gemcut.paths import expand
 from gemcut.text import Tokenizer
 from gemcut.text import files as text_files
 
@@ -78,7 +79,7 @@ class AutoTokenizer:
         if not use_fast:
             warn_once("use_fast=False has no effect: gemcut has one tokenizer, with the same ids")
         name = pretrained_model_name_or_path
-        folder = Path(name).expanduser()
+        folder = expand(checked_name(name))
         if (folder / "tokenizer.json").is_file():  # also a folder that holds a tokenizer alone
             usable_revision(name, revision)
             tokenizer = Tokenizer.from_folder(folder)
@@ -195,6 +196,8 @@ class AutoModelForCausalLM:
             )
         except CapacityError as error:
             raise error.at("facade") from None
+        if max_memory:
+            warn_once("max_memory changes nothing: the whole model fits its one device", key="max_memory")
         return GemmaForCausalLM(gemma, str(pretrained_model_name_or_path), generation_config)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from gemcut.checkpoint.source import checked_name
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.hardware import parse_device
+from gemcut.paths import expand
 
 #: An option gemcut knows but does not have: the values that change nothing (None always is one), and why it is refused.
 Refusal = tuple[tuple[Any, ...], str]
@@ -92,7 +94,7 @@ def find_device(device: str | int | torch.device) -> torch.device:
 
 def usable_revision(name: str | Path, revision: str | None) -> str | None:
     """The revision to ask the hub for; None, with a warning, where ``name`` is a file or folder of this machine."""
-    if revision is None or not _exists(Path(name).expanduser()):
+    if revision is None or not _exists(expand(checked_name(name))):
         return revision
     if revision != "main":
         warn_once(f"{name} is on this machine, so revision={revision!r} has no effect")

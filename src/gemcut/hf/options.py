@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.source import checked_name, resolve
 from gemcut.errors import ParameterError
 from gemcut.hf.common import Idle, Refusal, named_folder, refuse, usable_revision, warn_once
+from gemcut.paths import expand
 from gemcut.text import files as text_files
 
 #: Options that do what they do in transformers.
@@ -193,7 +194,7 @@ class GenerationConfig:
         local_files_only: bool = False,
     ) -> GenerationConfig:
         """The generation_config.json of a checkpoint; arguments as for the model."""
-        file = Path(pretrained_model_name).expanduser() / _FILE
+        file = expand(checked_name(pretrained_model_name)) / _FILE
         if file.is_file():  # also a folder that holds nothing else
             return cls.from_dict(text_files.read_json_object(file))
         source = resolve(

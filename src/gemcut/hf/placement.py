@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gemcut.errors import ParameterError, UnsupportedError
-from gemcut.hf.common import find_device, warn_once
+from gemcut.hf.common import find_device
 
 _ONE = "a model is on one device in this version"
 _WORKS = 'use "auto", "cpu", "cuda", "cuda:N", a number or {"": device}'
@@ -52,8 +52,6 @@ def placement(device_map: Any, max_memory: Any = None) -> tuple[torch.device, in
             raise ParameterError(f"device_map: {error}") from None
         if device_map == "auto" and limits and not limits.get(device):
             device = next((one for one, size in limits.items() if size and _there(one)), device)
-    if limits:
-        warn_once("max_memory changes nothing where the model fits: it is whole on one device", key="max_memory")
     return device, limits.get(device)
 
 
