@@ -72,6 +72,36 @@ RUNS: tuple[Run, ...] = (
 ROWS, KEYS = 497, 1637
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("softcap", [50.0, None])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 4, 128), (4, 1, 256), (6, 2, 64), (2, 2, 32)])
+def test_nothing_behind_the_end_of_a_sequence_is_seen(
+    heads: int, kv_heads: int, head_dim: int, softcap: float | None, window: int | None
+) -> None:
+    """NaN in the rows behind each sequence's keys gives what zeros there give: bit for bit, and near float64."""
+    runs: tuple[Run, ...] = (
+        (0, 300, 0, 0),
+        (300, 1, 500, 77),
+        (301, 129, 800, 40),
+        (430, 3, 1100, 61),
+        (433, 64, 1400, 0),
+    )
+    query = (torch.randn(497, heads, head_dim, device=CUDA) * head_dim**-0.5).bfloat16()
+    keys, values = torch.randn(2, 1700, kv_heads, head_dim, device=CUDA).bfloat16()
+    own = torch.zeros(1700, dtype=torch.bool, device=CUDA)
+    for _, count, first, offset in runs:
+        own[first : first + offset + count] = True
+    spec = VarlenSpec(softcap, window)
+    want = exact(query, keys, values, runs, spec)
+    for kernel in kernels(heads, kv_heads, head_dim, spec):
+        found = []
+        for behind in (0.0, torch.nan):
+            keys[~own], values[~own] = behind, behind
+            found.append(kernel(query, keys, values, runs, spec))
+        assert torch.equal(*found), kernel.__name__
+        assert relative_error(found[1], want) < 0.01
+
+
 @pytest.mark.parametrize("window", [None, 1, 50, 128, 700])
 @pytest.mark.parametrize(("softcap", "size"), [(50.0, 1.0), (50.0, 40.0), (None, 1.0), (5.0, 3.0), (500.0, 8.0)])
 @pytest.mark.parametrize(

@@ -107,7 +107,19 @@ def test_argmax_takes_the_first_of_equal_ones_and_moves_positions_on() -> None:
     for _ in range(2):
         argmax.argmax(logits, ids, positions)
     assert ids.tolist() == [17, 255999, 0, *logits[3:].argmax(dim=1).tolist()]
-    assert positions.tolist() == [5, -1, 2, 8193, 7]
+    assert positions.tolist() == [5, -1, -1, 8193, 7]  # a row of minus infinity has no next token
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_argmax_marks_rows_that_are_not_finite(softcap: float | None) -> None:
+    logits = torch.randn(7, 256000, device="cuda")
+    logits[1, 0], logits[2, 255999], logits[3, 70000], logits[4] = torch.nan, torch.inf, -torch.inf, torch.nan
+    ids = torch.full((7,), -7, device="cuda", dtype=torch.int32)
+    positions = torch.tensor([3, 4, 5, 6, 7, -1, 9], device="cuda", dtype=torch.int32)
+    argmax.argmax(logits, ids, positions, softcap=softcap)
+    best = argmax.argmax_plain(logits, softcap).tolist()
+    assert ids.tolist() == [best[0], 0, 0, 0, 0, best[5], best[6]]
+    assert positions.tolist() == [4, -1, -1, -1, -1, -1, 10]
 
 
 def reference_attention(

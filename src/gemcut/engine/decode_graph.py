@@ -87,7 +87,8 @@ class DecodeGraph:
     """The network for ``rows`` sequences of one new token each, captured once.
 
     ``ids`` and ``positions`` (int32 [rows]) and the block tables are its inputs; a negative position marks an unused
-    row. After a replay ``ids`` holds the likeliest tokens, ``positions`` have moved on by one, ``logits`` is fp32
+    row. After a replay ``ids`` holds the likeliest tokens, ``positions`` have moved on by one (to -1 where a row's
+    logits are not finite), ``logits`` is fp32
     [rows, V], before the final soft-cap. ``one_launch=False`` keeps several launches a layer where one would serve.
     """
 
@@ -110,7 +111,8 @@ class DecodeGraph:
         self.full = self._inputs[2 * rows : 2 * rows + blocks].view(rows, most_blocks)
         self.sliding = self._inputs[2 * rows + blocks :].view(rows, most_blocks)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._results = [torch.zeros(2, rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
+        #: Of each step in flight: ids, positions after it, and whether each id is right where they were drawn.
+        self._results = [torch.ones(3, rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
         self._events = [torch.cuda.Event() for _ in range(_AHEAD)]  # type: ignore[no-untyped-call]
         self._launched = self._taken = 0
         #: All layers in one launch where that serves a single sequence; else ``step_refusal`` says why not.
@@ -246,8 +248,8 @@ class DecodeGraph:
         self.graph.replay()
         if drawing is not None:
             self._draws.queue(drawing, numbers, slot)
-            self._results[slot][1].copy_(self._draws.sure, non_blocking=True)
-        self._results[slot][0].copy_(self.ids, non_blocking=True)
+            self._results[slot][2].copy_(self._draws.sure, non_blocking=True)
+        self._results[slot][:2].view(-1).copy_(self._inputs[: 2 * self.rows], non_blocking=True)
         self._events[slot].record()
         self._launched += 1
 
@@ -256,13 +258,14 @@ class DecodeGraph:
         """Steps launched and not taken."""
         return self._launched - self._taken
 
-    def take(self) -> tuple[list[int], list[int]]:
-        """Wait for the oldest step in flight; its tokens, and whether each is right where they were drawn."""
+    def take(self) -> tuple[list[int], list[int], list[int]]:
+        """Wait for the oldest step in flight: its tokens; positions after it, negative where logits were not finite or
+        a row is not used; and whether each token is right where they were drawn."""
         slot = self._taken % _AHEAD
         self._events[slot].synchronize()
         self._taken += 1
-        tokens, sure = self._results[slot].tolist()
-        return tokens, sure
+        tokens, positions, sure = self._results[slot].tolist()
+        return tokens, positions, sure
 
 
 class DecodeGraphs:
@@ -293,7 +296,7 @@ class DecodeGraphs:
             numbers: each sequence's numbers for the draw of this step, given 0, and of the next, given 1.
 
         Returns:
-            The tokens; None where a draw needs more than a graph can do.
+            The tokens; None where a draw needs more than a graph can do, or logits are not finite.
         """
         graph = self._graph(len(sequences))
         now = tuple((identity, position) for identity, _, position in sequences)
@@ -308,8 +311,9 @@ class DecodeGraphs:
         if all(place < min(end, self.most_tokens) for end, place in room):
             graph.launch(kind, numbers(1))  # the next step's places lie in blocks these sequences have already
             self._expected = tuple((identity, position + 1) for identity, position in now)
-        tokens, sure = graph.take()
-        if kind is not None and not all(sure[: len(sequences)]):
+        tokens, positions, sure = graph.take()
+        count = len(sequences)
+        if min(positions[:count]) < 0 or (kind is not None and not all(sure[:count])):
             self.forget()
             return None
         tokens = tokens[: len(sequences)]

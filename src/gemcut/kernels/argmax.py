@@ -34,7 +34,8 @@ def _arrivals(device: torch.device) -> Tensor:
 def argmax(logits: Tensor, ids: Tensor, positions: Tensor | None = None, *, softcap: float | None = None) -> None:
     """Writes the place of each row's largest logit (fp32 [m, V], contiguous) to ``ids`` int32 [m].
 
-    ``positions`` int32 [m], where given, move on by one; negative ones stay. ``softcap`` is applied first.
+    ``positions`` int32 [m], where given, move on by one; negative ones stay, and one becomes -1 where a row holds a
+    logit that is not finite (its id is 0). ``softcap`` is applied first.
     """
     m, vocabulary = logits.shape
     best = torch.empty((m, PARTS), dtype=torch.float32, device=logits.device)

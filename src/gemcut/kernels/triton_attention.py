@@ -54,7 +54,10 @@ def _blocks(
         rounded = weights.to(q.dtype)
         # What the product below weighs with is what is summed: a row that looks at one key gets that key's value.
         total += tl.sum(rounded.to(tl.float32), 1)
-        accumulator = tl.dot(rounded, values.load([key_start + at, column]), accumulator)
+        value = values.load([key_start + at, column])
+        if MASKED:  # behind the end stands the next sequence, or what a block held before: 0 times NaN would be NaN
+            value = tl.where((at + tl.arange(0, BLOCK_N) < end)[:, None], value, 0.0)
+        accumulator = tl.dot(rounded, value, accumulator)
     return accumulator, total, top
 
 

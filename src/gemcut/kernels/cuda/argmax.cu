@@ -1,9 +1,11 @@
-// The place of the largest logit of each row, the first of equal ones; the row then stands ready for its next token.
+// The place of the largest logit of each row, the first of equal ones; the row then stands ready for its next token. A row
+// with a logit that is no finite number has no next token: its position becomes -1, as that of a row that is not used, and
+// its id 0.
 
 struct Argmax {
   const float* logits;   // [m, vocabulary]
   float* best;           // [m, parts]
-  int* place;            // [m, parts]
+  int* place;            // [m, parts]: -1 where a logit is not finite
   u32* arrivals;         // [m], zero between launches
   int* ids;              // [m]: the token; the next step reads it as its input
   int* positions;        // [m]: moved on by one where it is not negative; null: not wanted
@@ -35,30 +37,37 @@ extern "C" __global__ void __launch_bounds__(256) argmax(Argmax p) {
   __shared__ bool is_last;
   const int row = blockIdx.y, parts = gridDim.x;
   float value = MINUS_INFINITY;
-  int place = 0x7fffffff;
+  int place = 0x7fffffff, odd = 0;
   next_kernel_may_start();
   previous_kernels_done();
   const float* const logits = p.logits + (size_t)row * p.vocabulary;
 #pragma unroll 4
   for (int i = blockIdx.x * 256 + threadIdx.x; i < p.vocabulary; i += parts * 256) {
     const float logit = logits[i];
+    odd |= !(fabsf(logit) <= 3.402823466e38f);   // NaN is not
     take_better(value, place, p.softcap > 0.f ? p.softcap * tanhf(logit / p.softcap) : logit, i);
   }
   best_of_block(value, place);
+  odd = __syncthreads_or(odd);
   if (threadIdx.x == 0) {
-    p.best[row * parts + blockIdx.x] = value, p.place[row * parts + blockIdx.x] = place;
+    p.best[row * parts + blockIdx.x] = value, p.place[row * parts + blockIdx.x] = odd ? -1 : place;
     __threadfence();
     is_last = atomicAdd(p.arrivals + row, 1u) == parts - 1;
     __threadfence();
   }
   __syncthreads();
   if (!is_last) return;
-  value = MINUS_INFINITY, place = 0x7fffffff;
-  for (int i = threadIdx.x; i < parts; i += 256) take_better(value, place, __ldcg(p.best + row * parts + i), __ldcg(p.place + row * parts + i));
+  value = MINUS_INFINITY, place = 0x7fffffff, odd = 0;
+  for (int i = threadIdx.x; i < parts; i += 256) {
+    const int of_part = __ldcg(p.place + row * parts + i);
+    odd |= of_part < 0;
+    take_better(value, place, __ldcg(p.best + row * parts + i), of_part);
+  }
   best_of_block(value, place);
+  odd = __syncthreads_or(odd);
   if (threadIdx.x == 0) {
-    p.ids[row] = place < p.vocabulary ? place : 0;
-    if (p.positions != nullptr && p.positions[row] >= 0) p.positions[row] += 1;
+    p.ids[row] = !odd && place < p.vocabulary ? place : 0;
+    if (p.positions != nullptr && p.positions[row] >= 0) p.positions[row] = odd ? -1 : p.positions[row] + 1;
     p.arrivals[row] = 0;
   }
 }

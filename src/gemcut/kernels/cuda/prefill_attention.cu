@@ -149,6 +149,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     for (int i = 0; i < KEYS / 16; ++i) wgmma_values(sum, weights[i], from + i * (16 * 128 / 16), true);
     wgmma_close();
   };
+  // Behind the last key stands the next sequence, or what a block of the cache held before. It weighs nothing, but 0 times NaN
+  // would be NaN: of the last block's values rows from `real` on become zeros. Both warpgroups write the same ones.
+  auto clear_from = [&](int of, int real) {
+    const int words = (KEYS - real) * 8;   // of 16 bytes in a box, whose rows are whole in each order of words
+    if (words == 0) return;
+    for (int i = threadIdx.x % 128; i < BOXES * words; i += 128) {
+      const u32 at = shared_address(shared + of * SLOT_BYTES + i / words * BOX_BYTES + real * 128) + i % words * 16;
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    warpgroup_meets(warpgroup);
+  };
   auto weigh = [&](int at) {
     if (at + KEYS - 1 <= first_place && (p.window == 0 || at > last_place - p.window)) {
 #pragma unroll
@@ -195,7 +207,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     release(before);
     round();
   }
-  ask_values(next_slot());
+  now = next_slot();
+  clear_from(now, last - begin - (blocks - 1) * KEYS);
+  ask_values(now);
   wgmma_wait<0>();
   settle(sum);
 
