@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from gemcut.engine import Engine, EngineConfig, Request, SamplingParams, TokenEv
 from gemcut.engine.diagnosis import explain_bad_logits
 from gemcut.engine.request import RowError, Sequence
 from gemcut.engine.sampler import sample
-from gemcut.model import Model
+from gemcut.model import Model, attention
 from gemcut.model.attention import AttentionSpec, attend, attend_decode
 from gemcut.model.bind import bind_kernels
 
@@ -107,21 +108,61 @@ def test_blocks_that_held_nan_are_used_again(dtype: torch.dtype, kernels: str) -
         assert all(math.isfinite(event[1].logprob) for event in used.said(other))
 
 
+def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention over a prompt as a GPU's kernels compute it: a tile's rows get NaN from keys that they do not see."""
+    careful = attention._never_through_masks
+
+    def careless(product: Any, device: torch.device) -> Tensor:
+        return product(False) if isinstance(product, partial) else careful(product, device)  # ``attend`` hands partials
+
+    monkeypatch.setattr(attention, "_never_through_masks", careless)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize(("dtype", "kernels"), PATHS, ids=str)
-def test_a_beginning_shared_with_nan_stays_sound(dtype: torch.dtype, kernels: str) -> None:
-    """Queries before a NaN in the same prompt do not see it; what others take from the cache is theirs."""
+def test_a_beginning_shared_with_nan_stays_sound(
+    dtype: torch.dtype, kernels: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others take from the cache is theirs: parts of a prompt before the one with the NaN, and nothing else."""
+    if tiles:
+        in_tiles(monkeypatch)
     model = network(dtype, kernels)
     start, rest, found = prompt(3, 23), prompt(4, 6), []
     for token in (SOUND, BAD):
-        desk = Desk(model)
+        desk = Desk(model, max_batch_tokens=12)
         with nan_vector(model):
-            desk.submit([*start, token, *rest])
+            first = desk.submit([*start, token, *rest, *rest, *rest])
             desk.run()
             second = desk.submit([*start, *rest])
             desk.run()
-        assert second.cached_tokens >= 20
+        assert first.output_length == (8 if token == SOUND else 0)
+        assert second.cached_tokens == 24
         found.append(desk.said(second))
     assert found[0] == found[1]
+    whole, fresh = Desk(model), Desk(model)  # the prompt in one part
+    with nan_vector(model):
+        whole.submit([*start, BAD, *rest])
+        whole.run()
+        second, alone = (desk.submit([*start, *rest]) for desk in (whole, fresh))
+        whole.run()
+        fresh.run()
+    assert second.cached_tokens == 0
+    assert whole.said(second) == fresh.said(alone)
+
+
+def test_a_prompt_in_parts_ends_at_the_part_that_is_no_numbers() -> None:
+    """The other sequence of the steps goes on."""
+    model = network(torch.float32, "plain")
+    desk = Desk(model, max_batch_tokens=12)
+    with nan_vector(model):
+        first = desk.submit([*prompt(3, 10), BAD, *prompt(4, 40)])
+        second = desk.submit(prompt(5, 3))
+        desk.engine.step()
+        events = desk.engine.step() if not first.finished else first.events
+        assert [event.finish_reason for event in events if event.request_id == first.id] == ["error"]
+        assert "hold NaN or infinity" in str(first.events[-1].error)
+        desk.run()
+    assert second.output_length == 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,16 +201,20 @@ def _by_hand(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "params", [{"temperature": 0}, {"seed": 1}, {"top_k": 5, "seed": 2}, {"top_p": 0.5, "seed": 3}]
 )
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "all -inf"])
+@pytest.mark.parametrize(
+    ("value", "whole"),
+    [(math.nan, False), (math.inf, False), (-math.inf, False), (-math.inf, True)],
+    ids=["nan", "inf", "-inf", "all -inf"],
+)
 @pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 1.2, "logit_bias": {3: 2.0}}])
-def test_a_row_that_is_no_row_of_numbers_has_no_token(params: Any, value: float, changes: Any) -> None:
+def test_a_row_that_is_no_row_of_numbers_has_no_token(params: Any, value: float, whole: bool, changes: Any) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     how = SamplingParams(**params, **changes, logprobs=2)
     sequences = [Sequence(Request(prompt_ids=(1, 2, i), params=how)) for i in range(3)]
     asked: list[int] = []
     sound, logprobs = sample(logits, sequences, lambda: asked.append(1) or "")
     assert not asked
-    logits[1, slice(None) if value == -math.inf else 7] = value
+    logits[1, slice(None) if value == -math.inf and whole else 7] = value
     found, others = sample(logits, sequences, lambda: "why")
     assert found == [sound[0], RowError("why"), sound[2]]
     assert [others[0], others[2]] == [logprobs[0], logprobs[2]]
@@ -189,12 +234,10 @@ def _fresh(dtype: torch.dtype = torch.float32) -> Model:
 INNER = ["layers.2.attention.qkv_proj.weight", "layers.1.mlp.down_proj.weight", "layers.3.input_norm.scale"]
 
 
-# The soft-cap makes a number of the head's infinity: the loader finds that (tests/checkpoint/test_finite.py).
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [*((name, math.nan) for name in ("embed.weight", "norm.scale", *INNER)), *((name, math.inf) for name in INNER)],
-)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["embed.weight", "norm.scale", *INNER])
 def test_the_tensor_is_named(name: str, value: float) -> None:
+    """Also where the soft-cap would make a number of the head's infinity."""
     model = _fresh()
     model.get_parameter(name).data.view(-1)[5] = value
     desk = Desk(model)
@@ -204,6 +247,24 @@ def test_the_tensor_is_named(name: str, value: float) -> None:
         (event,) = desk.events[sequence.id]
         assert (event.token_id, event.finish_reason) == (None, "error")
         assert f"tensor {name} does" in str(event.error)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_logits_beyond_fp32_are_told_and_not_capped(sign: float, kernels: str) -> None:
+    """A token whose logit overflows would be the likeliest for ever, at the soft-cap; or never come."""
+    model = _fresh(torch.bfloat16)
+    row = model.embed.weight.data[7]
+    row.fill_(0)[5] = sign * 3e38
+    model.norm.scale.data[5] = 1e6  # times 3e38: infinity, of either sign
+    bind_kernels(model, CPU, kernels)
+    desk = Desk(model)
+    asked, scored = desk.submit(prompt(1, 5)), desk.submit(prompt(2, 5), 0, prompt_logprobs=True)
+    desk.run()
+    for sequence in (asked, scored):
+        (event,) = desk.events[sequence.id]
+        assert event.finish_reason == "error"
+        assert "all weights are finite, so a computation overflowed in bfloat16" in str(event.error)
 
 
 @pytest.mark.parametrize(

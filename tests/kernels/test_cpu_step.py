@@ -122,6 +122,9 @@ def test_softcap(count: int, variant: str) -> None:
     got = CpuStep(variant).softcap(values.clone(), 30.0).double()
     assert bool(((got - want).abs() <= 5e-7 * want.abs() + 1e-12).all())
     assert bool((got.abs() <= 30).all())
+    values[0] = -torch.inf if count == 17 else torch.inf  # no logit: as the cap it would pass for one
+    got = CpuStep(variant).softcap(values, 30.0)
+    assert got.isnan().nonzero().tolist() == [[0]]
 
 
 def attention_in_float64(query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:

@@ -188,3 +188,52 @@ def test_the_same_step_twice_gives_the_same_bits_and_an_empty_row_does_nothing()
         graph.take()
         assert torch.equal(kept, cache.full_storage)
         assert graph.positions.tolist() == [-1]
+
+
+@pytest.mark.parametrize("shape", [0, 2, 3])
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_nothing_but_the_window_is_seen_and_what_is_bad_there_is_told(one_launch: bool, shape: int) -> None:
+    """NaN or infinity where no query looks changes no bit of the logits; where one looks, the row has no next token."""
+    model = network("nf4", bound=True, max_position_embeddings=8192, sliding_window=600, **SHAPES[shape])
+    device = torch.device("cuda", 0)
+    tables = Tables(torch.randperm(MOST).tolist(), torch.randperm(MOST).tolist())
+    with torch.inference_mode():
+        cache = PagedCache(model.config, CacheShape(BLOCK, MOST, MOST), torch.bfloat16, device)
+        graph = DecodeGraph(model, cache, device, 1, MOST, one_launch=one_launch)
+        groups = (cache.full_storage, tables.full, 0), (cache.sliding_storage, tables.sliding, 600)
+
+        def places(blocks: list[int], first: int, end: int) -> torch.Tensor:
+            at = torch.arange(first, end, device=device)
+            return torch.tensor(blocks, device=device)[at // BLOCK] * BLOCK + at % BLOCK
+
+        def step(position: int) -> list[list[int]]:
+            graph.logits.fill_(torch.nan)
+            graph.load([7], [position], [tables])
+            graph.launch()
+            return list(graph.take())
+
+        for position in (0, 1, 7, 63, 127, 130, 599, 600, 777, 2047, 7999):
+            for storage, _, _ in groups:
+                storage.normal_()
+            found = []
+            for other in (0.0, torch.nan, torch.inf):
+                for storage, blocks, window in groups:
+                    hidden = torch.ones(MOST * BLOCK, dtype=torch.bool, device=device)
+                    hidden[places(blocks, max(0, position - window + 1) if window else 0, position)] = False
+                    storage.flatten(2, 3)[:, :, hidden] = other
+                assert step(position)[1] == [position + 1]
+                found.append(graph.logits.clone())
+            assert torch.equal(found[0], found[1]), position
+            assert torch.equal(found[0], found[2]), position
+            for (storage, blocks, _), part, other in (
+                (groups[0], 1, torch.inf), (groups[0], 0, torch.nan), (groups[1], 1, torch.nan)
+            ):  # fmt: skip
+                if position == 0:
+                    continue
+                place = places(blocks, position - 1, position)  # in every window
+                kept = storage.flatten(2, 3)[-1, part, place].clone()
+                storage.flatten(2, 3)[-1, part, place] = other
+                assert step(position)[:2] == [[0], [-1]], (position, part)
+                storage.flatten(2, 3)[-1, part, place] = kept
+            assert step(position)[1] == [position + 1]
+            assert torch.equal(graph.logits, found[0]), position

@@ -122,6 +122,33 @@ def test_argmax_marks_rows_that_are_not_finite(softcap: float | None) -> None:
     assert positions.tolist() == [4, -1, -1, -1, -1, -1, 10]
 
 
+@pytest.mark.parametrize("window", [None, 5, 700])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "softcap"), [(128, 32, 16, 5.0), (256, 4, 1, None)])
+def test_decode_attention_sees_nothing_but_its_window(
+    head_dim: int, heads: int, kv_heads: int, softcap: float | None, window: int | None
+) -> None:
+    """NaN or infinity in every place of the cache that no row may look at gives what zeros there give: bit for bit."""
+    lengths, size = [1, 2, 16, 17, 129, 701, 2049, 0], 16
+    spec = DecodeSpec(heads, kv_heads, head_dim, head_dim**-0.5, softcap, window)
+    most = -(-max(lengths) // size)
+    table = torch.randperm(len(lengths) * most, device="cuda").int().view(len(lengths), most)
+    storage = torch.randn(2, len(lengths) * most, size, kv_heads, head_dim, device="cuda").bfloat16()
+    qkv = torch.randn(len(lengths), (heads + 2 * kv_heads) * head_dim, device="cuda").bfloat16()
+    positions = torch.tensor([n - 1 for n in lengths], device="cuda", dtype=torch.int32)
+    rope = RotaryTable(head_dim, 10000.0, 4096).table(torch.device("cuda", 0))
+    seen = torch.zeros(storage.shape[1] * size, dtype=torch.bool, device="cuda")
+    for row, length in enumerate(lengths):
+        places = torch.arange(max(0, length - window) if window else 0, max(length - 1, 0), device="cuda")
+        seen[table[row].long()[places // size] * size + places % size] = True
+    found = []
+    for other in (0.0, torch.nan, torch.inf):
+        storage.flatten(1, 2)[:, ~seen] = other
+        found.append(decode_attention.decode_attention(qkv, storage, table, positions, rope, spec)[:-1])
+    assert bool(found[0].isfinite().all())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def reference_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: DecodeSpec
 ) -> torch.Tensor:

@@ -88,8 +88,8 @@ class DecodeGraph:
 
     ``ids`` and ``positions`` (int32 [rows]) and the block tables are its inputs; a negative position marks an unused
     row. After a replay ``ids`` holds the likeliest tokens, ``positions`` have moved on by one (to -1 where a row's
-    logits are not finite), ``logits`` is fp32
-    [rows, V], before the final soft-cap. ``one_launch=False`` keeps several launches a layer where one would serve.
+    logits are not finite), ``logits`` is fp32 [rows, V], before the final soft-cap. ``one_launch=False`` keeps several
+    launches a layer where one would serve.
     """
 
     def __init__(
@@ -286,8 +286,8 @@ class DecodeGraphs:
         tables: Sequence[Tables],
         kind: Kind | None = None,
         numbers: Callable[[int], list[tuple[float, ...]]] = lambda ahead: [],
-    ) -> list[int] | None:
-        """The next token of each sequence.
+    ) -> list[int | None] | None:
+        """The next token of each sequence; None for one whose logits are not finite.
 
         Args:
             sequences: (its id, its last token, that token's position) of each.
@@ -296,7 +296,7 @@ class DecodeGraphs:
             numbers: each sequence's numbers for the draw of this step, given 0, and of the next, given 1.
 
         Returns:
-            The tokens; None where a draw needs more than a graph can do, or logits are not finite.
+            The tokens; None in place of all where a draw needs more than a graph can do.
         """
         graph = self._graph(len(sequences))
         now = tuple((identity, position) for identity, _, position in sequences)
@@ -311,14 +311,17 @@ class DecodeGraphs:
         if all(place < min(end, self.most_tokens) for end, place in room):
             graph.launch(kind, numbers(1))  # the next step's places lie in blocks these sequences have already
             self._expected = tuple((identity, position + 1) for identity, position in now)
-        tokens, positions, sure = graph.take()
         count = len(sequences)
-        if min(positions[:count]) < 0 or (kind is not None and not all(sure[:count])):
+        tokens, positions, sure = (values[:count] for values in graph.take())
+        finite = [position >= 0 for position in positions]
+        if kind is not None and not all(right for right, good in zip(sure, finite, strict=True) if good):
             self.forget()
             return None
-        tokens = tokens[: len(sequences)]
-        self._last = (graph, tokens, kind)
-        return tokens
+        if all(finite):
+            self._last = (graph, tokens, kind)
+        else:
+            self.forget()  # a sequence without a token ends here
+        return [token if good else None for token, good in zip(tokens, finite, strict=True)]
 
     def logits(self, sequences: Sequence[tuple[int, int]], tables: Sequence[Tables]) -> Tensor:
         """The logits after the last token of each sequence, given (that token, its position).

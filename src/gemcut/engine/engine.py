@@ -239,8 +239,11 @@ class Engine:
             tokens, logprobs = sample(rows, [ready[i] for i in wants], self.runner.explain)
         chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
         self._whole = False
+        without = [ready[i] for i, (token, _) in chosen.items() if isinstance(token, RowError)]
         for scheduled in batch:
-            self.scheduler.computed(scheduled)
+            # What is no numbers is not published: no other request may begin with it.
+            if scheduled.sequence.failure is None and scheduled.sequence not in without:
+                self.scheduler.computed(scheduled)
         for sequence in [s.sequence for s in batch if s.sequence.failure is not None]:
             self._fail(sequence, sequence.failure or RowError(""))
         for index, sequence in enumerate(ready):

@@ -17,6 +17,7 @@ from gemcut.engine.paged import PagedKeyValues
 from gemcut.engine.request import RowError
 from gemcut.engine.sampler import changes_logits, uniform
 from gemcut.engine.scheduler import Scheduled
+from gemcut.kernels.plain import softcap_in_place
 from gemcut.model import Model
 from gemcut.model.attention import Span
 
@@ -43,7 +44,8 @@ class Runner:
     def tokens(self, batch: list[Scheduled], tables: list[Tables]) -> Sequence[int | RowError] | None:
         """The next token of each sequence as CUDA graphs, where all have one token to compute and want nothing else.
 
-        None where this step or this device needs the general way.
+        A RowError stands in place of a token where the logits are not finite. None where this step or this device needs
+        the general way.
         """
         graphs = self._graphs_for(batch)
         params = [scheduled.sequence.request.params for scheduled in batch]
@@ -62,7 +64,10 @@ class Runner:
             ]
 
         sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
-        return graphs.tokens(sequences, tables) if kind is None else graphs.tokens(sequences, tables, kind, row)
+        tokens = graphs.tokens(sequences, tables) if kind is None else graphs.tokens(sequences, tables, kind, row)
+        if tokens is None:
+            return None
+        return [RowError(self.explain()) if token is None else token for token in tokens]
 
     def _graphs_for(self, batch: list[Scheduled]) -> decode_graph.DecodeGraphs | None:
         """The decode graphs where they serve this device and step: one token of each sequence, its logits wanted."""
@@ -92,7 +97,7 @@ class Runner:
         if graphs is not None:
             logits = graphs.logits([(s.sequence.tokens[-1], s.sequence.computed) for s in batch], tables)
             cap = self.model.config.final_logit_softcapping
-            return logits if cap is None else logits.div(cap).tanh_().mul_(cap)
+            return logits if cap is None else softcap_in_place(logits.clone(), cap)
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -102,16 +107,30 @@ class Runner:
             spans.append(Span(len(ids), scheduled.length, end))
             ids += sequence.tokens[start:end]
             positions += range(start, end)
-        last = [span.start + span.length - 1 for s, span in zip(batch, spans, strict=True) if s.completes]
-        rows = torch.tensor(last, dtype=torch.long, device=self.device)
-        every = len(last) == len(ids) or any(s.sequence.request.prompt_logprobs for s in batch)
-        hidden = self._hidden(ids, positions, spans, tables, None if every else rows)
+        ends = torch.tensor([span.start + span.length - 1 for span in spans], dtype=torch.long, device=self.device)
+        every = len(spans) == len(ids) or any(s.sequence.request.prompt_logprobs for s in batch)
+        hidden = self._hidden(ids, positions, spans, tables, None if every else ends)
         for scheduled, span in zip(batch, spans, strict=True):
             if scheduled.sequence.request.prompt_logprobs:
                 self._prompt_logprobs(scheduled, hidden[span.start : span.start + span.length])
-        if not last:
+        if every:
+            hidden = hidden[ends]
+        if all(s.completes for s in batch):
+            return self.model.head(hidden)
+        self._check_parts([s for s in batch if not s.completes], hidden[[not s.completes for s in batch]])
+        if not any(s.completes for s in batch):
             return torch.empty((0, self.model.config.vocab_size), device=self.device)
-        return self.model.head(hidden[rows] if every else hidden)
+        return self.model.head(hidden[[s.completes for s in batch]])
+
+    def _check_parts(self, batch: list[Scheduled], hidden: Tensor) -> None:
+        """End the sequences whose part of a prompt is no numbers, given the part's last row, fp32 [n, d].
+
+        Their logits would say so in the end. But till then the part's blocks could be shared, and attention kernels
+        spread NaN over a tile: to tokens before it, which other prompts may begin with.
+        """
+        for scheduled, finite in zip(batch, hidden.isfinite().all(dim=-1).tolist(), strict=True):
+            if not finite and scheduled.sequence.failure is None:
+                scheduled.sequence.failure = RowError(self.explain())
 
     def _hidden(
         self,
@@ -121,7 +140,7 @@ class Runner:
         tables: list[Tables],
         wanted: Tensor | None,
     ) -> Tensor:
-        """Hidden states before the final norm, fp32 [T, d], or [n, d] of the ``wanted`` rows, int64 [n], n >= 0.
+        """Hidden states before the final norm, fp32 [T, d], or [n, d] of the ``wanted`` rows, int64 [n], n > 0.
 
         The next step may overwrite them.
         """
@@ -132,12 +151,10 @@ class Runner:
             if hidden is not None:
                 return hidden if wanted is None else hidden[wanted]
         kv = PagedKeyValues(self.model.config, self.cache, tables, spans)
-        # Where none is wanted, one is computed all the same: networks and kernels need not know of empty batches.
-        some = wanted if wanted is None or len(wanted) else torch.zeros(1, dtype=torch.long, device=self.device)
         rows: Tensor = self.model(
-            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv, some
+            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv, wanted
         )
-        return rows if wanted is None else rows[: len(wanted)]
+        return rows
 
     def explain(self) -> str:
         """Why logits are not finite, in one line; weights do not change, so they are searched once."""
@@ -154,7 +171,9 @@ class Runner:
             part = torch.tensor(targets[first : first + PROMPT_LOGIT_ROWS], device=self.device)
             logits = self.model.head(hidden[first : first + len(part)])
             chosen = logits.gather(1, part[:, None])[:, 0] - logits.logsumexp(dim=-1)
-            found = chosen.tolist()
+            # Infinity minus itself is NaN: one logit of minus infinity would not be seen in the sums.
+            least = logits.amin(dim=-1)
+            found = (chosen + (least - least)).tolist()
             if not all(map(math.isfinite, found)):
                 sequence.failure = RowError(self.explain())
                 return

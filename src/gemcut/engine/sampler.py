@@ -7,7 +7,6 @@ alone, so neighbours, batch size, chunking and preemption do not change it, nor 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
@@ -58,10 +57,10 @@ def sample(
                 change_logits(logits[index], sequence)
         except Exception as error:  # whatever it is, it is this request's own
             errors[index] = RowError.of(error)
-    places, best = _likeliest(logits)
+    places, finite = _likeliest(logits, raw)
     tokens: list[int | RowError] = [*places]
-    for index, value in enumerate(best):
-        if index not in errors and not math.isfinite(value):
+    for index, good in enumerate(finite):
+        if index not in errors and not good:
             errors[index] = RowError(explain())
     wanted: list[int | None] = [None] * len(sequences)
     for index, sequence in enumerate(sequences):
@@ -76,15 +75,25 @@ def sample(
     return tokens, token_logprobs(raw, tokens, wanted)
 
 
-def _likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
-    """The place of each row's largest value, and that value: NaN where the row holds one."""
+def _likeliest(logits: Tensor, raw: Tensor) -> tuple[list[int], list[bool]]:
+    """The place of each row's largest value, and whether that is a number and ``raw`` holds finite numbers alone.
+
+    ``raw``: ``logits`` [n, V], or what they were before they were changed, where the -inf of a token that may not come
+    is no fault.
+    """
     if logits.is_cuda:
-        best = logits.max(dim=-1)
-        return best.indices.tolist(), best.values.tolist()
+        best, ends = logits.max(dim=-1), raw.amin(dim=-1).double()
+        if raw is not logits:
+            ends += raw.amax(dim=-1)
+        places, finite = torch.stack((best.indices, (ends + best.values).isfinite())).tolist()  # one wait for the GPU
+        return places, [bool(each) for each in finite]
     # On one processor: PyTorch's threads would go on spinning while the next step's products want theirs.
-    array = logits.numpy()
-    places = array.argmax(axis=-1)
-    return places.tolist(), array[np.arange(len(array)), places].tolist()
+    array, before = logits.numpy(), raw.numpy()
+    indices = array.argmax(axis=-1)
+    numbers = np.isfinite(array[np.arange(len(array)), indices]) & np.isfinite(before.min(axis=-1))
+    if raw is not logits:
+        numbers &= np.isfinite(before.max(axis=-1))
+    return indices.tolist(), numbers.tolist()
 
 
 def changes_logits(sequence: Sequence) -> bool:

@@ -16,6 +16,7 @@ from gemcut.kernels import decode_attention, geglu, norm, nvrtc, rope_write
 from gemcut.kernels.cuda_linear import gated_product, order_groups, product
 from gemcut.kernels.decode_attention import DecodeSpec
 from gemcut.kernels.ordered import Ordered
+from gemcut.kernels.plain import softcap_in_place
 from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec
 
 
@@ -80,8 +81,8 @@ class CudaStep:
         return residual
 
     def softcap(self, values: Tensor, cap: float) -> Tensor:
-        """``cap · tanh(values / cap)`` of fp32 ``values``, in place."""
-        return values.div_(cap).tanh_().mul_(cap)
+        """``cap · tanh(values / cap)`` of fp32 ``values``, in place; NaN where one is infinite."""
+        return softcap_in_place(values, cap)
 
     def _decode_positions(self, kv: Any, device: torch.device) -> Tensor | None:
         """int32 [B]: each sequence's new position where all have one new token and the decode kernel serves them."""

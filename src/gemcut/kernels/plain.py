@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 FP16_SAFE = 2.0**7
 
 
+def softcap_in_place(values: Tensor, cap: float) -> Tensor:
+    """``cap · tanh(values / cap)`` of fp32 ``values``, in place.
+
+    An infinite value becomes NaN: as ``±cap`` an overflow would pass for a logit.
+    """
+    nothing = values - values  # of infinity NaN
+    return values.div_(cap).tanh_().mul_(cap).add_(nothing)
+
+
 def dense_product(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """``x`` [T, in] times ``weight`` [out, in] transposed -> [T, out] in ``out_dtype`` (None: that of ``x``).
 

@@ -19,6 +19,7 @@ from gemcut import process
 from gemcut.config import SLIDING, GemmaConfig
 from gemcut.kernels.cpu.step import CpuStep
 from gemcut.kernels.cuda_step import CudaStep
+from gemcut.kernels.plain import softcap_in_place
 from gemcut.model.attention import AttentionFunction, AttentionSpec, KeyValues, choose_attention
 from gemcut.model.geglu import choose_geglu
 from gemcut.model.linear import EmbeddingFactory, LinearFactory, dense_embedding, dense_linear
@@ -175,9 +176,12 @@ class Model(nn.Module):
         return residual
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits after the final soft-cap, fp32 [n, V], of chosen rows of ``forward``'s result, fp32 [n, d]."""
+        """Logits after the final soft-cap, fp32 [n, V], of chosen rows of ``forward``'s result, fp32 [n, d].
+
+        NaN where the soft-cap was given an infinite one.
+        """
         logits: Tensor = self.embed.logits(self.norm(hidden).to(self.dtype))
         cap = self.config.final_logit_softcapping
         if cap is not None and self.step is not None:
             return self.step.softcap(logits, cap)
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else softcap_in_place(logits, cap)

@@ -86,7 +86,7 @@ class CpuStep:
         return out
 
     def softcap(self, values: Tensor, cap: float) -> Tensor:
-        """``cap · tanh(values / cap)`` of contiguous fp32 ``values``, in place."""
+        """``cap · tanh(values / cap)`` of contiguous fp32 ``values``, in place; NaN where one is infinite."""
         self._softcap(values.data_ptr(), values.numel(), cap, cpu.threads())
         return values
 

@@ -2,6 +2,8 @@
 // with a logit that is no finite number has no next token: its position becomes -1, as that of a row that is not used, and
 // its id 0.
 
+constexpr int AHEAD = 8;   // logits that a thread has on their way
+
 struct Argmax {
   const float* logits;   // [m, vocabulary]
   float* best;           // [m, parts]
@@ -41,11 +43,20 @@ extern "C" __global__ void __launch_bounds__(256) argmax(Argmax p) {
   next_kernel_may_start();
   previous_kernels_done();
   const float* const logits = p.logits + (size_t)row * p.vocabulary;
-#pragma unroll 4
-  for (int i = blockIdx.x * 256 + threadIdx.x; i < p.vocabulary; i += parts * 256) {
-    const float logit = logits[i];
-    odd |= !(fabsf(logit) <= 3.402823466e38f);   // NaN is not
-    take_better(value, place, p.softcap > 0.f ? p.softcap * tanhf(logit / p.softcap) : logit, i);
+#pragma unroll 1
+  for (int first = blockIdx.x * 256 + threadIdx.x; first < p.vocabulary; first += AHEAD * parts * 256) {
+    float read[AHEAD];
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) {   // all on their way before the first is looked at
+      const int i = first + j * parts * 256;
+      read[j] = i < p.vocabulary ? logits[i] : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) {
+      const int i = first + j * parts * 256;
+      odd |= !(fabsf(read[j]) <= 3.402823466e38f);   // NaN is not
+      if (i < p.vocabulary) take_better(value, place, p.softcap > 0.f ? p.softcap * tanhf(read[j] / p.softcap) : read[j], i);
+    }
   }
   best_of_block(value, place);
   odd = __syncthreads_or(odd);

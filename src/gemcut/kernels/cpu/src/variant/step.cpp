@@ -75,7 +75,10 @@ struct SoftCap {
 
 void cap_values(void* context, int64_t begin, int64_t end, int) {
     const SoftCap& call = *static_cast<const SoftCap*>(context);
-    for (int64_t j = begin; j < end; ++j) call.values[j] = call.cap * tanh_fp32(call.values[j] / call.cap);
+    for (int64_t j = begin; j < end; ++j) {
+        const float value = call.values[j];
+        call.values[j] = call.cap * tanh_fp32(value / call.cap) + (value - value);
+    }
 }
 
 }  // namespace
@@ -95,7 +98,7 @@ GEMCUT_ENTRY(void, geglu)(const uint16_t* gate_up, uint16_t* out, int64_t rows, 
     gemcut_parallel(geglu_pieces, &call, rows * ((width + GEGLU_PIECE - 1) / GEGLU_PIECE), 4, threads);
 }
 
-// values = cap * tanh(values / cap), fp32.
+// values = cap * tanh(values / cap), fp32; NaN of an infinite one, which would pass for a logit as +-cap (inf - inf is NaN).
 GEMCUT_ENTRY(void, softcap)(float* values, int64_t count, float cap, int threads) {
     SoftCap call{values, cap};
     gemcut_parallel(cap_values, &call, count, 16384, threads);
