@@ -201,6 +201,35 @@ def test_nan_and_infinity_spread_as_in_the_twin(bad: float, form: str, variant: 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("compute", [BF16, FP32])
+@pytest.mark.parametrize("form", ["nf4", "nf4-nested", "fp4", "int8", "whole", "mixed"])
+def test_no_neighbour_changes_a_rows_bits(form: str, compute: torch.dtype, variant: str) -> None:
+    """Whatever the other rows hold; and the odd rows themselves are what they are alone."""
+    nested, form = form.endswith("-nested"), form.removesuffix("-nested")
+    forms = ("nf4", "int8", "whole") if form == "mixed" else (form,)
+    weights = tuple(pack(rows, 320, each, nested=nested, dtype=compute) for each in forms for rows in (21, 6))
+    kernel = few_rows(LinearCase(weights, compute, FP32), variant)
+    for m in (2, 3, 5, MAX_M):
+        x = torch.randn(m, 320).to(compute)
+        sound = kernel(x)
+        assert error(sound, exact(x, weights)) < 3e-3
+        for odd in (torch.nan, torch.inf, -torch.inf, 1e38, 1e31, 1e-35, 0.0):
+            for place in (0, m - 1):
+                mixed = x.clone()
+                if abs(odd) < 1:
+                    mixed[place] = odd
+                else:
+                    mixed[place, 170] = odd
+                got = kernel(mixed)
+                others = torch.arange(m) != place
+                assert torch.equal(got[others], sound[others]), (m, odd, place)
+                alone = kernel(mixed[place : place + 1])[0]
+                assert torch.equal(got[place].nan_to_num(7.0), alone.nan_to_num(7.0)), (m, odd, place)
+                if odd == 1e31 or (odd == 1e38 and "int8" not in forms):  # 127 times 1e38 is beyond fp32
+                    assert error(alone[None], exact(mixed[place : place + 1], weights)) < 3e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("form", ["nf4", "int8", "whole"])
 @pytest.mark.parametrize("size", [0.0, 1e-35, 1e-20, 1e20, 1e33])
 def test_x_of_any_size(size: float, form: str, variant: str) -> None:

@@ -110,8 +110,9 @@ bool to_digits(const float* x, int64_t step, int8_t* digits, int32_t* sums, floa
 }
 #endif
 
-// Fills call.in from x; which forms are made depends on the segments.
-void prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
+// Fills call.in from x; which forms are made depends on the segments. False if the rows do not all take the arithmetic
+// that their own numbers allow.
+bool prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
     const Plan& plan = *call.plan;
     const int64_t k = plan.k, m = call.m, step = (k + 127) / 128 * 128, count = m * step;
     bool four_bit = false, int8 = false, bf16 = false, fp32 = false;
@@ -139,7 +140,7 @@ void prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
             memset(bf16_rows + i * step + k, 0, size_t(step - k) * 2);
         }
     }
-    if (!int8 && !four_bit && !fp32 && call.pairs) return;
+    if (!int8 && !four_bit && !fp32 && call.pairs) return true;
     for (int64_t i = 0; i < m; ++i) {
         float* row = plain + i * step;
         if (x_is_bf16) {
@@ -150,19 +151,23 @@ void prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
         }
         for (int64_t j = k; j < step; ++j) row[j] = 0;
     }
-    // NaN and infinity are no integers: such an x, and one near the ends of fp32's range, is multiplied in fp32; so is
-    // one in fp32, whose last bits the integers lack.
+    // NaN and infinity are no integers: a row with one, and one near the ends of fp32's range, is multiplied in fp32; so
+    // are rows in fp32, whose last bits the integers lack.
+    bool alike = true;
 #ifdef GEMCUT_SHORTS
     call.shorts = four_bit && x_is_bf16;
     for (int64_t i = 0; i < m && call.shorts; ++i)
         call.shorts = to_shorts(plain + i * step, step, shorts + i * step, short_scales + i * (step / UNIT));
+    alike &= call.shorts || !(four_bit && x_is_bf16);
 #endif
 #ifdef GEMCUT_DIGITS
     call.digits = int8 && x_is_bf16;
     for (int64_t i = 0; i < m && call.digits; ++i)
         call.digits = to_digits(plain + i * step, step, digits + 3 * i * step, digit_sums + 3 * i, digit_scale + i);
+    alike &= call.digits || !(int8 && x_is_bf16);
 #endif
     if (four_bit && !call.shorts) split(plain, split_plain, count);
+    return alike;
 }
 
 // ---- weights ------------------------------------------------------------------------------------------------------
@@ -335,16 +340,19 @@ void groups(void* context, int64_t begin, int64_t end, int) {
     }
 }
 
-}  // namespace
-
-// x: [m, k], 1 <= m <= MAX_M, rows `x_stride` apart, bf16 or fp32; out: [m, columns], rows `out_stride` apart. At most
-// 64 segments; 1 <= k <= MAX_K, and for FOUR_BIT a multiple of its block_size, which is a power of two from 32 on.
-GEMCUT_ENTRY(void, linear)
-(const Plan* plan, const void* x, int64_t m, int64_t x_stride, int x_is_bf16, void* out, int64_t out_stride,
- int threads) {
+void multiply(const Plan* plan, const void* x, int64_t m, int64_t x_stride, bool x_is_bf16, void* out,
+              int64_t out_stride, int threads) {
     Call call;
     call.plan = plan, call.m = m, call.out = out, call.out_stride = out_stride;
-    prepare(call, x, x_stride, x_is_bf16 != 0);
+    if (!prepare(call, x, x_stride, x_is_bf16) && m > 1) {
+        // One request's NaN, or its numbers of an odd size, must not change another's bits: each row for itself, with
+        // the sums it has alone.
+        const int64_t x_bytes = x_stride * (x_is_bf16 ? 2 : 4), out_bytes = out_stride * (plan->out_is_fp32 ? 4 : 2);
+        for (int64_t i = 0; i < m; ++i)
+            multiply(plan, static_cast<const char*>(x) + i * x_bytes, 1, x_stride, x_is_bf16,
+                     static_cast<char*>(out) + i * out_bytes, out_stride, threads);
+        return;
+    }
     int64_t total = 0, bytes = 0;
     for (int64_t s = 0; s < plan->count; ++s) {
         const Segment& segment = plan->segments[s];
@@ -354,4 +362,14 @@ GEMCUT_ENTRY(void, linear)
     }
     const int64_t grain = total * PIECE_BYTES / (bytes + 1) + 1;
     gemcut_parallel(groups, &call, total, grain, threads);
+}
+
+}  // namespace
+
+// x: [m, k], 1 <= m <= MAX_M, rows `x_stride` apart, bf16 or fp32; out: [m, columns], rows `out_stride` apart. At most
+// 64 segments; 1 <= k <= MAX_K, and for FOUR_BIT a multiple of its block_size, which is a power of two from 32 on.
+GEMCUT_ENTRY(void, linear)
+(const Plan* plan, const void* x, int64_t m, int64_t x_stride, int x_is_bf16, void* out, int64_t out_stride,
+ int threads) {
+    multiply(plan, x, m, x_stride, x_is_bf16 != 0, out, out_stride, threads);
 }
