@@ -78,6 +78,15 @@ def process(*args: str | Path, stdin: bytes | None = None, **env: str) -> Run:
 
 
 @pytest.fixture(scope="session")
+def real_forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The real Gemma 3 270M by the form it is in: "gguf", a file, and "folder"."""
+    from .real_forms import as_folder
+
+    gguf = support.gguf_path()
+    return {"gguf": gguf, "folder": as_folder(gguf, tmp_path_factory.mktemp("real") / "gemma-3-270m")}
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny Gemma 2 with the real tokenizer and the real context of 8192."""
     support.tokenizer_dir()  # skips where the real tokenizer is missing

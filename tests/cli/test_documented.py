@@ -1,68 +1,42 @@
-"""The commands of the documents, on the real Gemma 3 270M, as a GGUF file and as a folder. Calibration, which takes
-minutes on the real weights, has tests of its own on small ones.
+"""What the documents tell people to type, on the real Gemma 3 270M, as a GGUF file and as a folder: commands, each in
+every format where it names one, and Python. Calibration has test_real_calibration.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import gemcut.hf.generation
-from gemcut.checkpoint.source import Source
 from gemcut.gemma import Gemma
-from support import gguf_path
+from gemcut.quantization.spec import FORMATS
 
+from . import real_forms as real
 from .conftest import Cli, Run
-from .documented import Command, commands, shell_lines, snippets, split
+from .documented import MODELS, Command, commands, shell_lines, snippets, split
 
 pytestmark = pytest.mark.slow
 
 RUN = [command for command in commands() if command.reason is None]
 NEW_TOKENS = 3
 CHAT = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."}]
-_loaded: OrderedDict[Any, Gemma] = OrderedDict()
-_load = Gemma.load
-_tokenizers: dict[str, Any] = {}
-_tokenizer = Source.tokenizer
-
-
-def _tokenizer_once(self: Source) -> Any:
-    """``Source.tokenizer``, which takes seconds for each command otherwise."""
-    if self.name not in _tokenizers:
-        _tokenizers[self.name] = _tokenizer(self)
-    return _tokenizers[self.name]
-
-
-def _load_once(name: Any, **options: Any) -> Gemma:
-    """``Gemma.load``, which commands that load the same model in the same way need only once."""
-    key = str(name), *(str(options.get(k)) for k in ("dtype", "device", "quantization", "attn_implementation"))
-    if key not in _loaded:
-        while len(_loaded) > 1:  # two at a time fit any machine
-            _loaded.popitem(last=False)
-        _loaded[key] = _load(name, **options)
-    return _loaded[key]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 270M as a folder, written by gemcut from the GGUF file."""
-    return _as_folder(gguf_path(), tmp_path_factory.mktemp("documented") / "gemma-3-270m")
 
 
 @pytest.fixture(scope="module", params=["gguf", "folder"])
-def source(request: pytest.FixtureRequest) -> Path:
+def source(request: pytest.FixtureRequest, real_forms: dict[str, Path]) -> Path:
     """The 270M in one form, then the other."""
-    _loaded.clear()
-    return gguf_path() if request.param == "gguf" else request.getfixturevalue("folder")
+    real.forget()
+    return real_forms[request.param]
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, str]:
+def said() -> dict[str, Any]:
     """What each command wrote from the form that came first."""
     return {}
 
@@ -73,17 +47,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("HOME", "XDG_CONFIG_HOME"):  # a command may write settings
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(Gemma, "load", staticmethod(_load_once))
-    monkeypatch.setattr(Source, "tokenizer", _tokenizer_once)
+    real.share_loads(monkeypatch)
     monkeypatch.setattr(gemcut.hf.generation, "DEFAULT_NEW_TOKENS", NEW_TOKENS)
-
-
-def _as_folder(gguf: Path, folder: Path) -> Path:
-    from gemcut.hf import AutoModelForCausalLM, AutoTokenizer
-
-    AutoModelForCausalLM.from_pretrained(gguf).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf).save_pretrained(folder)
-    return folder
 
 
 def _type(cli: Cli, command: Command, source: Path) -> Run:
@@ -120,11 +85,67 @@ def test_a_command_added_to_a_document_is_found() -> None:
     assert shell_lines(text) == ["gemcut other 'a # b' --more", "make demo", "gemcut new --option"]
 
 
-@pytest.mark.parametrize("command", [c for c in RUN if "--calibrate" not in c.line], ids=lambda c: c.line)
-def test_a_documented_command(cli: Cli, source: Path, said: dict[str, str], command: Command) -> None:
+@pytest.mark.parametrize("command", [c for c in RUN if " quantize " not in c.line], ids=lambda c: c.line)
+def test_a_documented_command(cli: Cli, source: Path, said: dict[str, Any], command: Command) -> None:
     run = _type(cli, command, source)
     assert run.code == 0, run.err
     assert run.out.strip() or " generate " in command.line or " config " in command.line  # white space is an answer
     deterministic = re.search(r"(--temperature|-t) 0", command.line) is not None
     if deterministic:
         assert said.setdefault(command.line, run.out) == run.out  # the same weights in another file
+
+
+TEXT = "The capital of France is Paris, and the capital of Italy is Rome. Water boils at 100 degrees Celsius."
+PLAN = ("--memory", "8GB", "--json")
+GREEDY = ("generate", "-t", "0", "-n", "8", "The capital of France is", "-m")
+
+
+@pytest.mark.parametrize("form", [None, *FORMATS])
+def test_each_format_while_loading(cli: Cli, source: Path, said: dict[str, Any], form: str | None) -> None:
+    """Text and scores are the same from a file and from a folder of the same weights."""
+    chosen = () if form is None else ("--quantization", form)
+    run = cli(*GREEDY, source, *chosen)
+    assert run.code == 0, run.err
+    assert run.out.strip()
+    assert said.setdefault(f"generate {form}", run.out) == run.out
+    gemma = Gemma.load(source, quantization=form)
+    (scores,) = gemma.score([TEXT])
+    assert len(scores) == len(gemma.encode(TEXT)) - 1
+    assert said.setdefault(f"score {form}", scores) == pytest.approx(scores, abs=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("command", [c for c in RUN if " quantize " in c.line and "--cal" not in c.line], ids=str)
+def test_each_format_on_disk(cli: Cli, source: Path, command: Command, form: str) -> None:
+    """A written folder says what weights that are quantized while loading say, and is as large as planned."""
+    run = _type(cli, Command(command.document, re.sub(r"--to \w+", f"--to {form}", command.line)), source)
+    assert run.code == 0, run.err
+    out = Path(split(command.line, source)[0][2])
+    assert json.loads(cli("info", out, "--json").out)["quantization"]["format"] == form
+    written, loaded = cli(*GREEDY, out), cli(*GREEDY, source, "--quantization", form)
+    assert written.code == 0, written.err
+    assert written.out == loaded.out
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    for planned in (cli("plan", out, *PLAN), cli("plan", source, *PLAN, "--quantization", form)):
+        (plan,) = json.loads(planned.out)["plans"]
+        assert plan["weights_bytes"] == pytest.approx(size, rel=0.02)
+    shutil.rmtree(out)  # 400 MB
+
+
+@pytest.mark.parametrize(("document", "codes"), snippets(), ids=lambda x: x if isinstance(x, str) else "")
+def test_documented_python(source: Path, said: dict[str, Any], document: str, codes: list[str]) -> None:
+    """A document's snippets one after another, in one session."""
+    names: dict[str, Any] = {}
+    for code in codes:
+        code = re.sub(r"max_new_tokens=\d+", f"max_new_tokens={NEW_TOKENS}", code)
+        code = re.sub(r"(generate\([^)\n]*, n=\d)", rf"\1, max_new_tokens={NEW_TOKENS}", code)
+        code = re.sub(rf'"{MODELS.pattern}"', repr(str(source)), code)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message='.*"cuda"')  # no GPU here, and the documents say so
+            exec(compile(code, document, "exec"), names)
+    assert names
+    if document == "README.md":
+        assert said.setdefault("texts", names["texts"]) == names["texts"]  # temperature 0
+        assert [len(names[each]) for each in ("texts", "drafts", "scores")] == [2, 3, 1]
+        new = names["outputs"].shape[1] - names["input_ids"]["input_ids"].shape[1]
+        assert 0 < new <= NEW_TOKENS
