@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,30 @@ def test_missing_kernels_are_spoken_of(cli: Cli, whole: Path, monkeypatch: pytes
     with pytest.warns(UserWarning, match="many times slower than it could be on this CPU: the CPU kernels are not"):
         run = cli(*generate)
     assert run.code == 0
+
+
+@pytest.mark.parametrize(
+    "place", ["file/out", "file/deep/out", "/proc/gemcut/out", "n" * 250, "loop/out", "closed/out"]
+)
+def test_a_place_that_cannot_be_written_is_met_before_anything_is_downloaded(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Long before the hub is asked: nothing is resolved, and nothing is left."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if place == "closed/out" and os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    asked: list[object] = []
+    monkeypatch.setattr("gemcut.checkpoint.source.resolve", lambda *args, **kwargs: asked.append(args))
+    run = cli("quantize", "owner/name", tmp_path / place)
+    assert run.code == 2
+    assert run.error.startswith(f"error: cannot write {tmp_path / place}: ")
+    assert run.error.endswith("choose a place where files can be written")
+    assert asked == []
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop", "closed"}
+
+
+def test_missing_folders_above_are_made(cli: Cli, whole: Path, tmp_path: Path) -> None:
+    assert cli("quantize", whole, tmp_path / "a" / "b" / "out").code == 0
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"out"}

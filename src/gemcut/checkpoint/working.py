@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -31,13 +33,36 @@ def behind_link(out: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Raise CheckpointError if ``out`` is taken, or cannot be replaced by a finished folder."""
+    """Raise CheckpointError if ``out`` is taken, cannot be replaced by a finished folder, or nothing can be written
+    beside it."""
     if not out.name or out.name == "..":
         raise CheckpointError(f"{out} is no name for a new folder; choose another")
     if os.path.ismount(behind_link(out)):
         raise CheckpointError(f"{out} is a mount point; name a new folder inside it, such as {out / 'model'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} already exists and is not empty; choose another name or remove it")
+    _check_writable(out)
+
+
+def _check_writable(out: Path) -> None:
+    """Make the working folder and take it away again: whatever stands against it is met before hours of work."""
+    work = working_folder(out)
+    made: list[Path] = []
+    try:
+        for folder in reversed([work, *work.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        if not os.access(work, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {out}: {error.strerror or error}: choose a place where files can be written"
+        ) from None
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another run has begun there
+                folder.rmdir()
 
 
 class Lock:
