@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from gguf.constants import GGMLQuantizationType
@@ -19,6 +21,7 @@ import support
 from checkpoint import gguf_files
 from gemcut.cli.info import quantization, quantization_words
 from gemcut.quantization.spec import Quantization
+from gemcut.text.tokenizer import Tokenizer
 
 from .conftest import Cli, process
 
@@ -103,6 +106,38 @@ def test_a_folder(cli: Cli, tiny: Path) -> None:
     text = cli("info", tiny).out
     for part in ("8,192", "4: 2 full, 2 sliding", "attention 5, logits 3", "1 <eos>", "none came with these files"):
         assert part in text
+
+
+def test_no_tokenizer_is_built(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would take a second or two; the stop tokens and the chat format are looked up instead."""
+    model = gguf_files.tiny(2, hidden_size=64)
+    file = gguf_files.write(tmp_path / "x.gguf", model, gguf_files.metadata(model))
+    before = [cli("info", path, "--json").out for path in (tiny, file)]
+
+    def built(*_: object, **__: object) -> None:
+        raise AssertionError("a tokenizer was built")
+
+    for name in ("from_folder", "from_gguf_vocab", "quick_from_gguf_vocab"):
+        monkeypatch.setattr(Tokenizer, name, built)
+    assert [cli("info", path, "--json").out for path in (tiny, file)] == before
+    assert '"chat_template": "gemma"' in before[0]
+
+
+def test_a_stop_token_that_is_no_special_one_is_named_too(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "x")
+    (tmp_path / "x" / "generation_config.json").write_text('{"eos_token_id": [1, 200000]}')
+    found = json.loads(cli("info", tmp_path / "x", "--json").out)["stop_tokens"]
+    real = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    assert found == [{"id": i, "token": real.id_to_token(i)} for i in (1, 107, 200_000)]
+
+
+def test_a_damaged_tokenizer_is_said(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "x")
+    file = tmp_path / "x" / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:3_000_000])
+    run = cli("info", tmp_path / "x")
+    assert run.code == 2
+    assert str(file) in run.error
 
 
 def test_gemma_3_270m(cli: Cli) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,31 @@ class GgufArray:
                 f"{self._file.path} is a damaged GGUF file: a text in its header is not UTF-8; get it again"
             ) from None
         return found
+
+    def texts(self, wanted: Collection[int], named: Collection[str], most: int) -> dict[int, str]:
+        """Of the first ``most`` texts those with the numbers ``wanted``, and those that are one of ``named``.
+
+        Raises CheckpointError where one of them is not UTF-8.
+        """
+        data, at, length_at = self._file.map, self._at, _LENGTH.unpack_from
+        names = {name.encode() for name in named}
+        lengths = {len(name) for name in names}
+        found = {}
+        for i in range(min(self._count, most)):
+            length = length_at(data, at)[0]
+            at += 8
+            if i in wanted or (length in lengths and data[at : at + length] in names):
+                found[i] = self._text(data[at : at + length])
+            at += length
+        return found
+
+    def _text(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(
+                f"{self._file.path} is a damaged GGUF file: a text in its header is not UTF-8; get it again"
+            ) from None
 
 
 @dataclass(frozen=True)

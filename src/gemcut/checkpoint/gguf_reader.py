@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from gemcut.checkpoint.gguf_weight import Dequantize, GgufWeight
 
+#: Our name of a special token, the file's, and its id where the file does not say.
+_ROLES = (("bos", "bos", 2), ("eos", "eos", 1), ("pad", "padding", 0), ("unk", "unknown", 3))
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -122,22 +124,9 @@ class GgufFile:
     def vocabulary(self) -> dict[str, Any]:
         """The keyword arguments of ``Tokenizer.from_gguf_vocab``."""
         metadata, rows = self._header.metadata, self.config.vocab_size
-        model = metadata.get("tokenizer.ggml.model", "llama")
-        merges = self._list("merges", "string") if "tokenizer.ggml.merges" in metadata else None
-        if model not in ("llama", "gpt2") or (model == "gpt2" and not merges):
-            raise CheckpointError(
-                f"{self.path}: metadata tokenizer.ggml.model is {str(model)[:40]!r}; gemcut reads the vocabulary "
-                "'llama', and 'gpt2' with its merges"
-            )
-        tokens, types = self._list("tokens", "string"), self._list("token_type", "int32", "uint32")
-        scores = [0.0] * len(tokens)
-        if model == "llama":
-            scores = self._list("scores", "float32", "float64")
-        if not len(tokens) == len(scores) == len(types):
-            raise CheckpointError(
-                f"{self.path}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} types; expected as many of "
-                "each"
-            )
+        merges, arrays = self._vocabulary()
+        tokens, types = arrays[0].values(), arrays[1].values()
+        scores = arrays[2].values() if len(arrays) == 3 else [0.0] * len(tokens)
         # Ollama keeps tokens that have no row; no text can be computed with them. A row without a token is legal.
         kept = _without_padding(tokens[:rows], types[:rows])
         template = metadata.get("tokenizer.chat_template")
@@ -145,16 +134,47 @@ class GgufFile:
             "tokens": tokens[:kept],
             "scores": scores[:kept],
             "types": types[:kept],
-            "merges": merges,
+            "merges": None if merges is None else merges.values(),
             "chat_template": template if isinstance(template, str) else None,
             # Gemma puts none in front; Ollama's converter does not say so.
             "add_space_prefix": metadata.get("tokenizer.ggml.add_space_prefix", False) is not False,
-            "bos_id": self._id("bos", 2),
-            "eos_id": self._id("eos", 1),
-            "pad_id": self._id("padding", 0),
-            "unk_id": self._id("unknown", 3),
+            **{f"{role}_id": self._id(theirs, default) for role, theirs, default in _ROLES},
             "cache_key": self._header.digest,
         }
+
+    def special_tokens(self, named: Collection[str]) -> tuple[dict[int, str], dict[str, str], dict[str, str]]:
+        """(texts of the special tokens and of those ``named``, by id; texts by role; chat templates by name).
+
+        The vocabulary is not read for it, but looked at as in `vocabulary`, whose errors it raises. An id that is no
+        token is left out.
+        """
+        tokens, template = self._vocabulary()[1][0], self._header.metadata.get("tokenizer.chat_template")
+        roles = {f"{role}_token": self._id(theirs, default) for role, theirs, default in _ROLES}
+        wanted = {i for i in (*roles.values(), *self._special_ids().get("eos_token_id", ())) if i is not None}
+        texts = tokens.texts(wanted, named, self.config.vocab_size)
+        names = {role: texts[i] for role, i in roles.items() if i in texts}
+        return texts, names, {"default": template} if isinstance(template, str) else {}
+
+    def _vocabulary(self) -> tuple[GgufArray | None, list[GgufArray]]:
+        """(merges, [tokens, types, and scores unless merges stand for them]), as many of each of the latter."""
+        metadata = self._header.metadata
+        model = metadata.get("tokenizer.ggml.model", "llama")
+        merges = self._array("merges", "string") if "tokenizer.ggml.merges" in metadata else None
+        if model not in ("llama", "gpt2") or (model == "gpt2" and not merges):
+            raise CheckpointError(
+                f"{self.path}: metadata tokenizer.ggml.model is {str(model)[:40]!r}; gemcut reads the vocabulary "
+                "'llama', and 'gpt2' with its merges"
+            )
+        arrays = [self._array("tokens", "string"), self._array("token_type", "int32", "uint32")]
+        if model == "llama":
+            arrays.append(self._array("scores", "float32", "float64"))
+        if len(set(map(len, arrays))) != 1:
+            scores = len(arrays[-1]) if model == "llama" else len(arrays[0])
+            raise CheckpointError(
+                f"{self.path}: {len(arrays[0])} tokens, {scores} scores and {len(arrays[1])} types; expected as many "
+                "of each"
+            )
+        return merges, arrays
 
     def _special_ids(self) -> dict[str, Any]:
         stops = [self._id("eos"), self._id("eot"), self._id("eom")]
@@ -209,6 +229,10 @@ class GgufFile:
         return GgufWeight(tensor, dtype, pool, None).whole()
 
     def _list(self, key: str, *kinds: str) -> list[Any]:
+        """The entries of `_array`."""
+        return self._array(key, *kinds).values()
+
+    def _array(self, key: str, *kinds: str) -> GgufArray:
         """An array of the vocabulary. Raises CheckpointError where it is missing or holds another kind of thing."""
         full = f"tokenizer.ggml.{key}"
         value = self._header.metadata.get(full)
@@ -217,7 +241,7 @@ class GgufFile:
         if not isinstance(value, GgufArray) or value.kind not in kinds:
             found = f"{len(value)} of {value.kind}" if isinstance(value, GgufArray) else str(value)[:40]
             raise CheckpointError(f"{self.path}: metadata {full} is {found!r}; expected an array of {kinds[0]}")
-        return value.values()
+        return value
 
     def _id(self, key: str, default: int | None = None) -> int | None:
         value = self._header.metadata.get(f"tokenizer.ggml.{key}_token_id", default)

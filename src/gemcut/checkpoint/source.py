@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gemcut.checkpoint.safetensors_reader import SafetensorsFolder
     from gemcut.quantization.spec import Quantization
     from gemcut.quantization.weights import Incoming, Weight
+    from gemcut.text.special import SpecialTokens
     from gemcut.text.tokenizer import Tokenizer
 
 #: Called with (bytes done, bytes in all) while files are downloaded or read.
@@ -78,6 +79,15 @@ class Source:
         if self.kind == "gguf":
             return Tokenizer.quick_from_gguf_vocab(**self._gguf.vocabulary())
         return Tokenizer.from_folder(self.path)
+
+    def special_tokens(self) -> SpecialTokens | None:
+        """What ends a text and how a dialogue is written, without building the tokenizer; None where only that can
+        tell, or say what is wrong. Raises TokenizerError for damaged small files."""
+        from gemcut.text.special import END_OF_TURN, START_OF_TURN, SpecialTokens
+
+        if self.kind == "gguf":
+            return SpecialTokens.make(*self._gguf.special_tokens((START_OF_TURN, END_OF_TURN)))
+        return SpecialTokens.from_folder(self.path)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Our tensor names and shapes, from headers alone."""

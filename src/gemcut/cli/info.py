@@ -260,14 +260,18 @@ def architecture(config: GemmaConfig) -> dict[str, Any]:
 
 
 def _texts(source: Source, config: GemmaConfig) -> dict[str, Any]:
-    from gemcut.text import stop_ids, uses_gemma_format
+    from gemcut.text import Tokenizer, stop_ids, uses_gemma_format
+    from gemcut.text.special import SpecialTokens
 
-    tokenizer: Tokenizer | None
-    try:
-        tokenizer = source.tokenizer()
-    except MissingTokenizerError:
-        tokenizer = None
-    stops = stop_ids(config, source.generation_config(), tokenizer)
+    generation = source.generation_config()
+    tokenizer: SpecialTokens | Tokenizer | None = source.special_tokens()
+    stops = stop_ids(config, generation, tokenizer)
+    if not isinstance(tokenizer, SpecialTokens) or not tokenizer.knows(stops):
+        try:
+            tokenizer = source.tokenizer()
+        except MissingTokenizerError:
+            tokenizer = None
+        stops = stop_ids(config, generation, tokenizer)
     if tokenizer is None:
         template = "no tokenizer"
     elif not uses_gemma_format(tokenizer):

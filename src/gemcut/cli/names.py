@@ -11,6 +11,7 @@ from gemcut.config import FAMILY, GemmaConfig
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.text import Tokenizer
+    from gemcut.text.special import SpecialTokens
 
 _TUNED = {"it", "instruct", "chat"}
 
@@ -24,7 +25,7 @@ def family_member(name: str) -> tuple[str, GemmaConfig] | None:
     return None
 
 
-def tuned(source: Source, tokenizer: Tokenizer | None) -> bool:
+def tuned(source: Source, tokenizer: Tokenizer | SpecialTokens | None) -> bool:
     """Whether the checkpoint was tuned to answer; False for a base model, which continues text.
 
     An instruction-tuned checkpoint brings a chat template, or its name says so: a word of its last part is "it",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gemcut.errors import ChatTemplateError, ParameterError
+from gemcut.text.special import END_OF_TURN, START_OF_TURN, SpecialTokens
 from gemcut.text.template import Message, compile_template
-from gemcut.text.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
+from gemcut.text.tokenizer import Tokenizer
 
 System = Literal["fold", "error"]
 
@@ -108,7 +109,7 @@ def encode_chat(
 
 
 def render_chat(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | SpecialTokens,
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
@@ -126,7 +127,7 @@ def render_chat(
     return tokenizer.id_to_token(tokenizer.bos_id) + "".join(spelled.get(kind, text) for kind, text in layout)
 
 
-def uses_gemma_format(tokenizer: Tokenizer, template: str | None = None) -> bool:
+def uses_gemma_format(tokenizer: Tokenizer | SpecialTokens, template: str | None = None) -> bool:
     """Whether a template (the checkpoint's own if None; True where it has none) writes dialogues as `render_chat` does.
 
     A model with another format needs `ChatWriter` instead of `encode_chat`.
@@ -194,7 +195,7 @@ def _layout(
         yield "text", "model\n"
 
 
-def _markers(tokenizer: Tokenizer) -> tuple[int, int]:
+def _markers(tokenizer: Tokenizer | SpecialTokens) -> tuple[int, int]:
     if tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None:
         raise ChatTemplateError(
             f"this tokenizer has no {START_OF_TURN} and {END_OF_TURN}, so it cannot chat; "

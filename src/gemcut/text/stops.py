@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemcut.config import GemmaConfig, token_ids
+from gemcut.text.special import SpecialTokens
 from gemcut.text.tokenizer import Tokenizer
 
 
 def stop_ids(
-    config: GemmaConfig, generation_config: Mapping[str, Any] | None, tokenizer: Tokenizer | None
+    config: GemmaConfig,
+    generation_config: Mapping[str, Any] | None,
+    tokenizer: Tokenizer | SpecialTokens | None,
 ) -> frozenset[int]:
     """Union of what config, generation_config and tokenizer say ends a text.
 

@@ -16,11 +16,16 @@ from tokenizers import Tokenizer as Backend
 from gemcut.errors import CheckpointError, MissingTokenizerError, ParameterError, TokenizerError
 from gemcut.text import files, gguf_vocab, tokenizer_json
 from gemcut.text.quick_backend import QuickBackend
+from gemcut.text.special import (
+    END_OF_TURN,
+    START_OF_TURN,
+    chat_templates,
+    read_config,
+    special_names,
+    template_tokens,
+)
 
-START_OF_TURN = "<start_of_turn>"
-END_OF_TURN = "<end_of_turn>"
 _SPACE = "▁"
-_ROLES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _GGUF_IDS = {"bos": 2, "eos": 1, "pad": 0, "unk": 3}
 
 
@@ -59,7 +64,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the backend is not a Gemma tokenizer (special tokens, byte tokens or decoder differ).
         """
-        names = {role: _token_name(config or {}, role, default) for role, default in _ROLES.items()}
+        names = special_names(config or {})
         missing = [name for name in names.values() if backend.token_to_id(name) is None]
         if missing:
             raise TokenizerError(f"not a Gemma tokenizer: its vocabulary has no {' '.join(missing)}")
@@ -67,7 +72,7 @@ class Tokenizer:
         self.backend = backend
         self.chat_templates = dict(chat_templates or {})
         self.chat_template = self.chat_templates.get("default") if chat_template is None else chat_template
-        self.template_tokens = {"mask_token": "<mask>"} | _named_tokens(config or {}) | names
+        self.template_tokens = template_tokens(config or {})
         self.bos_id = ids["bos_token"]
         self.eos_id = ids["eos_token"]
         self.pad_id = ids["pad_token"]
@@ -105,10 +110,8 @@ class Tokenizer:
             raise MissingTokenizerError(
                 f"no tokenizer.json in {folder}{hint}; download the checkpoint's tokenizer files"
             )
-        config = files.read_json_object(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # older checkpoints name their special tokens in a file of their own
-            config |= _named_tokens(files.read_json_object(folder / "special_tokens_map.json"))
-        templates = _chat_templates(folder, config)
+        config = read_config(folder)
+        templates = chat_templates(folder, config)
         try:
             backend = tokenizer_json.read_backend(files.read_bytes(file))
         except TokenizerError as error:
@@ -372,53 +375,4 @@ def _byte_tokens(backend: Backend) -> dict[int, int]:
             missing.append(name)
     if missing:
         raise TokenizerError(f"not a Gemma tokenizer: {len(missing)} of 256 byte tokens are missing ({missing[0]} …)")
-    return found
-
-
-def _token_name(config: Mapping[str, Any], role: str, default: str) -> str:
-    """A special token's text: tokenizer_config.json holds a str, or an object with ``content``."""
-    value = config.get(role)
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else default
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Every special token a file names, by its name: ``bos_token``, ``sep_token``, a model's own ``image_token``."""
-    extra = config.get("extra_special_tokens")
-    found = {**config, **extra} if isinstance(extra, Mapping) else config
-    return {
-        name: text
-        for name in found
-        if isinstance(name, str) and name.endswith("_token") and (text := _token_name(found, name, ""))
-    }
-
-
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """A checkpoint's templates by name; one without a name is "default". Files come before the configuration."""
-    found = {
-        file.stem: files.read_text(file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    }
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        found["default"] = files.read_text(file)
-    if found:
-        return found
-    template = config.get("chat_template")
-    if isinstance(template, str):
-        return {"default": template}
-    entries = template if isinstance(template, list) else []
-    for entry in entries:
-        name, text = (entry.get(key) if isinstance(entry, Mapping) else None for key in ("name", "template"))
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise TokenizerError(
-                f"{folder / 'tokenizer_config.json'}: chat_template lists an entry without a name or a template; "
-                'expected {"name": …, "template": …}'
-            )
-        found[name] = text
-    if template is not None and not isinstance(template, list):
-        raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is of type {type(template).__name__}; expected a text "
-            "or a list of named templates"
-        )
     return found
