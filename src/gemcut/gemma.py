@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, overload
@@ -138,16 +139,18 @@ class Gemma:
         if source.kind == "folder":
             with LoadProgress(progress, f"downloading {source.name}") as report:
                 source = find(revision=source.revision or revision, progress=report)
-        with LoadProgress(progress, f"loading {source.name}") as report:
-            model = load_network(
-                source,
-                dtype=compute,
-                device=where,
-                quantization=spec,
-                attention=attn_implementation,
-                kernels=kernels,
-                progress=report,
-            )
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+            tokenizer = beside.submit(_tokenizer_of, source)  # while the weights are read, which needs Python's lock little
+            with LoadProgress(progress, f"loading {source.name}") as report:
+                model = load_network(
+                    source,
+                    dtype=compute,
+                    device=where,
+                    quantization=spec,
+                    attention=attn_implementation,
+                    kernels=kernels,
+                    progress=report,
+                )
         engine = EngineConfig(
             max_context=max_context,
             max_batch_size=max_batch_size,
@@ -156,7 +159,7 @@ class Gemma:
         )
         gemma = cls(
             model,
-            _tokenizer_of(source),
+            tokenizer.result(),
             where,
             engine=engine,
             generation_config=source.generation_config(),

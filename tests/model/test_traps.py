@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -212,6 +213,20 @@ def test_trap10_rotary_angles_are_exact_to_the_last_position() -> None:
     assert cos.dtype == sin.dtype == torch.float32
     assert (cos[:, 0] - angles.cos()).abs().max() < 1e-7
     assert (sin[:, 0] - angles.sin()).abs().max() < 1e-7
+
+
+def test_trap10_angles_do_not_depend_on_what_was_asked_before() -> None:
+    """The table grows with the positions; in float64 by NumPy, rounded once, up to the last place."""
+    grown = RotaryTable(256, 1_000_000.0, 32_768, 8.0)
+    for last in (5, 2047, 2048, 2049, 9_000, 32_767):
+        positions = torch.tensor([0, last // 2, last])
+        angles = np.outer(positions.numpy() / 8.0, 1_000_000.0 ** -(np.arange(0, 256, 2) / 256))
+        cos, sin = grown.at(positions)
+        assert np.abs(cos[:, 0].numpy() - np.cos(angles)).max() < 2**-24
+        assert np.abs(sin[:, 0].numpy() - np.sin(angles)).max() < 2**-24
+    whole = RotaryTable(256, 1_000_000.0, 32_768, 8.0).table(torch.device("cpu"))
+    assert torch.equal(grown.table(torch.device("cpu")), whole)
+    assert whole.shape == (32_768, 256)
 
 
 def test_trap10_rotation_in_bf16_loses_less_than_with_bf16_angles() -> None:

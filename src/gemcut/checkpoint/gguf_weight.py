@@ -6,10 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
-from gguf import quants
-from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from gemcut.checkpoint.ggml_types import WHOLE
@@ -80,16 +77,20 @@ class GgufWeight(StoredWeight):
         else:
             blocks = tensor.file.tensor(offset, (nbytes,), torch.uint8)
             if self._dequantize is None or not self._dequantize(tensor.type.number, blocks, count, out):
-                self._fill_by_library(out, blocks.numpy())
+                self._fill_by_library(out, blocks)
         tensor.file.release(offset, nbytes)
 
-    def _fill_by_library(self, out: Tensor, blocks: np.ndarray) -> None:
+    def _fill_by_library(self, out: Tensor, blocks: Tensor) -> None:
+        import numpy as np
+        from gguf import quants  # a quarter of a second, which most files need not wait for
+        from gguf.constants import GGMLQuantizationType
+
         kind, block, block_bytes = self._tensor.type.number, self._tensor.type.block, self._tensor.type.nbytes
-        step = max(1, _CHUNK // block)
+        step, data = max(1, _CHUNK // block), blocks.numpy()
 
         def convert(first: int) -> None:
             # One long row: blocks do not know of rows, and gguf works through few long rows fastest.
-            raw = blocks[first * block_bytes : (first + step) * block_bytes]
+            raw = data[first * block_bytes : (first + step) * block_bytes]
             values = torch.from_numpy(quants.dequantize(raw.reshape(1, -1), GGMLQuantizationType(kind))).view(-1)
             out[first * block : first * block + len(values)].copy_(values)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FIRST_ROWS = 2048
+
 
 class RotaryTable:
-    """cos and sin of every position for one base, computed once per device.
+    """cos and sin of every position for one base, computed once per device, on a CPU as far as positions go.
 
     Angles are ``position / factor · base^(-2i/head_dim)`` (Su et al. 2021), computed in float64 and kept in fp32;
     rounding them to bf16 costs half as much again in error.
@@ -19,19 +21,29 @@ class RotaryTable:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each fp32 [T, 1, head_dim / 2], for ``positions`` int64 [T]."""
-        cos, sin = self.table(positions.device)[positions].unsqueeze(1).chunk(2, dim=-1)
+        device, rows = positions.device, None
+        if device.type == "cpu" and positions.numel():  # where looking at a position waits for nothing
+            rows = int(positions.max()) + 1
+        cos, sin = self.table(device, rows)[positions].unsqueeze(1).chunk(2, dim=-1)
         return cos, sin
 
-    def table(self, device: torch.device) -> Tensor:
-        """fp32 [max_positions, head_dim]: the cosines of each position, then its sines."""
+    def table(self, device: torch.device, rows: int | None = None) -> Tensor:
+        """fp32 [max_positions, head_dim]: the cosines of each position, then its sines; at least ``rows`` of them.
+
+        The whole table of 131,072 positions takes a second, which a short text need not wait for.
+        """
         table = self._tables.get(device)
-        if table is None:
-            table = self._tables[device] = self._build().to(device)
+        have = 0 if table is None else table.shape[0]
+        wanted = self.max_positions if rows is None else rows
+        if table is None or have < wanted:
+            last = min(self.max_positions, max(wanted, 2 * have, _FIRST_ROWS))
+            more = self._build(have, last).to(device)
+            table = self._tables[device] = more if table is None else torch.cat((table, more))
         return table
 
-    def _build(self) -> Tensor:
+    def _build(self, first: int, last: int) -> Tensor:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        positions = torch.arange(self.max_positions, dtype=torch.float64) / self.factor
+        positions = torch.arange(first, last, dtype=torch.float64) / self.factor
         angles = torch.outer(positions, self.base**-exponents)
         return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
