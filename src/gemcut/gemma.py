@@ -135,12 +135,13 @@ class Gemma:
         chunk = max_batch_tokens or CHUNK[where.type]
         spec = effective_quantization(config_source, parse_quantization(quantization))
         check_memory(config_source, compute, where, spec)
-        source = config_source  # a GGUF file is whole, and its header of 500,000 texts is read once
-        if source.kind == "folder":
+        source = config_source  # a GGUF file here is whole, and its header of 500,000 texts is read once
+        if source.kind == "folder" or not source.has_weights:
             with LoadProgress(progress, f"downloading {source.name}") as report:
                 source = find(revision=source.revision or revision, progress=report)
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
-            tokenizer = beside.submit(_tokenizer_of, source)  # while the weights are read, which needs Python's lock little
+            # While the weights are read, which needs Python's lock little.
+            tokenizer = beside.submit(_tokenizer_of, source)
             with LoadProgress(progress, f"loading {source.name}") as report:
                 model = load_network(
                     source,

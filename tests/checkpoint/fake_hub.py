@@ -37,7 +37,9 @@ class Repository:
 class FakeHub:
     repositories: dict[str, Repository]
     cut_after: int | None = None  # bytes of a weight file after which the connection breaks
+    ranges: bool = True  # whether it answers requests for parts of a file with these parts
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)  # method, path, headers
+    sent: dict[str, int] = field(default_factory=dict)  # bytes by file
 
     def __enter__(self) -> FakeHub:
         hub = self
@@ -120,11 +122,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = path.read_bytes()
         headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": found[1], "Accept-Ranges": "bytes"}
-        start = 0
-        if asked := self.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._answer(206 if start else 200, headers, data[start:], cut=file.endswith(".safetensors"))
+        start, stop = 0, len(data)
+        asked = self.headers.get("Range")
+        if asked and self.hub.ranges:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(stop, int(last) + 1 if last else stop)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        self.hub.sent[file] = self.hub.sent.get(file, 0) + (stop - start if self.command == "GET" else 0)
+        partial = asked and self.hub.ranges
+        self._answer(206 if partial else 200, headers, data[start:stop], cut=file.endswith(".safetensors"))
 
     def _find(self, name: str, revision: str, gate: bool = False) -> tuple[Path, str] | None:
         """The folder and commit, or None after the error has been sent."""

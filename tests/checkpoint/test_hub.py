@@ -16,8 +16,10 @@ from gguf.constants import GGMLQuantizationType
 
 from checkpoint import gguf_files
 from gemcut.checkpoint import hub as our_hub
+from gemcut.checkpoint import hub_header
+from gemcut.checkpoint.gguf_header import read_header
 from gemcut.checkpoint.source import resolve
-from gemcut.errors import CheckpointNotFoundError
+from gemcut.errors import CheckpointError, CheckpointNotFoundError
 from support import ROOT, hf_model, save_checkpoint, tiny_config
 
 spec = importlib.util.spec_from_file_location("fake_hub", Path(__file__).with_name("fake_hub.py"))
@@ -269,3 +271,104 @@ def test_a_repository_of_gguf_files(tmp_path: Path) -> None:
         assert again == {**whole, "seen": again["seen"]}
         wrong = ask(tmp_path / "home", hub.url, name="acme/tiny-gguf:Q4_K_M")
         assert "acme/tiny-gguf holds no Q4_K_M; choose one" in wrong["message"]
+
+
+@pytest.fixture(scope="module")
+def large_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of one F32 file in two parts, of 10 and 14 MB."""
+    folder = tmp_path_factory.mktemp("large") / "repo"
+    folder.mkdir()
+    model = gguf_files.tiny(2, hidden_size=64, intermediate_size=8192)
+    gguf_files.write(folder / "x-f32.gguf", model, gguf_files.metadata(model), split_max_tensors=24)
+    assert [path.stat().st_size > 9 << 20 for path in sorted(folder.iterdir())] == [True, True]
+    return folder
+
+
+@pytest.mark.slow  # six processes
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_plan_of_a_gguf_file_fetches_its_header(large_gguf: Path, tmp_path: Path, ranges: bool) -> None:
+    """Of each part the first 8 MiB, in which its header ends; everything where the server knows no ranges."""
+    parts = {path.name: path.stat().st_size for path in large_gguf.iterdir()}
+    here = planned(tmp_path / "home", "", str(large_gguf / min(parts)))
+    with FakeHub({"acme/large": Repository({"main": large_gguf})}, ranges=ranges) as hub:
+        there = planned(tmp_path / "home", hub.url, "acme/large:F32")
+        assert there["plans"] == here["plans"]
+        assert there["config_from"] == "acme/large:F32 on the hub"
+        assert hub.sent == {name: min(size, 8 << 20) if ranges else size for name, size in parts.items()}
+        header = ask(tmp_path / "home", hub.url, "no-weights", name="acme/large:F32", weights=False)
+        assert header["revision"] == hub.repositories["acme/large"].commit("main")
+        assert not Path(header["path"]).exists()  # gone with its process
+        refused = ask(tmp_path / "home", hub.url, name="acme/large:F32", weights=False)
+        assert "the header alone was fetched" in refused["message"]
+        if not ranges:
+            return
+        whole = ask(tmp_path / "home", hub.url, name="acme/large:F32")
+        assert len(whole["sum"]) == 4 * 11 + 2
+        hub.sent.clear()
+        again = planned(tmp_path / "home", hub.url, "acme/large:F32")  # from the cache now
+        assert again["plans"] == here["plans"]
+        assert again["config_from"] == whole["path"]
+        assert sum(hub.sent.values()) == 0
+
+
+def planned(home: Path, url: str, name: str) -> dict[str, Any]:
+    """``gemcut plan NAME --json`` for 1 GB, in a process of its own."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+    command = [sys.executable, "-m", "gemcut", "plan", name, "--json", "--memory", "1GB"]
+    done = subprocess.run(
+        command, env={**environment, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.parametrize("first", [24, 300, 5_000, 20_000, 1 << 20])
+def test_a_header_is_fetched_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """However little is asked for first, the header comes out as that of the whole file, and little else is asked."""
+    model = gguf_files.tiny(2, hidden_size=64)
+    path = gguf_files.write(tmp_path / "x.gguf", model, gguf_files.metadata(model))
+    data = path.read_bytes()
+    sent = 0
+
+    def slices(url: str, headers: dict[str, str], start: int, stop: int) -> tuple[bytes, int]:
+        nonlocal sent
+        sent = max(sent, stop)
+        return data[start:stop], len(data)
+
+    monkeypatch.setattr(hub_header, "_FIRST", first)
+    monkeypatch.setattr(hub_header, "_range", slices)
+    hub_header.fetch_headers(lambda name: name, {}, ["x.gguf"], tmp_path / "to")
+    found, whole = read_header(tmp_path / "to" / "x.gguf"), read_header(path)
+    end = min(tensor.offset for tensor in whole.tensors.values())
+    assert found.digest == whole.digest
+    assert {n: (t.shape, t.offset) for n, t in found.tensors.items()} == {
+        n: (t.shape, t.offset) for n, t in whole.tensors.items()
+    }
+    assert sent <= max(first, 2 * end)
+    config = resolve(tmp_path / "to" / "x.gguf").config()
+    assert config == resolve(path).config()
+
+
+def test_a_damaged_header_on_the_hub_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no more downloaded than it takes to see that."""
+    model = gguf_files.tiny(2, hidden_size=64)
+    data = gguf_files.write(tmp_path / "x.gguf", model, gguf_files.metadata(model)).read_bytes()
+    monkeypatch.setattr(hub_header, "_FIRST", 2_000)
+    for broken, message in (
+        (b"<html>" + data, "is not a GGUF file"),
+        (data[:8] + b"\xff" * 16 + data[24:], "is a damaged GGUF file"),
+        (data[:24] + (1 << 40).to_bytes(8, "little") + data[32:], "is a damaged GGUF file"),
+        (data[:3_000], "is a damaged GGUF file"),
+    ):
+        asked: list[int] = []
+
+        def slices(url: str, headers: object, start: int, stop: int) -> tuple[bytes, int]:
+            asked.append(stop)  # noqa: B023
+            return broken[start:stop], len(broken)  # noqa: B023
+
+        monkeypatch.setattr(hub_header, "_range", slices)
+        with pytest.raises(CheckpointError, match=message):
+            hub_header.fetch_headers(lambda name: name, {}, ["x.gguf"], tmp_path / "to")
+        assert len(asked) <= 2

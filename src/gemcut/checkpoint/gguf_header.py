@@ -132,15 +132,41 @@ def read_header(path: Path) -> GgufHeader:
         raise CheckpointError(f"{path} is a damaged GGUF file: {error}; get it again") from None
 
 
+def is_header_whole(start: bytes, size: int, name: str) -> bool:
+    """Whether the header of a file of ``size`` bytes ends within its first ones, ``start``.
+
+    A damaged header counts as whole. Raises CheckpointError where it is no GGUF file.
+    """
+    reader = _Reader(_Start(Path(name), start, size))
+    try:
+        reader.header()
+    except _DamagedError:
+        return not reader.passed
+    return reader.at <= len(start)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The first bytes of a file, in place of a MappedFile."""
+
+    path: Path
+    map: bytes
+    size: int
+
+
 class _DamagedError(Exception):
     pass
 
 
 class _Reader:
-    """A cursor over the file's bytes that never goes past their end."""
+    """A cursor over the file's bytes that never goes past their end.
 
-    def __init__(self, file: MappedFile) -> None:
-        self.file, self.data, self.at = file, file.map, 0
+    ``passed``: whether it came to the end of a `_Start`.
+    """
+
+    def __init__(self, file: MappedFile | _Start) -> None:
+        self.file: Any = file
+        self.data, self.at, self.passed = file.map, 0, False
 
     def header(self) -> GgufHeader:
         self._version()
@@ -175,7 +201,8 @@ class _Reader:
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
         size = struct.calcsize(form)
-        if size > self.file.size - self.at:
+        if size > min(self.file.size, len(self.data)) - self.at:
+            self.passed = size <= self.file.size - self.at
             raise _DamagedError("it ends in the middle of its header")
         values = struct.unpack_from(form, self.data, self.at)
         self.at += size
@@ -185,6 +212,9 @@ class _Reader:
         (length,) = self._unpack("<Q")
         if length > self.file.size - self.at or (limit and length > limit):
             raise _DamagedError(f"a text of {length} bytes in its header")
+        if length > len(self.data) - self.at:
+            self.passed = True
+            raise _DamagedError("it ends in the middle of its header")
         raw = self.data[self.at : self.at + length]
         self.at += length
         try:
@@ -228,6 +258,7 @@ class _Reader:
             for _ in range(count):
                 at += 8 + length_at(data, at)[0]
         except (struct.error, OverflowError):
+            self.passed = at <= size
             raise _DamagedError("it ends in the middle of its header") from None
         if at > size:
             raise _DamagedError("it ends in the middle of its header")

@@ -71,15 +71,22 @@ def download_gguf(
     cache_dir: str | Path | None,
     local_files_only: bool,
     progress: Progress | None,
+    headers_to: Path | None = None,
 ) -> tuple[Path, str]:
     """Bring one GGUF file of a repository, all parts of a split one, into the shared cache.
 
-    ``wanted``: a file's name or a quantization such as Q4_K_M. Returns (the file or first part, commit); raises as
-    ``download``.
+    ``wanted``: a file's name or a quantization such as Q4_K_M. With ``headers_to``, a folder, only the headers of files
+    that the cache lacks are fetched, and put there. Returns (the file or first part, commit); raises as ``download``.
     """
     from gemcut.checkpoint.hub_gguf import choose
 
     hub = _Repository(repo, revision, token, cache_dir, local_files_only, progress)
+    if headers_to is not None and not hub.offline:
+        commit, there = hub.listing()
+        files = choose(repo, there, wanted)
+        if not hub.has(files, commit):
+            hub.fetch_headers(files, commit, headers_to)
+            return headers_to / files[0], commit
     files = choose(repo, hub.files(), wanted)
     folder = hub.fetch(files, revision, folders=True)
     absent = [file for file in files if not (folder / file).is_file()]
@@ -134,11 +141,38 @@ class _Repository:
         if self.offline:
             folder = self.fetch([], self.revision)
             return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return self.listing()[1]
+
+    def listing(self) -> tuple[str, list[str]]:
+        """(the commit that the revision is, the names of its files), as the hub says."""
         from huggingface_hub import HfApi
 
         try:
             api = HfApi(token=self.token, library_name="gemcut")
-            return list(api.list_repo_files(self.repo, revision=self.revision))
+            found = api.model_info(self.repo, revision=self.revision)
+            return str(found.sha), [file.rfilename for file in found.siblings or ()]
+        except Exception as error:
+            _explain(error, self.repo, self.revision, self.local_files_only, self.cache_dir)
+
+    def has(self, files: list[str], commit: str) -> bool:
+        """Whether the cache holds all of these files."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = [try_to_load_from_cache(self.repo, file, self.cache_dir, revision=commit) for file in files]
+        return all(isinstance(path, str) for path in found)
+
+    def fetch_headers(self, files: list[str], commit: str, to: Path) -> None:
+        """The headers of GGUF files into the folder ``to``; see `gemcut.checkpoint.hub_header`."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        from gemcut.checkpoint.hub_header import fetch_headers
+
+        headers = build_hf_headers(token=self.token, library_name="gemcut")
+        try:
+            fetch_headers(lambda file: hf_hub_url(self.repo, file, revision=commit), headers, files, to)
+        except CheckpointError:
+            raise
         except Exception as error:
             _explain(error, self.repo, self.revision, self.local_files_only, self.cache_dir)
 

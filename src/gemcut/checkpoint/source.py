@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,7 +43,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 class Source:
     """A checkpoint that exists on this machine.
 
-    ``name`` is what was asked for; ``revision`` the hub's commit, if it came from there.
+    ``name`` is what was asked for; ``revision`` the hub's commit, if it came from there. Of a GGUF file on the hub the
+    header alone may be here: ``header_folder`` then holds ``path`` as long as the Source lives, with a hole where the
+    weights would be.
     """
 
     kind: Literal["folder", "gguf"]
@@ -50,6 +53,12 @@ class Source:
     name: str
     revision: str | None = None
     licence_notice: str | None = None
+    header_folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights are here; a folder of the hub has them if it was asked for with them."""
+        return self.header_folder is None
 
     def config(self) -> GemmaConfig:
         """The network's shape. Raises ConfigError when the checkpoint has none or is of another model."""
@@ -143,6 +152,7 @@ class Source:
         ``dtype`` (None: fp32). ``only`` names the tensors wanted (None: all). A tensor may be backed by the file
         itself: copy it if it is to stay in memory.
         """
+        self._require_weights()
         if self.kind == "gguf":
             return self._gguf.tensors(progress, dtype, only)
         return self._folder.tensors(progress, only)
@@ -154,7 +164,12 @@ class Source:
 
         ``dequantize`` does what the gguf library would do, sooner; see gemcut.checkpoint.gguf_weight.
         """
+        self._require_weights()
         return self._gguf.weights(None, dtype, None, dequantize) if self.kind == "gguf" else self._folder.tensors()
+
+    def _require_weights(self) -> None:
+        if not self.has_weights:
+            raise CheckpointError(f"of {self.name} the header alone was fetched; resolve it with its weights")
 
     @cached_property
     def _config(self) -> GemmaConfig:
@@ -193,7 +208,7 @@ def resolve(
 
     ``revision`` (branch, tag or commit), ``token``, ``cache_dir`` and ``local_files_only`` are for the hub; the
     environment variables of huggingface_hub (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, …) work as everywhere.
-    ``weights=False`` fetches configuration and tokenizer only, of a folder; a GGUF file holds everything.
+    ``weights=False`` fetches configuration and tokenizer only; of a GGUF file on the hub its header, by range requests.
     Raises CheckpointNotFoundError, GatedRepositoryError, or CheckpointError when a download fails.
     """
     text = str(checked_name(name))
@@ -214,6 +229,7 @@ def resolve(
     if (file_of := _HUB_FILE.fullmatch(text)) and not text.startswith("."):
         from gemcut.checkpoint import hub
 
+        header_folder = None if weights else tempfile.TemporaryDirectory(prefix="gemcut-header-")
         found, commit = hub.download_gguf(
             file_of[1],
             file_of[2],
@@ -222,9 +238,13 @@ def resolve(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             progress=progress,
+            headers_to=None if header_folder is None else Path(header_folder.name),
         )
         notice = GEMMA_NOTICE if "gemma" in text.lower() else None
-        return Source("gguf", found, text, revision=commit, licence_notice=notice)
+        if header_folder is not None and not found.is_relative_to(header_folder.name):  # the cache has it whole
+            header_folder.cleanup()
+            header_folder = None
+        return Source("gguf", found, text, revision=commit, licence_notice=notice, header_folder=header_folder)
     alias = _ALIAS.fullmatch(text)
     if alias:
         repo = f"google/gemma-2-{alias.group(1).lower()}{'-it' if alias.group(2) else ''}"

@@ -190,7 +190,7 @@ def _model(name: str, hub: HubOptions) -> dict[str, Any]:
     return {
         "model": source.name,
         **nothing,
-        "path": str(source.path),
+        "path": str(source.path) if source.has_weights else None,
         "revision": source.revision,
         "size_bytes": _size(source),
         "quantization": None if source.quantization is None else quantization(source.quantization),
@@ -260,7 +260,7 @@ def architecture(config: GemmaConfig) -> dict[str, Any]:
 
 
 def _texts(source: Source, config: GemmaConfig) -> dict[str, Any]:
-    from gemcut.text import Tokenizer, stop_ids, uses_gemma_format
+    from gemcut.text import stop_ids, uses_gemma_format
     from gemcut.text.special import SpecialTokens
 
     generation = source.generation_config()
@@ -344,7 +344,7 @@ def _sampling_words(values: dict[str, Any]) -> str:
 def _size(source: Source) -> int | None:
     """Bytes of the weights; None where configuration alone was fetched, or the weights are not whole."""
     try:
-        return source.nbytes
+        return source.nbytes if source.has_weights else None
     except (CheckpointError, OSError):
         return None
 

@@ -187,7 +187,8 @@ def _shape(name: str, hub: HubOptions) -> tuple[str, GemmaConfig, str, Quantizat
     if member is not None and hub.revision is None and not expand(name).exists():
         return member[0], member[1], _PUBLISHED, None, []
     source = hub.find(name)
-    return source.name, source.config(), str(source.path), source.quantization, list(source.expanded)
+    place = str(source.path) if source.has_weights else f"{source.name} on the hub"
+    return source.name, source.config(), place, source.quantization, list(source.expanded)
 
 
 def _beside(plans: list[MemoryPlan], width: int, limit: Limit) -> list[list[MemoryPlan]]:

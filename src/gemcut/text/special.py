@@ -90,6 +90,10 @@ class SpecialTokens:
         """The vocabulary's spelling of a token that `knows` knows."""
         return self.texts[token_id]
 
+    def token_name(self, token_id: int) -> str:
+        """As `id_to_token`; "" for a token that is not known."""
+        return self.texts.get(token_id, "")
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's tokenizer_config.json, with the special tokens that older checkpoints name in a file of their own.
