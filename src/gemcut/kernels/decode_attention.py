@@ -15,7 +15,6 @@ from torch import Tensor
 from gemcut.kernels.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 4
-LOADS = 8  # groups of tokens that a warp has registers for
 MOST_RUNS = 64
 
 
@@ -55,9 +54,14 @@ def supports(heads: int, kv_heads: int, head_dim: int, block_size: int) -> str |
     return None
 
 
+def _loads(group: int) -> int:
+    """Groups of tokens that a warp has registers for: fewer leave room for more blocks, and split tokens evenly."""
+    return 4 if group <= 2 else 8
+
+
 def _resident(group: int) -> int:
     """Blocks that a processor's registers hold."""
-    return 3 if group <= 2 else 2
+    return 4 if group <= 2 else 2
 
 
 @functools.cache
@@ -82,7 +86,7 @@ def _kernel(head_dim: int, group: int, device: int) -> CudaKernel:
     defines = (
         ("HEAD_DIM", head_dim),
         ("GROUP", group),
-        ("LOADS", LOADS),
+        ("LOADS", _loads(group)),
         ("WARPS", WARPS),
         ("RESIDENT", _resident(group)),
     )
