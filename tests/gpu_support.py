@@ -12,8 +12,8 @@ from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import CacheShape, PagedCache, Tables
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.model import Model
-from gemcut.model.attention import Span
 from gemcut.model.bind import bind_kernels
+from gemcut.model.key_values import Span
 from gemcut.model.quantized import quantized_embedding, quantized_linear
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8, quantize_int8_rows

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from gemcut import process
 from gemcut.checkpoint.names import FUSED, expected_shapes, split_layer, to_hf
 from gemcut.checkpoint.source import Source
-from gemcut.config import SLIDING
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.kernels.dispatch import LinearCase, LinearKernel, choose_linear
 from gemcut.model import Model
-from gemcut.model.attention import Span
+from gemcut.model.key_values import KeyValues, Span
+from gemcut.model.linear import LinearLayer
 from gemcut.quantization.calibrate import Method, quantize_4bit_calibrated
 from gemcut.quantization.decode import decode
 from gemcut.quantization.moments import Moments, block_width
@@ -132,7 +132,7 @@ def calibrate(
     compute = dtype or source.stored_dtype or torch.bfloat16
     state = state or CalibrationState()
     with torch.device("meta"):
-        model = Model(config, dtype=compute, linear=lambda size, rows: _Probe(len(rows)))
+        model = Model(config, dtype=compute, linear=lambda name, size, rows: _Probe(name))
     run = _Run(source, spec, compute, memory, method or Method(), _chunks(documents), state)
     shapes = expected_shapes(config)
     done, total = 0, sum(math.prod(shape) for shape in shapes.values())
@@ -166,12 +166,11 @@ def calibrate(
     yield from source.tensors(only={"norm.scale"})
 
 
-class _Probe(nn.Module):
+class _Probe(LinearLayer):
     """Stands for a linear layer; shows its inputs to an observer instead of computing, if there is one."""
 
-    def __init__(self, parts: int) -> None:
-        super().__init__()
-        self.parts = parts
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         self.weights: list[Tensor] = []
         self.observe: Callable[[Tensor], None] | None = None
         self.product: LinearKernel | None = None
@@ -327,13 +326,13 @@ class _Run:
     def _forward(self, model: Model, index: int) -> Iterator[Tensor]:
         """The layer's output for each chunk, in order; none for a pass that an observer ends."""
         assert self.state.hidden is not None
-        table = model.rope_sliding if model.config.layer_types[index] == SLIDING else model.rope_full
+        table, layer = model.ropes[index], model.layer_list[index]
         start = 0
         for lengths in self.chunks:
             rows = self.state.hidden[start : start + sum(lengths)]
             positions = torch.cat([torch.arange(length) for length in lengths])
             with contextlib.suppress(_InputSeen):
-                yield model.layers[index](rows, table.at(positions), _Documents(lengths))
+                yield layer.alone(rows, table.at(positions), _Documents(lengths))
             start += sum(lengths)
 
 
@@ -343,7 +342,7 @@ def _probe(model: Model, index: int, stage: str) -> _Probe:
     return probe
 
 
-class _Documents:
+class _Documents(KeyValues):
     """Keys and values of several whole sequences, kept only while a layer runs."""
 
     def __init__(self, lengths: list[int]) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.checkpoint.source import Source
-from gemcut.config import SLIDING, GemmaConfig
+from gemcut.config import GemmaConfig
 from gemcut.divergence import Divergence, measure_all
 from gemcut.errors import ParameterError
 from gemcut.kernels.dispatch import LinearCase, choose_linear
+from gemcut.kernels.plain import softcap_in_place
 from gemcut.model import Model
 from gemcut.model.bind import bind_products, release_products
 from gemcut.model.dense import DenseKeyValues
@@ -108,7 +109,7 @@ def compare_checkpoints(
 
     def head(states: Tensor) -> Tensor:
         logits = product(states)
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else softcap_in_place(logits, cap)
 
     targets = torch.cat([torch.tensor(document[1:]) for document in documents])
     return measure_all(expected, [states(cut) for cut in cuts], targets, head, [head] * len(cuts))
@@ -128,14 +129,14 @@ def final_states(
     hidden = F.embedding(ids, decode(table, dtype)).float() * model.embed_scale
     del table
     names = list(expected_shapes(config))
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.layer_list):
         prefix = f"layers.{index}."
         _fill(layer, source, {name for name in names if name.startswith(prefix)}, prefix, dtype)
-        rope = model.rope_sliding if config.layer_types[index] == SLIDING else model.rope_full
         start = 0
         for length in lengths:
             rows = slice(start, start + length)
-            hidden[rows] = layer(hidden[rows], rope.at(torch.arange(length)), DenseKeyValues(length))
+            rotation = model.ropes[index].at(torch.arange(length))
+            hidden[rows] = layer.alone(hidden[rows], rotation, DenseKeyValues(length))
             start += length
         release_products(layer)
         layer.to_empty(device="meta")  # before the next one comes

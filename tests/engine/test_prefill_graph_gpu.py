@@ -12,8 +12,8 @@ from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import CacheShape, PagedCache, Tables
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.engine.prefill_graph import MOST_SEQUENCES, SIZES, PrefillGraphs
-from gemcut.model.attention import Span
 from gemcut.model.dense import dense_logits
+from gemcut.model.key_values import Span
 from gpu_support import network, relative_error
 
 pytestmark = pytest.mark.gpu

@@ -13,6 +13,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels import cuda_linear, gated_gemm
 from gemcut.kernels.case import LinearCase
 from gemcut.kernels.gated_gemm import gated_gemm_plain
+from gemcut.model.ops import cuda
 from gemcut.quantization.int8 import dequantize_int8, quantize_int8
 from gemcut.quantization.weights import Weight
 from gpu_products import FORMATS, check_replays
@@ -135,13 +136,14 @@ def packed(name: str, part: Tensor) -> tuple[Weight, Tensor]:
     return four, dequantize(four)
 
 
-class Layer:
-    """A layer as dispatch sees it."""
+class Layer(LinearLayer):
+    """A linear layer that is nothing but its kernel."""
 
     def __init__(self, case: LinearCase) -> None:
+        super().__init__("layers.0.mlp.gate_up_proj")
         self.kernel = cuda_linear.prepare(case, torch.device("cuda", 0))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x)
 
 
@@ -162,7 +164,7 @@ def test_layers_of_all_formats(name: str, buffer: int | None, monkeypatch: pytes
         calls: list[int] = []
         whole = layer.kernel.gated
         layer.kernel.gated = lambda x: (calls.append(len(x)), whole(x))[1]  # noqa: B023
-        out = cuda_linear.gated_product(layer, x, 0)
+        out = cuda.gated_product(layer, x, 0)
         layer.kernel.gated = whole
         assert calls == ([m] if m in (768, 1024, 1220, 4096) else [])
         # The decoded weights' own rounding to bf16 comes on top: in two launches, gate and up are rounded as well.
@@ -186,7 +188,7 @@ def test_layers_that_follow_each_other_decode_into_the_same_buffer(name: str) ->
     def run(wait: bool) -> Tensor:
         y = x
         for layer, gate in layers * 4:
-            y = cuda_linear.gated_product(layer, y, 0) if gate else layer(y)  # type: ignore[assignment]
+            y = cuda.gated_product(layer, y, 0) if gate else layer(y)  # type: ignore[assignment]
             if wait:
                 torch.cuda.synchronize()
             y = y if gate else (y / y.float().norm().to(y.dtype) * 1000)

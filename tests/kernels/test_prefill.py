@@ -16,7 +16,8 @@ from gemcut.engine.paged import PagedKeyValues
 from gemcut.errors import UnsupportedError
 from gemcut.kernels import hopper_attention, prefill_attention
 from gemcut.kernels.prefill_attention import Run, VarlenSpec, flash_attn_varlen, fresh_runs, plain_varlen, tiles
-from gemcut.model.attention import AttentionSpec, Span, attend, choose_attention, eager_attention, varlen_attention
+from gemcut.model.attention import AttentionSpec, attend, choose_attention, eager_attention, varlen_attention
+from gemcut.model.key_values import Span
 from support import tiny_config
 
 CPU = torch.device("cpu")

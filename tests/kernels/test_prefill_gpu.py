@@ -11,7 +11,6 @@ from gemcut.engine.cache import CacheShape, PagedCache, Tables
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.errors import ParameterError
 from gemcut.kernels import hopper_attention, norm, prefill_attention, rope_write
-from gemcut.kernels.cuda_step import CudaStep
 from gemcut.kernels.hopper_attention import hopper_varlen
 from gemcut.kernels.prefill_attention import (
     Run,
@@ -21,9 +20,12 @@ from gemcut.kernels.prefill_attention import (
     plain_varlen,
     triton_varlen,
 )
-from gemcut.model.attention import Span, choose_attention
+from gemcut.model.attention import choose_attention
 from gemcut.model.bind import bind_kernels
 from gemcut.model.dense import dense_logits
+from gemcut.model.key_values import Span
+from gemcut.model.ops.cuda import CudaOps
+from gemcut.model.ops.plain import PlainOps
 from gemcut.model.rope import RotaryTable
 from gpu_support import CONFIG, network, relative_error, rms, rotated
 
@@ -244,10 +246,10 @@ def test_norm_alone_and_add_alone(d: int) -> None:
 
 def test_choices() -> None:
     model = network("bf16", bound=True)
-    assert isinstance(model.step, CudaStep)
+    assert isinstance(model.ops, CudaOps)
     assert model.attention_implementation.name == "triton"
     bind_kernels(model, CUDA, "plain")
-    assert model.step is None
+    assert isinstance(model.ops, PlainOps)
     bind_kernels(model, CUDA)
     arguments = model.config, torch.float16, CUDA
     assert choose_attention("triton", *arguments).varlen is triton_varlen
@@ -268,8 +270,8 @@ def test_a_step_gives_the_plain_networks_hidden_states(weights: str, head_dim: i
     """Prompts in chunks beside single tokens, windows shorter than a chunk; the cache's contents too."""
     model, plain = (network(weights, bound=bound, head_dim=head_dim) for bound in (True, False))
     assert model.attention_implementation.varlen is kernels(8, 4, head_dim, VarlenSpec(5.0, None))[-1]
-    assert isinstance(model.step, CudaStep)
-    assert plain.step is None
+    assert isinstance(model.ops, CudaOps)
+    assert isinstance(plain.ops, PlainOps)
     chunks = [(0, 90), (90, 40), (130, 1), (131, 60)], [(0, 33), (33, 1), (34, 1), (35, 100)]
     tables = [Tables(list(range(60)), list(range(60, 120))), Tables(list(range(60, 120)), list(range(60)))]
     ids = torch.randint(0, 1000, (2, 200), generator=torch.Generator().manual_seed(4)).to(CUDA)

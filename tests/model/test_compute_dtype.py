@@ -17,6 +17,7 @@ from gemcut.kernels.cpu import library
 from gemcut.kernels.plain import dense_product_fp16
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
+from gemcut.model.ops.plain import PlainOps
 from gemcut.network import export_network, load_network
 from gemcut.quantization.decode import decode
 from gemcut.quantization.int8 import llm_int8_product, quantize_int8
@@ -83,7 +84,7 @@ def test_llm_int8_stays_finite_too(checkpoint: Path, dtype: torch.dtype) -> None
 def test_tokens_of_an_engine_are_those_of_float64(checkpoint: Path, form: Any) -> None:
     """A prompt and the steps behind it, through the cache and the kernels of decode steps."""
     model = _network(checkpoint, torch.bfloat16, format=form, compute_dtype=torch.float16)
-    assert (model.step is None) == (library.unavailable() is not None)
+    assert isinstance(model.ops, PlainOps) == (library.unavailable() is not None)
     engine = Engine(model, CPU, EngineConfig(max_context=64))
     prompt = tuple(random_ids(9).tolist())
     sequence = engine.submit(Request(prompt_ids=prompt, params=SamplingParams(max_new_tokens=6, temperature=0)))

@@ -142,7 +142,7 @@ def test_logits_do_not_depend_on_the_positions_asked_for() -> None:
     model, ids = our_model(hf_model(tiny_config())), random_ids(13)
     last_of_whole = dense_logits(model, ids)[-1]
     hidden: list[Tensor] = []
-    hook = model.layers[-1].register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    hook = model.layers[-1].register_forward_hook(lambda module, inputs, output: hidden.append(output[0]))
     dense_logits(model, ids)
     hook.remove()
     with torch.inference_mode():

@@ -32,7 +32,7 @@ HALF = (torch.bfloat16, torch.float16)
 def _first_residual(model: Model, ids: Tensor) -> Tensor:
     """What enters the first layer: the scaled embeddings."""
     seen: list[Tensor] = []
-    hook = model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     dense_logits(model, ids)
     hook.remove()
     return seen[0]

@@ -9,10 +9,12 @@ import torch
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import bf16_matvec, cuda_step, draw_tokens, gated_gemm, int8_matvec, nf4_matvec
-from gemcut.kernels.cpu import step as cpu_step
+from gemcut.kernels import bf16_matvec, draw_tokens, gated_gemm, int8_matvec, nf4_matvec
 from gemcut.kernels.dispatch import LINEAR, LinearCase
 from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
+from gemcut.model.ops import cpu as cpu_ops
+from gemcut.model.ops import cuda as cuda_ops
+from gemcut.model.ops import cuda_megakernel
 from gemcut.network import build_network
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
 
@@ -46,8 +48,8 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
         except UnsupportedError as error:
             report[FLASH] = [str(error)]
     steps = {
-        "cuda": cuda_step.supports(config, DTYPE, device),
-        "cpu": cpu_step.supports(DTYPE, config.head_dim, device),
+        "cuda": cuda_ops.supports(config, DTYPE, device),
+        "cpu": cpu_ops.supports(DTYPE, config.head_dim, device),
         "plain": None,
     }
     report["between products"] = _lines(next(name for name, reason in steps.items() if reason is None), steps)
@@ -74,7 +76,7 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
 def _decode(config: GemmaConfig, device: torch.device) -> list[str]:
     lines = ["one CUDA graph a step"]
     for name, storage in _STORAGES.items():
-        reason = decode_graph.step_supports(config, {storage}, BLOCK_SIZE, device)
+        reason = cuda_megakernel.supports(config, {storage}, BLOCK_SIZE, device)
         how = "all in one launch" if reason is None else f"several launches each ({reason})"
         lines.append(f"{name} layers, one sequence: {how}")
     for what, top_k, filtered in ("draws", 0, False), ("draws with a top_k", 64, True), ("other draws", 0, True):

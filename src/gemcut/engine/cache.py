@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gemcut.config import GemmaConfig
+from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.blocks import BlockKey, BlockPool, block_key
 from gemcut.kernels.cpu.memory import huge_zeros
 
@@ -123,6 +124,13 @@ class PagedCache:
         """Begin anew: every block is free and nothing can be found. No table may be in use."""
         self.full = BlockPool(self.shape.full_blocks)
         self.sliding = BlockPool(self.shape.sliding_blocks)
+
+    def layers(self) -> list[tuple[Literal["full", "sliding"], Tensor]]:
+        """Of each layer: its group, and its keys and values [2, blocks, block_size, kv_heads, head_dim]."""
+        full, sliding = iter(self.full_storage), iter(self.sliding_storage)
+        return [
+            ("full", next(full)) if kind == FULL else ("sliding", next(sliding)) for kind in self.config.layer_types
+        ]
 
     @property
     def nbytes(self) -> int:

@@ -9,25 +9,18 @@ wrote is one place in its own sequences' blocks, beyond what they have computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import Kind
 from gemcut.engine.draw_graphs import DrawGraphs
-from gemcut.kernels import argmax, decode_attention, decode_step, geglu, norm, nvrtc
-from gemcut.kernels.cuda_linear import FewRows, order_groups, product
-from gemcut.kernels.decode_attention import DecodeSpec
-from gemcut.kernels.decode_step import DecodeStep, StepLayer, StepShape
-from gemcut.kernels.matvec import Storage
+from gemcut.kernels import argmax, decode_attention, geglu, norm, nvrtc
+from gemcut.kernels.decode_step import DecodeStep
 from gemcut.model import Model
-from gemcut.model.gemma import Layer
-from gemcut.model.linear import Embedding
-from gemcut.model.quantized import Int8Embedding
-from gemcut.quantization.weights import Int8Weight
+from gemcut.model.key_values import KeyValues, Span
+from gemcut.model.ops.cuda_megakernel import decode_megakernel
 
 #: Rows a graph has: a batch takes the smallest that holds it.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -57,30 +50,19 @@ def supports(model: Model, block_size: int, device: torch.device) -> str | None:
     )
 
 
-def step_supports(config: GemmaConfig, storages: set[Storage], block_size: int, device: torch.device) -> str | None:
-    """None where all layers run in one launch for a single sequence, else why they take several a layer.
+class _KeyValues(KeyValues):
+    """What the layers ask of a batch's keys and values, at fixed places."""
 
-    ``storages``: the formats of the layers' weights.
-    """
-    if len(storages) != 1:
-        return "one launch a step takes layers of one format"
-    return decode_step.supports(step_shape(config), next(iter(storages)), block_size, *decode_step.limits(device))
+    def __init__(self, cache: PagedCache, positions: Tensor, full: Tensor, sliding: Tensor) -> None:
+        self.spans: tuple[Span, ...] = ()  # they change from step to step; positions and tables say all
+        self.decode, self.positions, self.block_size = self, positions, cache.block_size
+        self._layers, self._tables = cache.layers(), {"full": full, "sliding": sliding}
 
+    def storage(self, layer: int) -> Tensor:
+        return self._layers[layer][1]
 
-def step_shape(config: GemmaConfig) -> StepShape:
-    """The network's sizes as the one launch takes them."""
-    return StepShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.attention_scale,
-        config.attn_logit_softcapping,
-        config.rms_norm_eps,
-        config.sliding_window,
-    )
+    def block_table(self, layer: int) -> Tensor:
+        return self._tables[self._layers[layer][0]]
 
 
 class DecodeGraph:
@@ -115,54 +97,16 @@ class DecodeGraph:
         self._results = [torch.ones(3, rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
         self._events = [torch.cuda.Event() for _ in range(_AHEAD)]  # type: ignore[no-untyped-call]
         self._launched = self._taken = 0
+        self._kv = _KeyValues(cache, self.positions, self.full, self.sliding)
         #: All layers in one launch where that serves a single sequence; else ``step_refusal`` says why not.
         self.step: DecodeStep | None = None
         self.step_refusal: str | None = "not asked for" if rows == 1 else "several sequences"
         if rows == 1 and one_launch:
-            self.step_refusal = self._make_step(device)
+            made = decode_megakernel(model, self._kv, self.ids, (self.full, self.sliding))
+            self.step, self.step_refusal = (None, made) if isinstance(made, str) else (made, None)
         self.logits = self._capture(device)
         cap = model.config.final_logit_softcapping
         self._draws = DrawGraphs(self.logits, self.ids, cap, self.graph.pool(), _AHEAD)
-
-    def _make_step(self, device: torch.device) -> str | None:
-        model, config = self.model, self.model.config
-        layers: list[Layer] = list(model.layers)  # type: ignore[arg-type]
-        kernels = [
-            (
-                la.attention.qkv_proj.kernel,
-                la.attention.o_proj.kernel,
-                la.mlp.gate_up_proj.kernel,
-                la.mlp.down_proj.kernel,
-            )
-            for la in layers
-        ]
-        products = [tuple(k.rows for k in four if isinstance(k, FewRows)) for four in kernels]
-        if any(len(four) != len(products[0]) or len(four) != 4 for four in products):
-            return "one launch a step takes packed weights or whole ones that their own kernels read"
-        storages = {decode_step.storage_of(rows) for four in products for rows in four}
-        reason = step_supports(config, storages, self.cache.block_size, device)
-        if reason is not None:
-            return reason
-        counts = {True: 0, False: 0}
-        bound = []
-        for index, (layer, four, kind) in enumerate(zip(layers, products, config.layer_types, strict=True)):
-            sliding, attention = kind != FULL, layer.attention
-            storage = (self.cache.sliding_storage if sliding else self.cache.full_storage)[counts[sliding]]
-            counts[sliding] += 1
-            after = layers[index + 1].input_norm if index + 1 < len(layers) else model.norm
-            norms = (layer.post_attention_norm, layer.pre_feedforward_norm, layer.post_feedforward_norm, after)
-            heads = None
-            if attention.q_norm is not None and attention.k_norm is not None:
-                heads = attention.q_norm.scale, attention.k_norm.scale
-            post, pre, end, following = (module.scale for module in norms)
-            bound.append(StepLayer(four, (post, pre, end, following), heads, storage, sliding))
-        table, absmax = _table(model)
-        ropes = model.rope_full.table(device), model.rope_sliding.table(device)
-        self.step = DecodeStep(
-            step_shape(config), bound, layers[0].input_norm.scale, table, absmax, model.embed_scale,
-            self.ids, self.positions, (self.full, self.sliding), ropes,
-        )  # fmt: skip
-        return None
 
     def _capture(self, device: torch.device) -> Tensor:
         self.positions.fill_(-1)
@@ -178,48 +122,12 @@ class DecodeGraph:
         return logits
 
     def _forward(self) -> Tensor:
-        model = self.model
-        config = model.config
-        layers: list[Layer] = list(model.layers)  # type: ignore[arg-type]
-        table, absmax = _table(model)
-        eps = config.rms_norm_eps
+        model, config = self.model, self.model.config
         if self.step is not None:
-            return self._head(self.step())
-        groups_of = partial(order_groups, m=self.rows)  # in which the products want their rows put in order
-        scale, pre, groups = model.embed_scale, layers[0].input_norm.scale, groups_of(layers[0].attention.qkv_proj)
-        residual, x = norm.norm_embed(self.ids, table, absmax, scale, pre, eps, groups)
-        counts = {FULL: 0, "": 0}
-        for index, (layer, kind) in enumerate(zip(layers, config.layer_types, strict=True)):
-            group = FULL if kind == FULL else ""
-            storage = self.cache.full_storage if group else self.cache.sliding_storage
-            rope = (model.rope_full if group else model.rope_sliding).table(self.ids.device)
-            attention = layer.attention
-            attended = decode_attention.decode_attention(
-                product(attention.qkv_proj, x),
-                storage[counts[group]],
-                self.full if group else self.sliding,
-                self.positions,
-                rope,
-                _spec(config, attention.scale, attention.spec.window),
-                q_norm=attention.q_norm.scale if attention.q_norm is not None else None,
-                k_norm=attention.k_norm.scale if attention.k_norm is not None else None,
-            )
-            counts[group] += 1
-            post, pre = layer.post_attention_norm.scale, layer.pre_feedforward_norm.scale
-            mlp, attended = layer.mlp, attention.o_proj(attended)
-            y = norm.norm_add(attended, residual, post, pre, eps, groups_of(mlp.gate_up_proj))
-            gated = geglu.geglu(product(mlp.gate_up_proj, y), groups_of(mlp.down_proj))
-            after, groups = model.norm, 0
-            if index + 1 < len(layers):
-                after, groups = layers[index + 1].input_norm, groups_of(layers[index + 1].attention.qkv_proj)
-            post = layer.post_feedforward_norm.scale
-            x = norm.norm_add(product(mlp.down_proj, gated), residual, post, after.scale, eps, groups)
-        assert isinstance(x, Tensor)
-        return self._head(x)
-
-    def _head(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model.embed.logits(x)
-        argmax.argmax(logits, self.ids, self.positions, softcap=self.model.config.final_logit_softcapping)
+            logits = model.embed.logits(self.step())
+        else:
+            logits = model.next_logits(self.ids, self.positions, self._kv)
+        argmax.argmax(logits, self.ids, self.positions, softcap=config.final_logit_softcapping)
         return logits
 
     def load(self, ids: Sequence[int], positions: Sequence[int], tables: Sequence[Tables]) -> None:
@@ -346,26 +254,3 @@ class DecodeGraphs:
                 self.model, self.cache, self.device, rows, self.most_blocks, one_launch=self.one_launch
             )
         return self._graphs[rows]
-
-
-def _spec(config: GemmaConfig, scale: float, window: int | None) -> DecodeSpec:
-    return DecodeSpec(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        scale,
-        config.attn_logit_softcapping,
-        window,
-        config.rms_norm_eps,
-    )
-
-
-def _table(model: Model) -> tuple[Tensor, Tensor | None]:
-    """The embedding's table, and its rows' largest magnitudes where it is int8."""
-    embed = model.embed
-    if isinstance(embed, Int8Embedding):
-        (weight,) = embed.weights
-        assert isinstance(weight, Int8Weight)
-        return weight.codes, weight.absmax
-    assert isinstance(embed, Embedding)
-    return embed.weight, None

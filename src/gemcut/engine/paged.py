@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,21 +11,7 @@ from torch import Tensor
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, ceil_div
 from gemcut.kernels.prefill_attention import Run, fresh_runs
-from gemcut.model.attention import Span
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Where one layer's keys and values stand: what a kernel needs to find them.
-
-    Attributes:
-        keys, values: the layer's storage [blocks, block_size, kv_heads, head_dim].
-        slots: where each new token goes, int64 [T], counted in tokens of the storage; -1: nowhere.
-    """
-
-    keys: Tensor
-    values: Tensor
-    slots: Tensor
+from gemcut.model.key_values import KeyValues, Pages, Span
 
 
 def token_slots(table: list[int], span: Span, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -99,7 +84,7 @@ class _Group:
         keys, values = self.storage[layer]
         return Pages(keys, values, self.slots)
 
-    def padded_blocks(self) -> tuple[Tensor, Tensor]:
+    def live_blocks(self) -> tuple[Tensor, Tensor]:
         padded, lengths, _ = self._padded()
         return padded, lengths
 
@@ -125,14 +110,21 @@ class _Group:
         return keys, values, lengths
 
 
-class PagedKeyValues:
-    """Keys and values of one batch in the paged cache (``gemcut.model.attention.KeyValues``)."""
+class PagedKeyValues(KeyValues):
+    """Keys and values of one batch in the paged cache."""
 
     def __init__(self, config: GemmaConfig, cache: PagedCache, tables: list[Tables], spans: Sequence[Span]) -> None:
         self.spans: Sequence[Span] = spans
         #: The runs of a batch that holds all the keys there are; None: some are in the cache only.
         self.fresh = fresh_runs(spans)
         size = self.block_size = cache.block_size
+        self.paged = self
+        if all(span.length == 1 for span in spans):
+            if cache.full_storage.device.type == "cpu":
+                self.host_decode = self
+            else:
+                self.decode = self
+        self._positions: Tensor | None = None
         full = _Group(cache.full_storage, [t.full for t in tables], [0] * len(tables), spans, size)
         first = [t.first_sliding for t in tables]
         sliding = _Group(cache.sliding_storage, [t.sliding for t in tables], first, spans, size)
@@ -160,9 +152,17 @@ class PagedKeyValues:
         group, index = self._layers[layer]
         return group.pages(index)
 
-    def padded_blocks(self, layer: int) -> tuple[Tensor, Tensor]:
+    def live_blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """(each sequence's live blocks, int64 [B, longest], padded with block 0; tokens in them, int64 [B])."""
-        return self._layers[layer][0].padded_blocks()
+        return self._layers[layer][0].live_blocks()
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [B]: each sequence's last position."""
+        if self._positions is None:
+            last = [span.context_length - 1 for span in self.spans]
+            self._positions = torch.tensor(last, dtype=torch.int32, device=self.storage(0).device)
+        return self._positions
 
     def storage(self, layer: int) -> Tensor:
         """The layer's keys and values: [2, blocks, block_size, kv_heads, head_dim]."""

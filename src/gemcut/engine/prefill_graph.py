@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.config import FULL
 from gemcut.engine.cache import PagedCache, Tables
-from gemcut.engine.paged import Pages, gather, gathered_runs, live_blocks, token_slots
+from gemcut.engine.paged import gather, gathered_runs, live_blocks, token_slots
 from gemcut.kernels import hopper_attention, prefill_attention
 from gemcut.kernels.hopper_attention import hopper_varlen
 from gemcut.kernels.prefill_attention import VarlenAttention, fresh_runs, tiles, triton_varlen
 from gemcut.model import Model
-from gemcut.model.attention import Span
+from gemcut.model.key_values import KeyValues, Pages, Span
 
 #: Rows a graph has: where a product's tiles end (kernels/packed_gemm.py), so that its kernel is the batch's own.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 288, 384, 512)
@@ -68,16 +67,12 @@ class _Shared:
     pool: Any  # the graphs' memory: one runs at a time
 
 
-class _KeyValues:
+class _KeyValues(KeyValues):
     """What the layers ask of a batch's keys and values (gemcut.engine.paged), at fixed places."""
 
     def __init__(self, model: Model, cache: PagedCache, rows: int, inputs: dict[str, Tensor]) -> None:
-        self.spans, self.block_size = (Span(0, rows, rows),), cache.block_size
-        kinds = [kind == FULL for kind in model.config.layer_types]
-        self._layers = []  # of each layer: its group's name, its storage
-        for layer, full in enumerate(kinds):
-            storage = cache.full_storage if full else cache.sliding_storage
-            self._layers.append(("full" if full else "sliding", storage[kinds[:layer].count(full)]))
+        self.spans, self.paged = (Span(0, rows, rows),), self
+        self._layers = cache.layers()
         self._inputs = inputs
         context = len(inputs["full blocks"]) > 0
         self.fresh = None if context else self._tiles("full")
@@ -188,7 +183,7 @@ class PrefillGraphs:
     def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
         config = model.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        if getattr(model.step, "varlen", None) is hopper_varlen:
+        if model.ops.varlen is hopper_varlen:
             queries = hopper_attention.tile_queries(heads, kv_heads)
         else:
             queries = prefill_attention.tile_queries(heads, kv_heads, config.head_dim, device)

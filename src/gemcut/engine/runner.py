@@ -17,9 +17,8 @@ from gemcut.engine.paged import PagedKeyValues
 from gemcut.engine.request import RowError
 from gemcut.engine.sampler import changes_logits, uniform
 from gemcut.engine.scheduler import Scheduled
-from gemcut.kernels.plain import softcap_in_place
 from gemcut.model import Model
-from gemcut.model.attention import Span
+from gemcut.model.key_values import Span
 
 # Rows of logits made at a time for prompt log-probabilities: 64 rows of 256,000 fp32 are 66 MB.
 PROMPT_LOGIT_ROWS = 64
@@ -36,7 +35,7 @@ class Runner:
         self.one_launch = True
         self._graphs: decode_graph.DecodeGraphs | None = None
         #: Why short prompts do not run as CUDA graphs; None: they do.
-        self.prefill_refusal = prefill_graph.supports(getattr(model.step, "varlen", None), self.graph_refusal)
+        self.prefill_refusal = prefill_graph.supports(model.ops.varlen, self.graph_refusal)
         self._prefills: prefill_graph.PrefillGraphs | None = None
         self._explanation: str | None = None
 
@@ -96,8 +95,7 @@ class Runner:
         graphs = self._graphs_for(batch)
         if graphs is not None:
             logits = graphs.logits([(s.sequence.tokens[-1], s.sequence.computed) for s in batch], tables)
-            cap = self.model.config.final_logit_softcapping
-            return logits if cap is None else softcap_in_place(logits.clone(), cap)
+            return self.model.softcap(logits.clone())
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemcut.config import SLIDING
 from gemcut.engine.request import Request, Sequence
 from gemcut.engine.sampler import candidates, change_logits
 from gemcut.gemma import Gemma
@@ -25,15 +24,11 @@ def hidden_states(gemma: Gemma, ids: list[int], states: Tensor | None = None) ->
     tokens = torch.tensor(ids, device=gemma.device)
     positions = torch.arange(len(ids), device=gemma.device)
     cache, model = DenseKeyValues(len(ids)), gemma.model
-    if states is None:
-        hidden: Tensor = model(tokens, positions, cache)
-        return hidden
-    hidden = model.embed(tokens).float() * model.embed_scale
-    full, sliding = model.rope_full.at(positions), model.rope_sliding.at(positions)
-    for state, layer, kind in zip(states, model.layers, model.config.layer_types, strict=False):
-        state.copy_(hidden)
-        hidden = layer(hidden, sliding if kind == SLIDING else full, cache)
-    states[-1].copy_(model.norm(hidden))
+    before_layers = iter(() if states is None else states)
+    watch = None if states is None else lambda residual: next(before_layers).copy_(residual)
+    hidden: Tensor = model(tokens, positions, cache, watch=watch)
+    if states is not None:
+        states[-1].copy_(model.norm(hidden))
     return hidden
 
 

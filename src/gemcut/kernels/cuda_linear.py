@@ -16,13 +16,13 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gemcut.errors import ParameterError
-from gemcut.kernels import bf16_matvec, gated_gemm, geglu, int8_matvec, nf4_matvec, nvrtc, packed_gemm
+from gemcut.kernels import bf16_matvec, gated_gemm, int8_matvec, nf4_matvec, nvrtc, packed_gemm
 from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.int8_matvec import Int8Rows
 from gemcut.kernels.matvec import MAX_ROWS, SMALL_BYTES, TILE, matvec, most_rows
@@ -240,30 +240,6 @@ def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
 
 
 CUDA = LinearImplementation("cuda", supports, prepare)
-
-
-def order_groups(linear: Any, m: int) -> int:
-    """Groups that a layer (gemcut.model) wants ``m`` rows of x put in order by; 0: as they are."""
-    kernel = linear.kernel
-    return kernel.groups(m) if isinstance(kernel, FewRows) else 0
-
-
-def product(linear: Any, x: Tensor | Ordered) -> Tensor:
-    """A layer's product, also of rows in order where ``order_groups`` asked for them."""
-    out: Tensor = linear.kernel(x) if isinstance(x, Ordered) else linear(x)
-    return out
-
-
-def gated_product(linear: Any, x: Tensor | Ordered, groups: int) -> Tensor | Ordered:
-    """bf16 ``gelu(gate) · up`` [m, rows / 2] of a layer whose rows are gate, then up.
-
-    With ``groups`` the result is in order (gemcut.kernels.ordered), in so many groups of eight rows.
-    """
-    gated = linear.kernel.gated if isinstance(linear.kernel, FewRows) else None
-    if gated is not None and not groups and isinstance(x, Tensor) and gated_gemm.pays(len(x)):
-        out: Tensor = gated(x)
-        return out
-    return geglu.geglu(product(linear, x), groups)
 
 
 class _Buffer:

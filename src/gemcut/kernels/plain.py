@@ -20,7 +20,7 @@ FP16_SAFE = 2.0**7
 
 
 def softcap_in_place(values: Tensor, cap: float) -> Tensor:
-    """``cap · tanh(values / cap)`` of fp32 ``values``, in place.
+    """``cap · tanh(values / cap)`` of fp32 ``values``, in place (Gemma 2 report, arXiv 2408.00118, section 2).
 
     An infinite value becomes NaN: as ``±cap`` an overflow would pass for a logit.
     """

@@ -35,7 +35,7 @@ class VarlenSpec:
 
 
 #: (query [T, heads, D], keys [L, kv_heads, D], values [L, kv_heads, D], runs, spec) -> [T, heads · D].
-VarlenAttention = Callable[[Tensor, Tensor, Tensor, Sequence[Run], VarlenSpec], Tensor]
+VarlenAttention = Callable[[Tensor, Tensor, Tensor, Sequence[Run] | Tensor, VarlenSpec], Tensor]
 
 
 def fresh_runs(spans: Sequence[Any]) -> tuple[Run, ...] | None:
@@ -177,13 +177,16 @@ def flash_attn_reason() -> str | None:
     return None if numbers >= [2, 6] else f"flash-attn {version} has no soft-cap; 2.6 or newer is needed"
 
 
-def flash_attn_varlen(query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run], spec: VarlenSpec) -> Tensor:
+def flash_attn_varlen(
+    query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run] | Tensor, spec: VarlenSpec
+) -> Tensor:
     """Attention through the flash-attn package; arguments as in ``triton_varlen``.
 
     Runs are in the order of their rows and their keys and leave no row out.
     """
     from flash_attn import flash_attn_varlen_func
 
+    assert not isinstance(runs, Tensor)  # tables of tiles are for gemcut's own kernels
     lengths = [offset + count for _, count, _, offset in runs]
     if [key for _, _, key, _ in runs] != [sum(lengths[:i]) for i in range(len(runs))]:  # gathered blocks have gaps
         parts = [slice(key, key + length) for (_, _, key, _), length in zip(runs, lengths, strict=True)]

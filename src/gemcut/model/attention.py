@@ -7,10 +7,9 @@ implementations register in ``IMPLEMENTATIONS``; they are tested against these t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
 from gemcut.kernels import hopper_attention, nvrtc, prefill_attention
 from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec, fresh_runs
+from gemcut.model.key_values import KeyValues
 
 # Queries are taken in tiles so that fp32 scores of an 8k context stay small and keys no query sees are skipped.
 QUERY_TILE = 256
@@ -32,35 +32,6 @@ class AttentionSpec:
 
     softcap: float | None
     window: int | None
-
-
-@dataclass(frozen=True)
-class Span:
-    """One sequence's part of a batch: which rows of the batch are its queries, and how much context there is.
-
-    Queries sit at positions ``context_length - length … context_length - 1``.
-    """
-
-    start: int
-    length: int
-    context_length: int
-
-
-class KeyValues(Protocol):
-    """Keys and values of one batch, whatever holds them (a paged cache, or nothing but the batch itself)."""
-
-    @property
-    def spans(self) -> Sequence[Span]:
-        """The batch's sequences, in row order."""
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Store ``key`` and ``value`` [T, kv_heads, head_dim] of all rows."""
-
-    def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, int]:
-        """(keys, values [L, kv_heads, head_dim], position of the first) up to the sequence's last query."""
-
-    def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For sequences of one query each: (keys, values [B, L, kv_heads, head_dim], lengths [B])."""
 
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, int, KeyValues, AttentionSpec], Tensor]

@@ -1,4 +1,4 @@
-"""Give every layer of a loaded network the kernel that dispatch chooses for it."""
+"""Give every linear layer of a loaded network the kernel that dispatch chooses for it, and the network its ops."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gemcut.kernels import cuda_step
-from gemcut.kernels.cpu import step
 from gemcut.kernels.dispatch import Choice, choose_linear
 from gemcut.model.linear import Embedding, Linear
+from gemcut.model.ops import cpu, cuda
+from gemcut.model.ops.cpu_stack import LayerStack
+from gemcut.model.ops.plain import PlainOps
 from gemcut.model.quantized import Int8Embedding, QuantizedLinear
 
 if TYPE_CHECKING:
@@ -24,13 +25,21 @@ def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> d
     the name of one implementation: "plain" is plain PyTorch everywhere. Raises UnsupportedError.
     """
     chosen = bind_products(model, device, kernels)
-    config, attention = model.config, model.attention_implementation
-    model.kernels, model.step = kernels, None
-    if kernels in ("auto", "cuda") and cuda_step.supports(config, model.dtype, device) is None:
-        model.step = cuda_step.CudaStep(model, attention.varlen)
-    elif kernels == "auto" and attention.varlen is None and step.supports(model.dtype, config.head_dim, device) is None:
-        model.step = step.CpuStep()
+    _choose_ops(model, device, kernels)
     return chosen
+
+
+def _choose_ops(model: Model, device: torch.device, kernels: str) -> None:
+    """What computes the layers' operations; and all layers in one call, where that can be."""
+    config, attention = model.config, model.attention_implementation
+    model.kernels, model.fused, model.ops = kernels, None, PlainOps(model.dtype)
+    if kernels in ("auto", "cuda") and cuda.supports(config, model.dtype, device) is None:
+        eager = model.asked_attention == "eager"
+        model.ops = cuda.CudaOps(model.ropes, attention.varlen, decode=not eager)
+    elif kernels == "auto" and attention.varlen is None and cpu.supports(model.dtype, config.head_dim, device) is None:
+        model.ops = ops = cpu.CpuOps()
+        stack = LayerStack(model.layer_list, ops.library)
+        model.fused = stack if stack.refusal is None else None
 
 
 def bind_products(part: nn.Module, device: torch.device, kernels: str = "auto") -> dict[str, Choice]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gemcut.model.attention import Span
 from gemcut.model.gemma import Model
+from gemcut.model.key_values import KeyValues, Span
 
 
-class DenseKeyValues:
+class DenseKeyValues(KeyValues):
     """Keys and values of one whole sequence, kept only while its layer runs."""
 
     def __init__(self, length: int) -> None:

@@ -16,13 +16,36 @@ from gemcut.kernels.dispatch import LinearCase, LinearKernel
 from gemcut.kernels.plain import dense_product
 
 
-class Linear(nn.Module):
+class LinearLayer(nn.Module):
+    """A linear layer of the network. It knows its place there, which is what others attach to it by.
+
+    Attributes:
+        name: "layers.3.attention.o_proj".
+        kernel: what computes it; None: plain PyTorch.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.kernel: LinearKernel | None = None
+
+    @property
+    def role(self) -> str:
+        """Its name within a layer, the same in all layers: "attention.o_proj"."""
+        return self.name.split(".", 2)[-1]
+
+    @property
+    def case(self) -> LinearCase:
+        """What a kernel must compute here."""
+        raise NotImplementedError
+
+
+class Linear(LinearLayer):
     """``y = x Wᵀ`` with ``W`` [out, in] in the compute dtype."""
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(self, name: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__(name)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
-        self.kernel: LinearKernel | None = None
 
     @property
     def case(self) -> LinearCase:
@@ -64,16 +87,16 @@ class Embedding(TokenTable):
         return dense_product(hidden, self.weight, torch.float32) if self.kernel is None else self.kernel(hidden)
 
 
-#: Makes the linear layer for ``in_features`` and the rows of each matrix that is fused in it, top to bottom; the
-#: network never asks what kind it got.
-LinearFactory = Callable[[int, tuple[int, ...]], nn.Module]
+#: Makes the linear layer of a name for ``in_features`` and the rows of each matrix that is fused in it, top to bottom;
+#: the network never asks what kind it got.
+LinearFactory = Callable[[str, int, tuple[int, ...]], LinearLayer]
 #: Makes the embedding for ``(vocab_size, hidden_size)``.
 EmbeddingFactory = Callable[[int, int], TokenTable]
 
 
 def dense_linear(dtype: torch.dtype) -> LinearFactory:
     """Linear layers with whole weights in ``dtype``."""
-    return lambda in_features, rows: Linear(in_features, sum(rows), dtype)
+    return lambda name, in_features, rows: Linear(name, in_features, sum(rows), dtype)
 
 
 def dense_embedding(dtype: torch.dtype) -> EmbeddingFactory:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemcut.kernels.dispatch import LinearCase, LinearKernel
 from gemcut.kernels.plain import plain_linear
-from gemcut.model.linear import EmbeddingFactory, LinearFactory, TokenTable, dense_embedding
+from gemcut.model.linear import EmbeddingFactory, LinearFactory, LinearLayer, TokenTable, dense_embedding
 from gemcut.quantization.int8 import dequantize_int8
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.weights import Int8Weight, Weight
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(LinearLayer):
     """``y = x Wᵀ`` where ``W`` is one or several matrices of the same inputs, each packed in its own way.
 
     Built empty; the loader fills each part once. The product is computed in ``compute_dtype`` and given in ``dtype``.
@@ -21,18 +21,18 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
+        name: str,
         in_features: int,
         rows: tuple[int, ...],
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
         activation_threshold: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         self.part_shapes = tuple((n, in_features) for n in rows)
         self.dtype, self.compute_dtype = dtype, compute_dtype
         self.activation_threshold = activation_threshold
         self.weights: list[Weight] = []
-        self.kernel: LinearKernel | None = None
 
     def fill(self, weights: list[Weight]) -> None:
         """Take the packed matrices, top to bottom; a whole one is in the compute dtype."""
@@ -83,7 +83,8 @@ class Int8Embedding(TokenTable):
 def quantized_linear(spec: Quantization, dtype: torch.dtype) -> LinearFactory:
     """Linear layers for weights cut as ``spec`` says; ``dtype`` is the network's compute dtype."""
     compute = spec.compute_dtype or dtype
-    return lambda in_features, rows: QuantizedLinear(in_features, rows, dtype, compute, spec.activation_threshold)
+    threshold = spec.activation_threshold
+    return lambda name, in_features, rows: QuantizedLinear(name, in_features, rows, dtype, compute, threshold)
 
 
 def quantized_embedding(spec: Quantization, dtype: torch.dtype) -> EmbeddingFactory:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _FIRST_ROWS = 2048
+
+#: cos and sin, each fp32 [T, 1, head_dim / 2].
+Rotation = tuple[Tensor, Tensor]
 
 
 class RotaryTable:
@@ -19,7 +24,7 @@ class RotaryTable:
         self.head_dim, self.base, self.max_positions, self.factor = head_dim, base, max_positions, factor
         self._tables: dict[torch.device, Tensor] = {}
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, positions: Tensor) -> Rotation:
         """(cos, sin), each fp32 [T, 1, head_dim / 2], for ``positions`` int64 [T]."""
         device, rows = positions.device, None
         if device.type == "cpu" and positions.numel():  # where looking at a position waits for nothing
@@ -46,6 +51,25 @@ class RotaryTable:
         positions = torch.arange(first, last, dtype=torch.float64) / self.factor
         angles = torch.outer(positions, self.base**-exponents)
         return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+class BatchRotations:
+    """Each layer's rotation of one batch's positions, looked up when a layer first asks: some kernels read the tables.
+
+    Args:
+        tables: each layer's.
+        positions: int64 [T].
+    """
+
+    def __init__(self, tables: Sequence[RotaryTable], positions: Tensor) -> None:
+        self._tables, self._positions = tables, positions
+        self._found: dict[int, Rotation] = {}
+
+    def __getitem__(self, layer: int) -> Rotation:
+        table = self._tables[layer]
+        if id(table) not in self._found:
+            self._found[id(table)] = table.at(self._positions)
+        return self._found[id(table)]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

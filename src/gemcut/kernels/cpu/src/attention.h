@@ -2,7 +2,7 @@
 #pragma once
 #include "gemcut.h"
 
-// gemcut/kernels/cpu/step.py mirrors it.
+// gemcut/kernels/cpu/attention.py mirrors it.
 struct AttentionCall {
     const uint16_t* qkv;    // bf16 [sequences, (heads + 2 kv_heads) head_dim], contiguous
     const float *cos, *sin; // fp32 [sequences, head_dim / 2], rows rotation_stride apart

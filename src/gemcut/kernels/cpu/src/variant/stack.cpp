@@ -9,7 +9,7 @@ typedef void (*FewRows)(const Plan* plan, const void* x, int64_t m, int64_t x_st
 typedef void (*ManyRows)(const Plan* plan, const uint16_t* x, int64_t m, int64_t x_stride, void* out,
                          int64_t out_stride, int threads);
 
-// gemcut/kernels/cpu/stack.py mirrors these.
+// gemcut/model/ops/cpu_stack.py mirrors these.
 struct Group {  // what layers of one kind, full or sliding, share in a step
     const float *cos, *sin;
     const int64_t *slots, *blocks, *lengths;

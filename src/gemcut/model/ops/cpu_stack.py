@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.cpu.linear import MAX_M, CpuLinear
+from gemcut.model.key_values import KeyValues
+from gemcut.model.linear import LinearLayer
+from gemcut.model.ops.base import Rotations
+
+if TYPE_CHECKING:
+    from gemcut.model.gemma import Layer
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -54,18 +61,18 @@ class LayerStack:
     ``refusal`` says why these layers cannot run in one call, None if they can.
     """
 
-    def __init__(self, layers: Any, library: cpu.Library) -> None:
+    def __init__(self, layers: Sequence[Layer], library: cpu.Library) -> None:
         self.layers = list(layers)  # keeps alive what the structures point to
         self.refusal = _refusal(self.layers)
         if self.refusal is not None:
             return
         self._run = library.function("stack", [ctypes.POINTER(_Stack), _POINTER, _INT, ctypes.c_int])
         first = self.layers[0]
-        qkv: CpuLinear = first.attention.qkv_proj.kernel
+        qkv, _, gate_up, down = _kernels(first)
         head_dim, sizes = first.attention.head_dim, first.attention.sizes
         self.most_rows = MAX_M if qkv.many is None else 1 << 30
-        self._widths = (max(first.mlp.down_proj.kernel.columns, 1), sum(sizes), sizes[0])
-        self._gate_up = first.mlp.gate_up_proj.kernel.columns
+        self._widths = (max(down.columns, 1), sum(sizes), sizes[0])
+        self._gate_up = gate_up.columns
         self._table = (_Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
         self._stack = _Stack(
             layers=self._table, first_norm=first.input_norm.scale.data_ptr(),
@@ -76,20 +83,24 @@ class LayerStack:
 
     def _layer(self, i: int) -> _Layer:
         layer = self.layers[i]
-        attention, mlp = layer.attention, layer.mlp
+        attention = layer.attention
         following = self.layers[i + 1].input_norm.scale.data_ptr() if i + 1 < len(self.layers) else None
         q_norm, k_norm = (
             None if norm is None else norm.scale.data_ptr() for norm in (attention.q_norm, attention.k_norm)
         )
         return _Layer(
-            *(p.kernel.plan_address for p in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)),
+            *(kernel.plan_address for kernel in _kernels(layer)),
             layer.post_attention_norm.scale.data_ptr(), layer.pre_feedforward_norm.scale.data_ptr(),
             layer.post_feedforward_norm.scale.data_ptr(), following, q_norm, k_norm,
             group=int(attention.spec.window is not None), window=attention.spec.window or 0,
             scale=attention.scale, softcap=attention.spec.softcap or 0.0,
         )  # fmt: skip
 
-    def __call__(self, residual: Tensor, rotations: list[tuple[Tensor, Tensor]], kv: Any) -> None:
+    def serves(self, kv: KeyValues, rows: int) -> bool:
+        """Whether it takes a batch of so many rows: one new token for each sequence of a paged cache."""
+        return self.refusal is None and kv.host_decode is not None and rows <= self.most_rows
+
+    def __call__(self, residual: Tensor, rotations: Rotations, kv: KeyValues) -> None:
         """``residual`` fp32 [B, d] of one new token for each sequence goes through all layers, in place.
 
         Args:
@@ -97,18 +108,19 @@ class LayerStack:
             rotations: each layer's cos and sin, fp32 [B, 1, head_dim / 2].
             kv: the batch's gemcut.engine.paged.PagedKeyValues, which gets the keys and values.
         """
-        rows, stack = residual.shape[0], self._stack
+        rows, stack, batch = residual.shape[0], self._stack, kv.host_decode
+        assert batch is not None
         keep = []
         seen: set[int] = set()
         for i, entry in enumerate(self._table):
-            storage = kv.storage(i)
+            storage = batch.storage(i)
             entry.keys = storage.data_ptr()
             entry.values = entry.keys + storage.nbytes // 2
             group = entry.group
             if group not in seen:
                 seen.add(group)
-                pages, (cos, sin) = kv.pages(i), rotations[i]
-                blocks, lengths = kv.padded_blocks(i)
+                pages, (cos, sin) = batch.pages(i), rotations[i]
+                blocks, lengths = batch.live_blocks(i)
                 keep.append((pages, cos, sin, blocks, lengths))
                 stack.groups[group] = _Group(
                     cos.data_ptr(), sin.data_ptr(), pages.slots.data_ptr(), blocks.data_ptr(),
@@ -124,15 +136,20 @@ class LayerStack:
         self._run(ctypes.byref(stack), residual.data_ptr(), rows, cpu.threads())
 
 
-def _refusal(layers: list[Any]) -> str | None:
+def _linears(layer: Layer) -> tuple[LinearLayer, ...]:
+    return layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
+
+
+def _kernels(layer: Layer) -> tuple[CpuLinear, ...]:
+    return tuple(linear.kernel for linear in _linears(layer) if isinstance(linear.kernel, CpuLinear))
+
+
+def _refusal(layers: Sequence[Layer]) -> str | None:
     """None, or why these layers cannot run in one call."""
     for layer in layers:
-        for projection in (
-            layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
-        ):  # fmt: skip
-            kernel = projection.kernel
-            if not isinstance(kernel, CpuLinear):
-                return "a linear layer has another kernel"
-            if kernel.case.compute_dtype != torch.bfloat16 or kernel.case.out_dtype != torch.bfloat16:
-                return "a linear layer computes in another dtype than bfloat16"
+        kernels = _kernels(layer)
+        if len(kernels) != len(_linears(layer)):
+            return "a linear layer has another kernel"
+        if any({kernel.case.compute_dtype, kernel.case.out_dtype} != {torch.bfloat16} for kernel in kernels):
+            return "a linear layer computes in another dtype than bfloat16"
     return None

@@ -1,0 +1,81 @@
+"""The operations in bf16 on a CPU: everything but the matrix products is one C++ call each.
+
+A decode step has some twenty small operations a layer; see gemcut.kernels.cpu.rowwise for what they cost otherwise. The
+plain operations are the twin. Steps of single tokens go through all layers in one call where that serves
+(gemcut.model.ops.cpu_stack).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gemcut.kernels.cpu import attention, library
+from gemcut.kernels.cpu.attention import DecodeAttention
+from gemcut.kernels.cpu.rowwise import Rowwise
+from gemcut.kernels.prefill_attention import VarlenAttention
+from gemcut.model.key_values import KeyValues
+from gemcut.model.linear import LinearLayer, TokenTable
+from gemcut.model.norm import RMSNorm
+from gemcut.model.ops.base import Activations
+from gemcut.model.rope import Rotation
+
+if TYPE_CHECKING:
+    from gemcut.model.gemma import MLP, Attention
+
+
+def supports(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """None, or why these operations cannot serve a network of this compute dtype and head size on ``device``."""
+    if device.type != "cpu":
+        return f"runs on a CPU only, not on {device.type}"
+    if dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {dtype}"
+    return attention.supports(head_dim) or library.unavailable()
+
+
+class CpuOps:
+    """gemcut.model.ops.base.Ops; ``variant`` is the library's, None the best this CPU runs."""
+
+    varlen: VarlenAttention | None = None
+
+    def __init__(self, variant: str | None = None) -> None:
+        self.library = library.library(variant)
+        self._rowwise = Rowwise(self.library)
+        self._decode = DecodeAttention(self.library)
+
+    def embed(
+        self, ids: Tensor, table: TokenTable, scale: float, norm: RMSNorm, reader: LinearLayer
+    ) -> tuple[Tensor, Tensor]:
+        residual: Tensor = table(ids).float() * scale
+        return residual, self._rowwise.norm(residual, norm.scale, norm.eps)
+
+    def add_norm(
+        self, y: Tensor, residual: Tensor, post: RMSNorm, pre: RMSNorm | None, reader: LinearLayer | None
+    ) -> tuple[Tensor, Tensor | None]:
+        following = None if pre is None else pre.scale
+        return residual, self._rowwise.add_norm(residual, y, post.scale, following, post.eps)
+
+    def attend(
+        self, attention: Attention, x: Activations, rotation: Rotation, kv: KeyValues, wanted: Tensor | None
+    ) -> Tensor:
+        qkv = attention.qkv_proj(x)
+        if kv.host_decode is None:
+            mixed = attention.mix(qkv, rotation, kv)
+        else:
+            layer, batch = attention.layer, kv.host_decode
+            q_norm, k_norm = (None if norm is None else norm.scale for norm in (attention.q_norm, attention.k_norm))
+            mixed = self._decode(
+                qkv, batch.storage(layer), batch.pages(layer).slots, batch.live_blocks(layer), rotation,
+                attention.decode_spec, q_norm=q_norm, k_norm=k_norm,
+            )  # fmt: skip
+        out: Tensor = attention.o_proj(mixed if wanted is None else mixed[wanted])
+        return out
+
+    def mlp(self, mlp: MLP, x: Activations) -> Tensor:
+        out: Tensor = mlp.down_proj(self._rowwise.geglu(mlp.gate_up_proj(x)))
+        return out
+
+    def softcap(self, values: Tensor, cap: float) -> Tensor:
+        return self._rowwise.softcap(values, cap)
