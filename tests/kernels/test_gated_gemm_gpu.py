@@ -13,6 +13,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels import cuda_linear, gated_gemm
 from gemcut.kernels.case import LinearCase
 from gemcut.kernels.gated_gemm import gated_gemm_plain
+from gemcut.model.linear import LinearLayer
 from gemcut.model.ops import cuda
 from gemcut.quantization.int8 import dequantize_int8, quantize_int8
 from gemcut.quantization.weights import Weight
