@@ -36,9 +36,9 @@ from gemcut.checkpoint.source import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.kernels.memory import weight_allocator
+from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
-from gemcut.network import build_network
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
 from gemcut.quantization.weights import Weight

@@ -19,10 +19,10 @@ from collections.abc import Callable
 
 import torch
 
-from gemcut.kernels.case import LinearCase
 from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.cpu.linear import CpuLinear
 from gemcut.kernels.cpu.memory import huge_empty
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
 
 #: name -> (rows of each fused matrix, inputs)

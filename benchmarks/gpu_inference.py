@@ -23,11 +23,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+from gpu_bandwidth import read_bandwidth
 from gpu_network import SIZES, WEIGHTS, build, cache_bytes, product_flop
 from options import names_of
 
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
-from gemcut.kernels.bandwidth import read_bandwidth
 
 GREEDY: dict[str, float] = {"temperature": 0}
 SAMPLED: dict[str, float] = {"temperature": 0.8, "top_k": 64, "top_p": 0.95, "seed": 1}

@@ -19,15 +19,16 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from gpu_bandwidth import read_bandwidth
 from gpu_layer_kernels import HEADER, decode_attentions, draws, gated_products, prefill_attention, row_kernels
 from gpu_timing import replay_seconds
 from options import names_of, row_counts
 from torch import Tensor
 
-from gemcut.kernels import cuda_linear, nvrtc
-from gemcut.kernels.bandwidth import read_bandwidth
-from gemcut.kernels.case import LinearCase
-from gemcut.kernels.ordered import Ordered, order_x
+from gemcut.kernels.linear import cuda as cuda_linear
+from gemcut.kernels.linear.case import LinearCase
+from gemcut.kernels.linear.layout import Ordered, order_x
+from gemcut.kernels.runtime import nvrtc
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
 
 SHAPES = {

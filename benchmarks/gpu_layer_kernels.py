@@ -13,15 +13,15 @@ from gpu_timing import replay_seconds
 from torch import Tensor
 
 from gemcut.engine.draw import Kind, draw
-from gemcut.kernels import hopper_attention
-from gemcut.kernels.decode_attention import DecodeSpec, decode_attention
-from gemcut.kernels.draw_tokens import draw_tokens
-from gemcut.kernels.gated_gemm import gated_gemm
-from gemcut.kernels.geglu import geglu
-from gemcut.kernels.norm import norm_add, norm_embed
-from gemcut.kernels.packed_gemm import order_groups
-from gemcut.kernels.prefill_attention import VarlenSpec, triton_varlen
-from gemcut.kernels.rope_write import rope_write
+from gemcut.kernels.attention import varlen_hopper as hopper_attention
+from gemcut.kernels.attention.decode import DecodeSpec, decode_attention
+from gemcut.kernels.attention.varlen import VarlenSpec, triton_varlen
+from gemcut.kernels.linear.gated import gated_gemm
+from gemcut.kernels.linear.gemm import order_groups
+from gemcut.kernels.rowwise.geglu import geglu
+from gemcut.kernels.rowwise.norm import norm_add, norm_embed
+from gemcut.kernels.rowwise.rope_write import rope_write
+from gemcut.kernels.sampling.draw import draw_tokens
 
 #: Query heads, key heads, values a head: 27B, 9B, 2B.
 HEADS = ((32, 16, 128), (16, 8, 256), (8, 4, 256))

@@ -33,16 +33,16 @@ import torch
 from torch import Tensor
 
 import gemcut
-from gemcut.calibration import calibrate
+from gemcut.calibration.divergence import Divergence, Reference
+from gemcut.calibration.layerwise import calibrate
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import to_hf
 from gemcut.checkpoint.source import Source, resolve
-from gemcut.divergence import Divergence, Reference
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.kernels.memory import weight_allocator
+from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
-from gemcut.network import build_network
 from gemcut.quantization.decode import decode
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors

@@ -98,7 +98,7 @@ _LOAD = """
 import sys, torch
 from pathlib import Path
 from gemcut.checkpoint.source import resolve
-from gemcut.network import load_network
+from gemcut.loading import load_network
 from gemcut.quantization.spec import Quantization
 status = lambda: {k: v for k, v in (l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines())}
 before = int(status()["VmRSS"].split()[0])

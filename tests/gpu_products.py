@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from four_bit_reference import FP4, NF4, dequantize, quantize
-from gemcut.kernels import bf16_matvec, int8_matvec, matvec, nf4_matvec, packed_gemm
+from gemcut.kernels.linear import bf16 as bf16_matvec
+from gemcut.kernels.linear import four_bit as nf4_matvec
+from gemcut.kernels.linear import gemm as packed_gemm
+from gemcut.kernels.linear import gemv as matvec
+from gemcut.kernels.linear import int8 as int8_matvec
 
 PACKED = ["int8", "nf4", "nf4-nested", "fp4", "fp4-nested"]
 FORMATS = ["bf16", *PACKED]

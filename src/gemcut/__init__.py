@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemcut.config import GemmaConfig as GemmaConfig
+    from gemcut.engine.results import Completion as Completion
+    from gemcut.engine.results import TextStream as TextStream
     from gemcut.engine.sampling import SamplingParams as SamplingParams
     from gemcut.errors import GemcutError as GemcutError
     from gemcut.gemma import Gemma as Gemma
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from gemcut.hf import TextIteratorStreamer as TextIteratorStreamer
     from gemcut.hf import TextStreamer as TextStreamer
     from gemcut.quantization.spec import Quantization as Quantization
-    from gemcut.results import Completion as Completion
-    from gemcut.results import TextStream as TextStream
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _HOME = {
     "AutoTokenizer": "gemcut.hf",
     "BatchEncoding": "gemcut.hf",
     "BitsAndBytesConfig": "gemcut.hf",
-    "Completion": "gemcut.results",
+    "Completion": "gemcut.engine.results",
     "GemcutError": "gemcut.errors",
     "Gemma": "gemcut.gemma",
     "GemmaConfig": "gemcut.config",
@@ -39,7 +39,7 @@ _HOME = {
     "Quantization": "gemcut.quantization.spec",
     "SamplingParams": "gemcut.engine.sampling",
     "TextIteratorStreamer": "gemcut.hf",
-    "TextStream": "gemcut.results",
+    "TextStream": "gemcut.engine.results",
     "TextStreamer": "gemcut.hf",
 }
 

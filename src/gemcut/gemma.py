@@ -21,11 +21,12 @@ from gemcut import process
 from gemcut.checkpoint.source import Source, resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.engine.cache import bytes_per_block, shape_for_tokens
+from gemcut.engine.results import Completion, TextStream
 from gemcut.errors import CapacityError, MemoryOption, MissingTokenizerError, ParameterError
-from gemcut.hardware import free_memory, parse_device, parse_dtype
+from gemcut.loading import effective_quantization, load_network
 from gemcut.model import Model
-from gemcut.network import effective_quantization, load_network
-from gemcut.plan import CHUNK, Cut, MemoryPlan, weight_bytes
+from gemcut.placement.devices import free_memory, parse_device, parse_dtype
+from gemcut.placement.plan import CHUNK, Cut, MemoryPlan, weight_bytes
 from gemcut.progress import LoadProgress
 from gemcut.prompts import (
     Prompt,
@@ -39,7 +40,6 @@ from gemcut.prompts import (
 )
 from gemcut.quantization.parse import parse_quantization
 from gemcut.quantization.spec import Quantization
-from gemcut.results import Completion, TextStream
 from gemcut.sampling_defaults import GIVEN, Level, ResolvedSampling, checkpoint_level, left_out, resolve_sampling
 from gemcut.text import ChatOptions, ChatWriter, Detokenizer, Tokenizer, stop_ids
 

@@ -16,7 +16,7 @@ from gemcut.engine.sampling import SamplingParams
 from gemcut.errors import ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gemcut.results import TextStream
+    from gemcut.engine.results import TextStream
 
 Prompt = str | Sequence[int]
 

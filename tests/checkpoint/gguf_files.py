@@ -12,8 +12,8 @@ import torch
 from gguf.constants import GGMLQuantizationType as Q
 
 from gemcut.checkpoint.source import resolve
+from gemcut.loading import load_network
 from gemcut.model.dense import dense_logits
-from gemcut.network import load_network
 from support import hf_model, tiny_config
 
 NAMES = {

@@ -18,8 +18,8 @@ from gemcut.checkpoint.quantize import quantize_checkpoint
 from gemcut.checkpoint.source import resolve
 from gemcut.checkpoint.write import save_folder
 from gemcut.errors import CheckpointError
+from gemcut.loading import export_network, load_network
 from gemcut.model.dense import dense_logits
-from gemcut.network import export_network, load_network
 from gemcut.quantization.decode import decode
 from gemcut.quantization.four_bit import block_absmax
 from gemcut.quantization.spec import Quantization

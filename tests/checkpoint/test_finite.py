@@ -11,7 +11,7 @@ import torch
 
 from gemcut.checkpoint.source import resolve
 from gemcut.errors import CheckpointError
-from gemcut.network import load_network
+from gemcut.loading import load_network
 from gemcut.quantization.spec import Quantization
 from support import hf_model, save_checkpoint, tiny_config
 

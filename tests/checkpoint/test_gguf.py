@@ -15,6 +15,7 @@ from gguf.constants import GGMLQuantizationType as Q
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from gemcut.calibration.streamed import Rounded, compare_checkpoints
 from gemcut.checkpoint import names
 from gemcut.checkpoint.gguf_header import read_header
 from gemcut.checkpoint.load import load_model_weights
@@ -22,14 +23,13 @@ from gemcut.checkpoint.source import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.kernels.cpu.dequantize import dequantize
+from gemcut.loading import load_network
 from gemcut.model.gemma import Model
-from gemcut.network import load_network
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, StoredWeight
-from gemcut.streamed import Rounded, compare_checkpoints
 from support import gguf_path, hf_model, save_checkpoint, tiny_config
 
 # llama.cpp's names of a Gemma 2 layer, written out a second time.

@@ -28,7 +28,7 @@ from pathlib import Path
 import gguf.quants
 import torch
 from gemcut.checkpoint.source import resolve
-from gemcut.network import load_network
+from gemcut.loading import load_network
 from gemcut.quantization.parse import parse_quantization
 
 def status(key):

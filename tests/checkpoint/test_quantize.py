@@ -296,7 +296,7 @@ def test_two_runs_of_one_folder_are_refused(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_calibrated_run_goes_on_layer_by_layer(folder: Path, tmp_path: Path) -> None:
-    from gemcut.calibrated import CalibratedCutter
+    from gemcut.calibration.cutter import CalibratedCutter
 
     generator = torch.Generator().manual_seed(3)
     documents = [[2, *torch.randint(5, 320, (60,), generator=generator).tolist()] for _ in range(4)]

@@ -22,8 +22,8 @@ from transformers import (
 from gemcut.checkpoint.safetensors_reader import INDEX
 from gemcut.checkpoint.source import resolve
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
+from gemcut.loading import load_network
 from gemcut.model.dense import dense_logits
-from gemcut.network import load_network
 from support import hf_model, save_checkpoint, tiny_config
 
 IDS = torch.tensor([2, 17, 5, 300, 44, 9, 9, 120, 6, 31])

@@ -15,8 +15,8 @@ from gguf.constants import GGMLQuantizationType
 from gemcut.checkpoint.gguf_header import read_header
 from gemcut.checkpoint.source import Source, resolve
 from gemcut.gemma import Gemma
-from gemcut.hardware import parse_device, parse_dtype
 from gemcut.hf import AutoModelForCausalLM, AutoTokenizer
+from gemcut.placement.devices import parse_device, parse_dtype
 from gemcut.quantization.parse import parse_quantization
 
 _KEPT = 4  # bf16, nf4, fp4 and int8 take less than 2 GB together

@@ -16,7 +16,7 @@ from gemcut import AutoModelForCausalLM, Gemma
 from gemcut.cli.generate import MAX_PROMPT_BYTES, read_stdin
 from gemcut.cli.options import TOKEN_BYTES
 from gemcut.errors import CapacityError, GemcutError, ParameterError
-from gemcut.plan import Cut, weight_bytes
+from gemcut.placement.plan import Cut, weight_bytes
 from gemcut.text import Tokenizer
 
 from .conftest import Cli, environment

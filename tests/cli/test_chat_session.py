@@ -18,7 +18,7 @@ from gemcut import Gemma
 from gemcut.cli.chat_input import is_open, unquoted
 from gemcut.cli.chat_session import ChatSession
 from gemcut.cli.conversation import Conversation
-from gemcut.results import TextStream
+from gemcut.engine.results import TextStream
 from gemcut.text import encode_chat
 
 from .conftest import Cli

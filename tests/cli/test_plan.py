@@ -12,7 +12,7 @@ from gemcut.cli import output
 from gemcut.cli.plan import DTYPE_NAMES, parse_memory
 from gemcut.config import FAMILY
 from gemcut.errors import ParameterError
-from gemcut.hardware import DTYPES
+from gemcut.placement.devices import DTYPES
 
 from .conftest import Cli, process
 

@@ -13,12 +13,12 @@ import torch
 import transformers
 
 import support
+from gemcut.calibration.samples import read_calibration_text
+from gemcut.calibration.streamed import compare_checkpoints
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.checkpoint.source import resolve
 from gemcut.kernels.cpu import library
-from gemcut.streamed import compare_checkpoints
 from gemcut.text import Tokenizer
-from gemcut.text.samples import read_calibration_text
 
 from .conftest import Cli
 

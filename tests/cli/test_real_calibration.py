@@ -1,5 +1,5 @@
 """``gemcut quantize --calibrate`` on real weights, as a GGUF file and as a folder, in both 4-bit formats: the first two
-layers of Gemma 3 270M. tests/test_calibration.py calibrates all of them.
+layers of Gemma 3 270M. tests/calibration/test_layerwise.py calibrates all of them.
 
 What a folder lost is measured here from the logits of loaded models, in float64: another way than the command's own,
 which goes layer by layer.
@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import gemcut.calibration
+import gemcut.calibration.layerwise
 import gemcut.cli.quantize
+from gemcut.calibration.samples import read_calibration_text
 from gemcut.gemma import Gemma
 from gemcut.model.dense import dense_logits
 from gemcut.quantization.calibrate import Method
 from gemcut.quantization.spec import FORMATS
-from gemcut.text.samples import read_calibration_text
 from support import ROOT
 
 from . import real_forms as real
@@ -46,7 +46,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     real.share_loads(monkeypatch)
     monkeypatch.setattr(gemcut.cli.quantize, "CONTEXT", CONTEXT)
-    monkeypatch.setattr(gemcut.calibration, "Method", partial(Method, sweeps=0))
+    monkeypatch.setattr(gemcut.calibration.layerwise, "Method", partial(Method, sweeps=0))
 
 
 def _calibrate(cli: Cli, line: str, source: Path, form: str, out: str) -> Run:

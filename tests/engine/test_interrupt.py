@@ -15,8 +15,8 @@ import pytest
 from engine.driver import assert_consistent, assert_nothing_held
 from engine.words import Words, new_gemma
 from gemcut.engine import SamplingParams
+from gemcut.engine.results import TextStream
 from gemcut.gemma import Gemma
-from gemcut.results import TextStream
 
 WAY = ("/gemcut/engine/", "/gemcut/gemma.py", "/gemcut/results.py", "/gemcut/text/detokenizer.py")
 

@@ -14,9 +14,9 @@ import pytest
 from engine.driver import assert_consistent, assert_nothing_held
 from engine.words import Words, new_gemma
 from gemcut.engine import SamplingParams
+from gemcut.engine.results import TextStream
 from gemcut.errors import GemcutError, ParameterError, RequestError
 from gemcut.gemma import Gemma
-from gemcut.results import TextStream
 
 PROMPTS = [[5, 6, 7], [9] * 11, [4, 3, 4, 3, 4], [8, 2]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemcut.kernels import packed_gemm
+from gemcut.kernels.linear import gemm as packed_gemm
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from transformers import BitsAndBytesConfig as TheirConfig
 from gemcut.checkpoint.source import resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.kernels.cpu import library
-from gemcut.kernels.plain import dense_product_fp16
+from gemcut.kernels.linear.plain import dense_product_fp16
+from gemcut.loading import export_network, load_network
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
 from gemcut.model.ops.plain import PlainOps
-from gemcut.network import export_network, load_network
 from gemcut.quantization.decode import decode
 from gemcut.quantization.int8 import llm_int8_product, quantize_int8
 from gemcut.quantization.spec import Quantization
@@ -132,8 +132,8 @@ def test_the_product_alone() -> None:
 
 def test_llm_int8s_product_alone() -> None:
     """Rounded to fp16 as far as fp16 goes: bitsandbytes' own numbers there."""
-    from gemcut.kernels.case import LinearCase
-    from gemcut.kernels.plain import plain_linear
+    from gemcut.kernels.linear.case import LinearCase
+    from gemcut.kernels.linear.plain import plain_linear
 
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
     x[1, 7] = 1e6

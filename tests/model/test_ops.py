@@ -11,6 +11,7 @@ from gemcut.engine.cache import PagedCache, Tables, shape_for_tokens
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.cpu.linear import MAX_M, CpuLinear
+from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
 from gemcut.model.dense import DenseKeyValues
@@ -19,7 +20,6 @@ from gemcut.model.linear import Linear, LinearLayer
 from gemcut.model.ops.cpu import CpuOps
 from gemcut.model.ops.cpu_stack import LayerStack
 from gemcut.model.ops.plain import PlainOps
-from gemcut.network import build_network
 from gemcut.quantization.spec import Quantization
 from support import tiny_config
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gemcut.calibration.samples import read_calibration_text
 from gemcut.errors import ParameterError
 from gemcut.text import Tokenizer
-from gemcut.text.samples import read_calibration_text
 from support import tokenizer_dir
 
 

@@ -17,10 +17,10 @@ from gemcut.cli.conversation import Conversation
 from gemcut.cli.failures import explain
 from gemcut.cli.files import read_text_file
 from gemcut.cli.interrupt import quiet_keyboard, stop_request
+from gemcut.engine.results import Completion
 from gemcut.errors import GemcutError, ParameterError
 from gemcut.gemma import Gemma
 from gemcut.paths import expand
-from gemcut.results import Completion
 from gemcut.sampling_defaults import ResolvedSampling
 from gemcut.settings import KEYS, known, parse
 

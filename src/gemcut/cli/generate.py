@@ -26,8 +26,8 @@ from gemcut.errors import ParameterError
 from gemcut.files import UnreadableError, read_bounded
 
 if TYPE_CHECKING:
+    from gemcut.engine.results import Completion
     from gemcut.gemma import Gemma
-    from gemcut.results import Completion
     from gemcut.sampling_defaults import ResolvedSampling
 
 #: The largest context of a Gemma 2 or 3 is 131,072 tokens, and their longest token has 48 bytes of text: whatever is

@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    from gemcut.hardware import free_memory
+    from gemcut.placement.devices import free_memory
 
     cpu = torch.device("cpu")
     devices: list[dict[str, Any]] = [
@@ -205,7 +205,7 @@ def _model(name: str, hub: HubOptions) -> dict[str, Any]:
 
 def _expanded(source: Source, config: GemmaConfig) -> dict[str, Any]:
     """What a GGUF file's quantized weights become in memory."""
-    from gemcut.plan import Cut, weight_bytes
+    from gemcut.placement.plan import Cut, weight_bytes
 
     if not (types := source.expanded):
         return {}

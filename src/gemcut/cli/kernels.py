@@ -9,13 +9,17 @@ import torch
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import bf16_matvec, draw_tokens, gated_gemm, int8_matvec, nf4_matvec
-from gemcut.kernels.dispatch import LINEAR, LinearCase
+from gemcut.kernels.linear import bf16 as bf16_matvec
+from gemcut.kernels.linear import four_bit as nf4_matvec
+from gemcut.kernels.linear import gated as gated_gemm
+from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear.dispatch import LINEAR, LinearCase
+from gemcut.kernels.sampling import draw as draw_tokens
+from gemcut.loading import build_network
 from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
 from gemcut.model.ops import cpu as cpu_ops
 from gemcut.model.ops import cuda as cuda_ops
 from gemcut.model.ops import cuda_megakernel
-from gemcut.network import build_network
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
 
 DTYPE = torch.bfloat16

@@ -112,7 +112,7 @@ class LoadOptions(HubOptions):
         import torch
 
         from gemcut.gemma import Gemma
-        from gemcut.hardware import parse_device, parse_dtype
+        from gemcut.placement.devices import parse_device, parse_dtype
 
         parse_dtype(self.dtype, torch.bfloat16)  # before anything is looked for or downloaded
         parse_device(self.device)

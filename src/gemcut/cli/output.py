@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gemcut.engine.results import Completion
     from gemcut.gemma import Gemma
-    from gemcut.results import Completion
     from gemcut.sampling_defaults import ResolvedSampling
 
 # Everything a terminal may obey: C0 (without tab and line feed), DEL and C1. A carriage return can hide a line too.

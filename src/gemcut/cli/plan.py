@@ -14,14 +14,14 @@ from gemcut.cli.options import Debug, HubOptions, check_four_bit_options, flag, 
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.paths import expand
-from gemcut.plan import CHUNK, DTYPE_BYTES, Cut, MemoryPlan, WeightFormat
+from gemcut.placement.plan import CHUNK, DTYPE_BYTES, Cut, MemoryPlan, WeightFormat
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from gemcut.quantization.spec import Quantization
 
-# Spelled here as in gemcut.hardware, which imports torch.
+# Spelled here as in gemcut.placement.devices, which imports torch.
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -168,7 +168,7 @@ def _limit(device: str, given: str | None) -> Limit:
             raise ParameterError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
         # Another machine's memory: the larger steps of a GPU are the safe guess.
         return Limit(parse_memory(given), given.strip(), "cpu" if device == "cpu" else "cuda", "")
-    from gemcut.hardware import free_memory, parse_device
+    from gemcut.placement.devices import free_memory, parse_device
 
     try:
         found = parse_device(device)

@@ -113,8 +113,8 @@ def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter
     """The cutter that goes by the sample ``text``, what of it decides the result, and documents it does not see."""
     import hashlib
 
-    from gemcut.calibrated import CalibratedCutter
-    from gemcut.text.samples import read_calibration_text
+    from gemcut.calibration.cutter import CalibratedCutter
+    from gemcut.calibration.samples import read_calibration_text
 
     context = min(CONTEXT, source.config().max_position_embeddings)
     every = read_calibration_text(text, source.tokenizer(), tokens=18432, context=context)
@@ -134,9 +134,9 @@ def _held_out(
     source: Source, spec: Quantization, documents: list[list[int]], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """What the text that calibration did not see lost, and what it would lose if every value took its nearest code."""
+    from gemcut.calibration.streamed import Rounded, Weights, compare_checkpoints
     from gemcut.checkpoint.source import resolve
     from gemcut.progress import LoadProgress
-    from gemcut.streamed import Rounded, Weights, compare_checkpoints
 
     with LoadProgress(True, "comparing with the whole model") as report:
         cuts: list[Weights] = [resolve(folder), Rounded(source, spec)]

@@ -16,8 +16,11 @@ from torch import Tensor
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import Kind
 from gemcut.engine.draw_graphs import DrawGraphs
-from gemcut.kernels import argmax, decode_attention, geglu, norm, nvrtc
-from gemcut.kernels.decode_step import DecodeStep
+from gemcut.kernels.attention import decode as decode_attention
+from gemcut.kernels.megakernel.decode_step import DecodeStep
+from gemcut.kernels.rowwise import geglu, norm
+from gemcut.kernels.runtime import nvrtc
+from gemcut.kernels.sampling import argmax
 from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Span
 from gemcut.model.ops.cuda_megakernel import decode_megakernel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.draw import NUMBERS, Kind, draw
-from gemcut.kernels import draw_tokens
+from gemcut.kernels.sampling import draw as draw_tokens
 
 # Rows up to which tokens are drawn in a graph by PyTorch's operations, one row after another.
 _MOST_PLAIN_DRAWS = 8

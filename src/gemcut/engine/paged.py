@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, ceil_div
-from gemcut.kernels.prefill_attention import Run, fresh_runs
+from gemcut.kernels.attention.varlen import Run, fresh_runs
 from gemcut.model.key_values import KeyValues, Pages, Span
 
 

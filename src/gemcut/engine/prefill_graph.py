@@ -21,13 +21,14 @@ from torch import Tensor
 
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.paged import gather, gathered_runs, live_blocks, token_slots
-from gemcut.kernels import hopper_attention, prefill_attention
-from gemcut.kernels.hopper_attention import hopper_varlen
-from gemcut.kernels.prefill_attention import VarlenAttention, fresh_runs, tiles, triton_varlen
+from gemcut.kernels.attention import varlen as prefill_attention
+from gemcut.kernels.attention import varlen_hopper as hopper_attention
+from gemcut.kernels.attention.varlen import VarlenAttention, fresh_runs, tiles, triton_varlen
+from gemcut.kernels.attention.varlen_hopper import hopper_varlen
 from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Pages, Span
 
-#: Rows a graph has: where a product's tiles end (kernels/packed_gemm.py), so that its kernel is the batch's own.
+#: Rows a graph has: where a product's tiles end (kernels/linear/gemm.py), so that its kernel is the batch's own.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 288, 384, 512)
 #: Tokens of older context, the batch's own included, that a graph has room to gather; 0: a batch without any.
 CONTEXTS = (0, 512, 1024, 2048, 4096, 8192)

@@ -10,7 +10,6 @@ import torch
 from gemcut.checkpoint.source import checked_name, resolve
 from gemcut.errors import CapacityError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma, check_memory
-from gemcut.hardware import parse_dtype
 from gemcut.hf.common import CODE_IDLE, NO_CODE, Refusal, refuse, usable_revision, warn_once
 from gemcut.hf.loading import LOAD, LOAD_IDLE, wanted_dtype
 from gemcut.hf.model import GemmaForCausalLM
@@ -18,8 +17,9 @@ from gemcut.hf.options import GenerationConfig
 from gemcut.hf.placement import placement
 from gemcut.hf.quantization_config import BitsAndBytesConfig, read_quantization_config
 from gemcut.hf.tokenizer import GemmaTokenizer
-from gemcut.network import effective_quantization
+from gemcut.loading import effective_quantization
 from gemcut.paths import expand
+from gemcut.placement.devices import parse_dtype
 from gemcut.text import Tokenizer
 from gemcut.text import files as text_files
 

@@ -12,8 +12,8 @@ import torch
 
 from gemcut.checkpoint.source import checked_name
 from gemcut.errors import ParameterError, UnsupportedError
-from gemcut.hardware import parse_device
 from gemcut.paths import expand
+from gemcut.placement.devices import parse_device
 
 #: An option gemcut knows but does not have: the values that change nothing (None always is one), and why it is refused.
 Refusal = tuple[tuple[Any, ...], str]

@@ -16,12 +16,12 @@ from gemcut.checkpoint.write import save_folder
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma
-from gemcut.hardware import parse_dtype
 from gemcut.hf.common import CODE_IDLE, NO_CODE, Idle, Refusal
 from gemcut.hf.missing import missing
 from gemcut.hf.placement import byte_size
 from gemcut.hf.public_names import CONFIG
-from gemcut.network import export_network, move_network
+from gemcut.loading import export_network, move_network
+from gemcut.placement.devices import parse_dtype
 
 _DEVICES = "a model is on one device in this version"
 _OFFLOAD = "nothing is offloaded in this version"

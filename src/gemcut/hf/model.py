@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gemcut.errors import ContextLengthError, ParameterError, UnsupportedError
 from gemcut.gemma import Gemma
-from gemcut.hardware import parse_dtype
 from gemcut.hf import generation, scores
 from gemcut.hf.common import find_device, named_folder, refuse, warn_once
 from gemcut.hf.inputs import read_rows, split_mapping
@@ -22,6 +21,7 @@ from gemcut.hf.outputs import CausalLMOutput, GenerateOutput
 from gemcut.hf.public_names import MODEL
 from gemcut.hf.quantization_config import BitsAndBytesConfig
 from gemcut.model.quantized import Int8Embedding, QuantizedLinear
+from gemcut.placement.devices import parse_dtype
 
 
 class GemmaForCausalLM(ModuleAccess):

@@ -19,7 +19,7 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
 from gemcut.gemma import Gemma
 from gemcut.hf.public_names import MODEL
-from gemcut.network import export_network
+from gemcut.loading import export_network
 from gemcut.quantization.state import to_stored
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 

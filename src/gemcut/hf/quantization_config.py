@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 
 from gemcut.errors import ParameterError, UnsupportedError
-from gemcut.hardware import parse_dtype
 from gemcut.hf.common import warn_once
+from gemcut.placement.devices import parse_dtype
 from gemcut.quantization.spec import Format, Quantization
 from gemcut.text.files import write_text
 

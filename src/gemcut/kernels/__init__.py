@@ -1,1 +1,1 @@
-"""Fast paths per device. Each kernel is one small file with its plain torch twin beside it."""
+"""Fast paths per device, by family. A CUDA source stands beside the Python that launches it; none knows of layers."""

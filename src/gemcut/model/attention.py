@@ -16,8 +16,10 @@ from torch import Tensor
 
 from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
-from gemcut.kernels import hopper_attention, nvrtc, prefill_attention
-from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec, fresh_runs
+from gemcut.kernels.attention import varlen as prefill_attention
+from gemcut.kernels.attention import varlen_hopper as hopper_attention
+from gemcut.kernels.attention.varlen import VarlenAttention, VarlenSpec, fresh_runs
+from gemcut.kernels.runtime import nvrtc
 from gemcut.model.key_values import KeyValues
 
 # Queries are taken in tiles so that fp32 scores of an 8k context stay small and keys no query sees are skipped.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gemcut.kernels.dispatch import Choice, choose_linear
+from gemcut.kernels.linear.dispatch import Choice, choose_linear
 from gemcut.model.linear import Embedding, Linear
 from gemcut.model.ops import cpu, cuda
 from gemcut.model.ops.cpu_stack import LayerStack

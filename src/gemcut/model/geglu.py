@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemcut.kernels.plain import fp16_rows
+from gemcut.kernels.linear.plain import fp16_rows
 
 GegluDown = Callable[[Tensor, nn.Module], Tensor]
 

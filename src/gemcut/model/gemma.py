@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gemcut import process
 from gemcut.config import SLIDING, GemmaConfig
-from gemcut.kernels.decode_attention import DecodeSpec
+from gemcut.kernels.attention.decode import DecodeSpec
 from gemcut.model.attention import AttentionFunction, AttentionSpec, choose_attention
 from gemcut.model.geglu import choose_geglu
 from gemcut.model.key_values import KeyValues

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gemcut.kernels.prefill_attention import Run
+from gemcut.kernels.attention.varlen import Run
 
 
 @dataclass(frozen=True)

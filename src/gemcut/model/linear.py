@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemcut.kernels.dispatch import LinearCase, LinearKernel
-from gemcut.kernels.plain import dense_product
+from gemcut.kernels.linear.dispatch import LinearCase, LinearKernel
+from gemcut.kernels.linear.plain import dense_product
 
 
 class LinearLayer(nn.Module):

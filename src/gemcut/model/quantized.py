@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemcut.kernels.dispatch import LinearCase, LinearKernel
-from gemcut.kernels.plain import plain_linear
+from gemcut.kernels.linear.dispatch import LinearCase, LinearKernel
+from gemcut.kernels.linear.plain import plain_linear
 from gemcut.model.linear import EmbeddingFactory, LinearFactory, LinearLayer, TokenTable, dense_embedding
 from gemcut.quantization.int8 import dequantize_int8
 from gemcut.quantization.spec import Quantization

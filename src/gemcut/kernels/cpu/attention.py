@@ -10,8 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from gemcut.kernels.attention.decode import DecodeSpec
 from gemcut.kernels.cpu import library as cpu
-from gemcut.kernels.decode_attention import DecodeSpec
 
 #: step_attention.cpp's limit.
 MAX_HEAD_DIM = 512

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.kernels.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.cpu import library as cpu
-from gemcut.kernels.plain import plain_linear
+from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
+from gemcut.kernels.linear.plain import plain_linear
 from gemcut.quantization.tables import code_table, dynamic_map
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 

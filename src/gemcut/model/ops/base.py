@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from gemcut.kernels.ordered import Ordered
-from gemcut.kernels.prefill_attention import VarlenAttention
+from gemcut.kernels.attention.varlen import VarlenAttention
+from gemcut.kernels.linear.layout import Ordered
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm

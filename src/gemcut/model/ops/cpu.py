@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gemcut.kernels.attention.varlen import VarlenAttention
 from gemcut.kernels.cpu import attention, library
 from gemcut.kernels.cpu.attention import DecodeAttention
 from gemcut.kernels.cpu.rowwise import Rowwise
-from gemcut.kernels.prefill_attention import VarlenAttention
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm

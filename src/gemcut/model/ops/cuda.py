@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from gemcut.config import GemmaConfig
-from gemcut.kernels import decode_attention, gated_gemm, geglu, nvrtc, rope_write
-from gemcut.kernels import norm as norms
-from gemcut.kernels.cuda_linear import FewRows
-from gemcut.kernels.ordered import Ordered
-from gemcut.kernels.plain import softcap_in_place
-from gemcut.kernels.prefill_attention import VarlenAttention, VarlenSpec
+from gemcut.kernels.attention import decode as decode_attention
+from gemcut.kernels.attention.varlen import VarlenAttention, VarlenSpec
+from gemcut.kernels.linear import gated as gated_gemm
+from gemcut.kernels.linear.cuda import FewRows
+from gemcut.kernels.linear.layout import Ordered
+from gemcut.kernels.linear.plain import softcap_in_place
+from gemcut.kernels.rowwise import geglu, rope_write
+from gemcut.kernels.rowwise import norm as norms
+from gemcut.kernels.runtime import nvrtc
 from gemcut.model.key_values import DecodeBatch, KeyValues, PagedBatch
 from gemcut.model.linear import Embedding, LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
@@ -143,7 +146,7 @@ def head_norms(attention: Attention) -> tuple[Tensor | None, Tensor | None]:
 
 
 def groups_of(linear: LinearLayer, m: int) -> int:
-    """Groups that a linear layer wants ``m`` rows of x put in order by (gemcut.kernels.ordered); 0: as they are."""
+    """Groups in which a linear layer wants ``m`` rows of x in order (gemcut.kernels.linear.layout); 0: as they are."""
     return linear.kernel.groups(m) if isinstance(linear.kernel, FewRows) else 0
 
 
@@ -159,7 +162,7 @@ def product(linear: LinearLayer, x: Activations) -> Tensor:
 def gated_product(linear: LinearLayer, x: Activations, groups: int) -> Activations:
     """bf16 ``gelu(gate) · up`` [m, rows / 2] of a linear layer whose rows are gate, then up.
 
-    With ``groups`` the result is in order (gemcut.kernels.ordered), in so many groups of eight rows.
+    With ``groups`` the result is in order (gemcut.kernels.linear.layout), in so many groups of eight rows.
     """
     gated = linear.kernel.gated if isinstance(linear.kernel, FewRows) else None
     if gated is not None and not groups and isinstance(x, Tensor) and gated_gemm.pays(len(x)):

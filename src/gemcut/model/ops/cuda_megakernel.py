@@ -1,4 +1,4 @@
-"""All layers of one sequence's decode step in a single launch (gemcut.kernels.decode_step), for a network."""
+"""All layers of one sequence's decode step in one launch (gemcut.kernels.megakernel.decode_step), for a network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gemcut.config import GemmaConfig
-from gemcut.kernels import decode_step
-from gemcut.kernels.cuda_linear import FewRows, Rows
-from gemcut.kernels.decode_step import DecodeStep, StepLayer, StepShape
-from gemcut.kernels.matvec import Storage
+from gemcut.kernels.linear.cuda import FewRows, Rows
+from gemcut.kernels.linear.gemv import Storage
+from gemcut.kernels.megakernel import decode_step
+from gemcut.kernels.megakernel.decode_step import DecodeStep, StepLayer, StepShape
 from gemcut.model.key_values import DecodeBatch
 from gemcut.model.ops.cuda import head_norms, table_of
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemcut.kernels.plain import softcap_in_place
-from gemcut.kernels.prefill_attention import VarlenAttention
+from gemcut.kernels.attention.varlen import VarlenAttention
+from gemcut.kernels.linear.plain import softcap_in_place
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm

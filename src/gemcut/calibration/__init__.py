@@ -1,0 +1,1 @@
+"""A checkpoint quantized by what it does to a text, and what that cost: divergence, streamed comparison."""

@@ -1,0 +1,1 @@
+"""Attention over packed sequences (varlen) and over the paged cache (decode)."""

@@ -1,0 +1,360 @@
+"""Products on an NVIDIA GPU for dispatch: matrix-vector kernels, fused products, decode and cuBLAS, by the rows of x.
+
+Up to eight rows of x, 16 of some small four-bit matrices, go through the matrix-vector kernels. More, up to
+`fused_rows`, are multiplied by weights decoded in registers (packed_gemm, Hopper only; elsewhere up to ``8 · PASSES``
+rows go through the matrix-vector kernels eight at a time). Beyond, the weights are decoded to bf16, a run of rows at a
+time, in a buffer all layers share, for cuBLAS. bf16 weights need none of this: cuBLAS takes them from `DENSE_ROWS` rows
+on.
+
+An MLP's two products of the same x are multiplied, gated and rounded in one launch where that serves and pays
+(gemcut.kernels.linear.gated); packed ones are decoded for it, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gemcut.errors import ParameterError
+from gemcut.kernels.linear import bf16 as bf16_matvec
+from gemcut.kernels.linear import four_bit as nf4_matvec
+from gemcut.kernels.linear import gated as gated_gemm
+from gemcut.kernels.linear import gemm as packed_gemm
+from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
+from gemcut.kernels.linear.gemv import MAX_ROWS, SMALL_BYTES, TILE, matvec, most_rows
+from gemcut.kernels.linear.int8 import Int8Rows
+from gemcut.kernels.linear.layout import Ordered
+from gemcut.kernels.linear.plain import dense_product
+from gemcut.kernels.runtime import nvrtc
+from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
+from gemcut.quantization.tables import code_table
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+
+# Without fused products. Decoding a matrix for cuBLAS writes and reads 4 bytes a weight more: about as much as eight
+# passes over packed ones.
+PASSES = 8
+# From this many rows on cuBLAS multiplies bf16 weights at least as fast as the matrix-vector kernel (measured).
+DENSE_ROWS = 5
+# Decoded weights stand here. The more rows at a time, the smaller the share of processors that have nothing to do at a
+# product's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
+BUFFER_BYTES = 324 << 20
+HEAD_BYTES = 32 << 20
+
+
+def fused_rows(weights: int, four_bit: bool) -> int:
+    """Up to so many rows a fused product with a matrix of so many weights beats decoding and cuBLAS (on an H100)."""
+    if weights < 20 << 20:
+        return 384
+    if weights < 128 << 20:
+        return 640 if four_bit else 512
+    return 896 if four_bit else 768
+
+
+def supports(case: LinearCase, device: torch.device) -> str | None:
+    """None where these kernels serve ``case``, else one line that says why not."""
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU"
+    reason = nvrtc.unavailable_reason()
+    if reason is not None:
+        return reason
+    if case.compute_dtype != torch.bfloat16:
+        return f"computes in bfloat16 only, not in {case.compute_dtype}"
+    if case.out_dtype not in (torch.bfloat16, torch.float32):
+        return f"gives bfloat16 or float32, not {case.out_dtype}"
+    if case.activation_threshold is not None:
+        return "keeps activations whole; LLM.int8()'s arithmetic (activation_threshold) runs in plain PyTorch"
+    weights = case.weights
+    if all(isinstance(weight, FourBitWeight) for weight in weights):
+        if case.out_dtype == torch.float32:
+            return "four-bit kernels give bfloat16 only"
+        return nf4_matvec.supports([w for w in weights if isinstance(w, FourBitWeight)])
+    if all(isinstance(weight, Int8Weight) for weight in weights):
+        return _int8_reason([w for w in weights if isinstance(w, Int8Weight)])
+    if len(weights) == 1 and isinstance(weights[0], Tensor):
+        return bf16_matvec.supports(weights[0])
+    return "takes matrices of one format together, and one whole matrix at a time"
+
+
+def _int8_reason(weights: list[Int8Weight]) -> str | None:
+    columns = weights[0].shape[1]
+    if columns % 16:
+        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {columns}"
+    return None
+
+
+#: What a kernel reads: one matrix, or several of the same inputs one below the other.
+Rows = nf4_matvec.PackedFourBit | Int8Rows | Tensor
+
+
+class FewRows:
+    """Up to ``most_few`` rows of x through ``few``, up to ``most_some`` through ``some``, more through ``many``.
+
+    ``rows`` is what they read; ``ordered``: whether ``some`` takes x in order (gemcut.kernels.linear.layout), too.
+    ``gated``: of matrices whose rows are gate, then up, gives ``gelu(gate) · up`` of many rows of x in one launch.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        few: Callable[[Tensor], Tensor],
+        many: Callable[[Tensor], Tensor],
+        most_few: int,
+        some: Callable[[Tensor], Tensor] | Callable[[Tensor | Ordered], Tensor] | None = None,
+        most_some: int = 0,
+        ordered: bool = False,
+        gated: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.rows, self.few, self.some, self.many, self.gated = rows, few, some, many, gated
+        self.most_few, self.most_some, self.ordered = most_few, most_some, ordered
+
+    def __call__(self, x: Tensor | Ordered) -> Tensor:
+        if isinstance(x, Ordered):
+            if not self.groups(x.m):
+                raise ParameterError(f"a product of {x.m} rows reads them as they are, not in order")
+            return self.some(x)  # type: ignore[misc, arg-type]
+        rows = x.shape[0]
+        if 0 < rows <= self.most_few:
+            return self.few(x)
+        if self.some is not None and 0 < rows <= self.most_some:
+            return self.some(x)
+        return self.many(x)
+
+    def groups(self, m: int) -> int:
+        """Groups of eight rows that ``m`` rows of x are best put in order by; 0: they are read as they are."""
+        return packed_gemm.order_groups(m) if self.ordered and self.most_few < m <= self.most_some else 0
+
+
+class _Packed(FewRows):
+    """Four-bit or int8 weights. ``weights`` gives the matrices back, since packing let go of the ones that came."""
+
+    weights: tuple[Weight, ...]
+
+
+#: Decodes rows of W, from one (a multiple of ``TILE``) on so many, into bf16 [rows, k].
+Decode = Callable[[int, int, Tensor], None]
+
+
+def _packed_kernel(
+    rows: Rows,
+    few: Callable[[Tensor], Tensor],
+    fused: Callable[[Tensor | Ordered], Tensor],
+    decode: Decode,
+    shape: tuple[int, int],
+    out_dtype: torch.dtype,
+    codes: Tensor,
+    most_few: int = MAX_ROWS,
+) -> _Packed:
+    def many(x: Tensor) -> Tensor:
+        return _by_runs(x, *shape, decode, out_dtype)
+
+    # The head's logits are wanted of few rows at a time: not worth a large buffer.
+    _buffer(codes.device).announce(*shape, BUFFER_BYTES if out_dtype == torch.bfloat16 else HEAD_BYTES)
+    device = codes.device.index or 0
+    if packed_gemm.unavailable_reason(device) is None:
+        gated = None if _gated_reason(*shape, out_dtype, device) else functools.partial(_gated_by_runs, shape, decode)
+        most_some = fused_rows(shape[0] * shape[1], not isinstance(rows, Int8Rows))
+        return _Packed(rows, few, many, most_few, fused, most_some, ordered=True, gated=gated)
+
+    def passes(x: Tensor) -> Tensor:
+        return torch.cat([few(part) for part in torch.split(x, MAX_ROWS)])
+
+    return _Packed(rows, few, many, MAX_ROWS, passes, MAX_ROWS * PASSES)
+
+
+def _gated_reason(n: int, k: int, out_dtype: torch.dtype, device: int) -> str | None:
+    """Why a matrix of ``n`` rows is not taken for an MLP's gate above its up; None: it may be."""
+    if n % 2 or out_dtype != torch.bfloat16:
+        return "needs as many rows of gate as of up, and gives bfloat16"
+    return gated_gemm.supports(n // 2, k, device)
+
+
+def _four_bit(case: LinearCase) -> LinearKernel:
+    packed = nf4_matvec.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
+    storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument
+    # With fp32 scales eight rows of a large matrix are faster fused: 92 µs became 78 for 27B's gate and up.
+    whole_scales = not packed.nested and packed.codes.numel() > SMALL_BYTES
+    kernel = _packed_kernel(
+        packed,
+        lambda x: matvec(storage, argument, x, packed.n),
+        lambda x: packed_gemm.gemm(storage, argument, x, packed.n),
+        lambda start, count, out: decode_four_bit(packed, start // TILE, -(-count // TILE), out),
+        (packed.n, packed.k),
+        torch.bfloat16,
+        packed.codes,
+        MAX_ROWS - 1 if whole_scales else most_rows(storage, packed.n, packed.k, packed.codes.device.index or 0),
+    )
+    kernel.weights = packed.weights()
+    return kernel
+
+
+def _int8(case: LinearCase) -> LinearKernel:
+    given = [w for w in case.weights if isinstance(w, Int8Weight)]
+    rows = Int8Rows.of(given)
+    n, k = rows.values.shape
+    storage, argument = int8_matvec.STORAGE, int8_matvec.argument(rows)
+    out_dtype: Literal["float32", "bfloat16"] = "float32" if case.out_dtype == torch.float32 else "bfloat16"
+    kernel = _packed_kernel(
+        rows,
+        lambda x: matvec(storage, argument, x, n, out_dtype=out_dtype),
+        lambda x: packed_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
+        lambda start, count, out: decode_int8(
+            rows.values[start : start + count], rows.scales[start : start + count], out
+        ),
+        (n, k),
+        case.out_dtype,
+        rows.values,
+    )
+    parts = torch.split(rows.values, [weight.shape[0] for weight in given])
+    kernel.weights = tuple(replace(weight, codes=part) for weight, part in zip(given, parts, strict=True))
+    return kernel
+
+
+def _dense(case: LinearCase) -> LinearKernel:
+    (weight,) = case.weights
+    assert isinstance(weight, Tensor)
+    if case.out_dtype == torch.float32:
+        return FewRows(
+            weight,
+            lambda x: bf16_matvec.bf16_head(x, weight, None),
+            lambda x: dense_product(x, weight, torch.float32),
+            MAX_ROWS,
+        )
+    n, k = weight.shape
+    gated = _gated_reason(n, k, case.out_dtype, weight.device.index or 0) is None
+    return FewRows(
+        weight,
+        lambda x: bf16_matvec.bf16_matvec(x, weight),
+        lambda x: dense_product(x, weight),
+        DENSE_ROWS - 1,
+        gated=(lambda x: gated_gemm.gated_gemm(x, weight)) if gated else None,
+    )
+
+
+def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
+    """The kernel of a case that ``supports`` takes."""
+    if isinstance(case.weights[0], FourBitWeight):
+        return _four_bit(case)
+    return _int8(case) if isinstance(case.weights[0], Int8Weight) else _dense(case)
+
+
+CUDA = LinearImplementation("cuda", supports, prepare)
+
+
+class _Buffer:
+    """Where decoded weights stand: one for all layers of a device, since what is queued on the stream uses it in turn.
+
+    As large as the largest matrix that was announced, up to `BUFFER_BYTES` and a small part of the device's memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._announced = device, 0
+        self._share = torch.cuda.get_device_properties(device).total_memory // 128
+        #: Captured graphs go on using what they were captured with, so none is given back.
+        self.kept: list[Tensor] = []
+
+    def announce(self, n: int, k: int, most: int) -> None:
+        """A matrix [n, k] will be decoded, whole or in parts of up to ``most`` bytes."""
+        self._announced = max(self._announced, min(-(-n // TILE) * TILE * k * 2, most))
+
+    def values(self, least: int) -> Tensor:
+        """bf16, at least so many, uninitialised."""
+        count = max(min(self._announced, self._share, BUFFER_BYTES) // 2, least)
+        if not self.kept or len(self.kept[-1]) < count:
+            self.kept.append(torch.empty(count, dtype=torch.bfloat16, device=self.device))
+        return self.kept[-1]
+
+
+@functools.cache
+def _buffer(device: torch.device) -> _Buffer:
+    return _Buffer(device)
+
+
+@functools.cache
+def _four_bit_kernel(nested: bool, device: int) -> CudaKernel:
+    sources = read_sources(
+        "runtime/launch.cuh", "linear/gemv.cuh", "linear/four_bit_gemv.cu", "linear/four_bit_dequant.cu"
+    )
+    return compile_kernel(sources, "four_bit_decode", (("NESTED", int(nested)),), device)
+
+
+class _FourBitDecode(ctypes.Structure):
+    _fields_ = (
+        ("codebook", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("first_tile", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("k", ctypes.c_int),
+    )
+
+
+def decode_four_bit(packed: nf4_matvec.PackedFourBit, first_tile: int, tiles: int, out: Tensor) -> None:
+    """Rows of ``tiles`` tiles of 16 from ``first_tile`` on, decoded into ``out`` bf16 [rows, k]."""
+    codebook = code_table(packed.quant_type, out.device)
+    task = _FourBitDecode(codebook.data_ptr(), out.data_ptr(), first_tile, tiles, packed.k)
+    blocks = min(-(-tiles * packed.codes.shape[1] // 8), 132 * 16)
+    _four_bit_kernel(packed.nested, out.device.index or 0).launch((blocks, 1), 256, 0, (task, packed.argument))
+
+
+class _Int8Decode(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("k", ctypes.c_int),
+    )
+
+
+def decode_int8(values: Tensor, scales: Tensor, out: Tensor) -> None:
+    """int8 [n, k] times fp32 [n] into ``out`` bf16 [n, k]; n is at most 65535."""
+    n, k = values.shape
+    kernel = compile_kernel(
+        read_sources("runtime/launch.cuh", "linear/int8_dequant.cu"), "int8_decode", (), out.device.index or 0
+    )
+    task = _Int8Decode(values.data_ptr(), scales.data_ptr(), out.data_ptr(), k)
+    kernel.launch((-(-k // 4096), n), 256, 0, (task,))
+
+
+def _by_runs(x: Tensor, n: int, k: int, decode: Decode, out_dtype: torch.dtype) -> Tensor:
+    """x bf16 [m, k], any m, times W [n, k] transposed -> [m, n], W decoded a run of rows at a time for cuBLAS."""
+    buffer = _buffer(x.device).values(TILE * k)
+    step = min(max(buffer.numel() // k // TILE * TILE, TILE), 65520)
+    runs = -(-n // step)
+    step = -(-n // runs // TILE) * TILE if runs > 1 else n
+    out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
+    for start in range(0, n, step):
+        count = min(step, n - start)
+        weight = buffer[: count * k].view(count, k)
+        decode(start, count, weight)
+        target = out[:, start : start + count]
+        if out_dtype == x.dtype:
+            torch.mm(x, weight.t(), out=target)
+        else:
+            target.copy_(torch.mm(x, weight.t(), out_dtype=out_dtype))
+    return out
+
+
+def _gated_by_runs(shape: tuple[int, int], decode: Decode, x: Tensor) -> Tensor:
+    """bf16 ``gelu(gate) · up`` [m, n / 2] of x bf16 [m, k] and packed weights [n, k] = ``shape``, gate before up.
+
+    As many rows of both as the buffer holds are decoded at a time.
+    """
+    n, k = shape
+    buffer = _buffer(x.device).values(2 * TILE * k)
+    width, most = n // 2, max(min(buffer.numel() // k // 2, 65520) // TILE * TILE, TILE)
+    runs = -(-width // most)
+    step = -(-width // runs // TILE) * TILE
+    out = torch.empty((x.shape[0], width), dtype=torch.bfloat16, device=x.device)
+    for start in range(0, width, step):
+        count = min(step, width - start)
+        weight = buffer[: 2 * count * k].view(2 * count, k)
+        decode(start, count, weight[:count])
+        decode(width + start, count, weight[count:])
+        gated_gemm.gated_gemm(x, weight, out=out[:, start : start + count])
+    return out

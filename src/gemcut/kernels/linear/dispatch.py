@@ -1,0 +1,53 @@
+"""Which kernel computes what: a table of implementations, each of which can say why it does not serve a case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from gemcut.errors import UnsupportedError
+from gemcut.kernels.cpu.linear import CPU
+from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
+from gemcut.kernels.linear.cuda import CUDA
+from gemcut.kernels.linear.plain import plain_linear
+
+__all__ = ["LINEAR", "PLAIN", "Choice", "LinearCase", "LinearImplementation", "LinearKernel", "choose_linear"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What dispatch decided. ``refused`` gives every implementation tried before, with its reason."""
+
+    name: str
+    kernel: LinearKernel
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+PLAIN = LinearImplementation("plain", lambda case, device: None, lambda case, device: partial(plain_linear, case))
+
+#: In order of preference; plain PyTorch serves everything and stands last.
+LINEAR: list[LinearImplementation] = [CUDA, CPU, PLAIN]
+
+
+def choose_linear(case: LinearCase, device: torch.device, kernels: str = "auto") -> Choice:
+    """The first implementation that serves ``case``; or, by name, the one asked for.
+
+    Raises UnsupportedError when the one asked for is unknown or cannot serve.
+    """
+    known = {implementation.name: implementation for implementation in LINEAR}
+    if kernels != "auto":
+        if kernels not in known:
+            raise UnsupportedError(f"kernels={kernels!r} is unknown; choose one of: auto, {', '.join(known)}")
+        reason = known[kernels].supports(case, device)
+        if reason is not None:
+            raise UnsupportedError(f"kernels={kernels!r} cannot serve this model: {reason}")
+        return Choice(kernels, known[kernels].prepare(case, device))
+    refused: dict[str, str] = {}
+    for implementation in LINEAR:
+        reason = implementation.supports(case, device)
+        if reason is None:
+            return Choice(implementation.name, implementation.prepare(case, device), refused)
+        refused[implementation.name] = reason
+    raise AssertionError("plain serves every case")

@@ -1,0 +1,102 @@
+"""int8 weights with one scale a row, as stored, times one to eight rows of bf16, on an NVIDIA GPU.
+
+Activations stay bf16: nothing passes through fp16 or int8, so there is no outlier handling and no overflow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from gemcut.errors import ParameterError
+from gemcut.kernels.linear.gemv import Layout, Storage, matvec
+from gemcut.quantization.weights import Int8Weight
+
+STORAGE = Storage("int8_gemv", 128, 2048, 0, 16, Layout(8, 5, 2), Layout(16, 4, 1), fixed_kernel="int8_fixed")
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Rows:
+    """codes int8 [n, k]; scales fp32 [n]: a row's largest magnitude / 127. W = codes * scales[:, None]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: Sequence[Int8Weight]) -> Int8Rows:
+        """Matrices of the same inputs, one below the other; a single one's codes are shared, not copied."""
+        codes = [weight.codes for weight in weights]
+        rows = cls(
+            codes[0].contiguous() if len(codes) == 1 else torch.cat(codes),
+            torch.cat([weight.absmax.float() / 127.0 for weight in weights]),
+        )
+        if rows.values.is_cuda:
+            torch.cuda.synchronize(rows.values.device)  # kernels read weights before what is queued ahead is done
+        return rows
+
+    def dequantize(self) -> torch.Tensor:
+        """fp32 [n, k]."""
+        return self.values.float() * self.scales[:, None]
+
+
+class Format(ctypes.Structure):
+    """``struct Format`` of kernels/linear/int8_gemv.cu."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+    )
+
+
+def supports(weight: Int8Rows) -> str | None:
+    """None where `int8_matvec` takes this weight, else one line that says why not."""
+    values, scales = weight.values, weight.scales
+    if values.dtype != torch.int8 or not values.is_contiguous():
+        return f"the int8 kernel needs contiguous int8 values, not {values.dtype}, strides {values.stride()}"
+    if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.shape != values.shape[:1]:
+        return f"the int8 kernel needs one fp32 scale a row, not {scales.dtype} {tuple(scales.shape)}"
+    if values.shape[1] % 16 or values.data_ptr() % 16:
+        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {values.shape[1]}"
+    return None
+
+
+def int8_matvec(x: torch.Tensor, weight: Int8Rows, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x [m, k] bf16, m from 1 to 8 -> bf16 [m, n], summed in fp32."""
+    _check_columns(x, weight)
+    return matvec(STORAGE, argument(weight), x, weight.values.shape[0], out=out)
+
+
+def int8_head(x: torch.Tensor, weight: Int8Rows, softcap: float | None) -> torch.Tensor:
+    """x [m, d] bf16, m from 1 to 8 -> fp32 logits [m, n], `softcap * tanh(logit / softcap)` where given."""
+    _check_columns(x, weight)
+    return matvec(STORAGE, argument(weight), x, weight.values.shape[0], out_dtype="float32", softcap=softcap)
+
+
+def _check_columns(x: torch.Tensor, weight: Int8Rows) -> None:
+    if x.shape[-1] != weight.values.shape[1]:
+        raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.values.shape[1]}")
+
+
+def argument(weight: Int8Rows) -> ctypes.Structure:
+    """The kernels' ``struct Format``, which does not keep the weight alive. ParameterError as ``supports`` says."""
+    reason = supports(weight)
+    if reason is not None:
+        raise ParameterError(reason)
+    return Format(weight.values.data_ptr(), weight.scales.data_ptr(), *weight.values.shape)
+
+
+def int8_matvec_plain(x: torch.Tensor, weight: Int8Rows) -> torch.Tensor:
+    """The same in plain torch: the weight decoded to bf16, then a matmul."""
+    return F.linear(x, weight.dequantize().to(x.dtype))
+
+
+def int8_head_plain(x: torch.Tensor, weight: Int8Rows, softcap: float | None) -> torch.Tensor:
+    """The same in plain torch, in fp32."""
+    logits = F.linear(x.float(), weight.dequantize())
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

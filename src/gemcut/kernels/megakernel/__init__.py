@@ -1,0 +1,1 @@
+"""All layers of one sequence's decode step in one launch."""

@@ -1,0 +1,103 @@
+"""Rotation of many tokens' queries and keys and the write into the paged cache, on an NVIDIA GPU, in one launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
+
+
+class _RopeWrite(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "query", "key", "keys", "values", "slots", "rope")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm")),
+        *((name, ctypes.c_float) for name in ("scale", "eps")),
+        *((name, ctypes.c_int) for name in ("heads", "kv_heads")),
+    )
+
+
+@functools.cache
+def _kernel(head_dim: int, device: int) -> CudaKernel:
+    sources = read_sources("runtime/launch.cuh", "rowwise/rope.cuh", "rowwise/rope_write.cu")
+    return compile_kernel(sources, "rope_write", (("HEAD_DIM", head_dim),), device)
+
+
+def supports(head_dim: int) -> str | None:
+    """None where heads of ``head_dim`` are served, else why not."""
+    if head_dim in (16, 32, 64, 128, 256):
+        return None
+    return f"the rotation kernel takes heads of 16 to 256 values, a power of two, not {head_dim}"
+
+
+def rope_write(
+    qkv: Tensor,
+    rope: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    scale: float,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    want_key: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(queries bf16 [T, heads, D] times ``scale``, keys bf16 [T, kv_heads, D] where wanted), rotated.
+
+    Args:
+        qkv: bf16 [T, (heads + 2 · kv_heads) · D], contiguous.
+        rope: fp32 [T, D], contiguous: each token's cosines, then its sines.
+        keys, values: a layer's storage, bf16 [blocks, block size, kv_heads, D], contiguous; gets the new ones.
+        slots: int64 [T], each token's place in the storage, counted in tokens; a negative one: nothing is stored.
+        scale: of the scores; it goes into the queries.
+        q_norm, k_norm: fp32 [D], Gemma 3's norm of each head, with ``eps``. Normalised values are rounded to bf16.
+        want_key: whether the keys are wanted in order of the rows, too.
+    """
+    rows, kv_heads, head_dim = len(qkv), keys.shape[2], keys.shape[3]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    query = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    key = torch.empty((rows, kv_heads, head_dim), dtype=qkv.dtype, device=qkv.device) if want_key else None
+    task = _RopeWrite(
+        *(None if t is None else t.data_ptr() for t in (qkv, query, key, keys, values, slots, rope, q_norm, k_norm)),
+        scale, eps, heads, kv_heads,
+    )  # fmt: skip
+    _kernel(head_dim, qkv.device.index or 0).launch((rows, 1), 256, 0, (task,))
+    return query, key
+
+
+def rope_write_plain(
+    qkv: Tensor,
+    rope: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    scale: float,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, keys always."""
+    kv_heads, head_dim = keys.shape[2:]
+    parts = qkv.view(len(qkv), -1, head_dim)
+    query, key, value = torch.split(parts, [parts.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None and k_norm is not None:
+        query, key = (
+            F.rms_norm(x.float(), (head_dim,), norm, eps).to(qkv.dtype) for x, norm in ((query, q_norm), (key, k_norm))
+        )
+    cos, sin = rope[:, None].chunk(2, dim=-1)
+
+    def turned(x: Tensor, factor: float) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1) * factor
+        return out.to(qkv.dtype)
+
+    query, key = turned(query, scale), turned(key, 1.0)
+    keys.flatten(0, 1).index_copy_(0, slots, key)
+    values.flatten(0, 1).index_copy_(0, slots, value)
+    return query, key

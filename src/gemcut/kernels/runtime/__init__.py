@@ -1,0 +1,1 @@
+"""Compiling CUDA sources with NVRTC, keeping cubins, launching."""

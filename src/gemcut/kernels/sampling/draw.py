@@ -1,0 +1,70 @@
+"""One token drawn from each row of logits on an NVIDIA GPU, in one launch: gemcut.engine.draw is its plain twin."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
+
+# As in draw.cu.
+_THREADS, _PART, _LIST, _MOST_PARTS = 1024, 2048, 64, 128
+
+
+class _Draw(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "numbers", "lists", "sums", "arrivals", "ids", "sure")),
+        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("vocabulary", "top_k")),
+    )
+
+
+def supports(vocabulary: int, top_k: int, filtered: bool) -> str | None:
+    """None where such draws are served, else one line that says why not.
+
+    ``filtered``: not every token may be drawn; ``top_k`` 0: not because of such a filter.
+    """
+    if vocabulary > _PART * _MOST_PARTS:
+        return f"draws in one launch take vocabularies of at most {_PART * _MOST_PARTS} tokens, not {vocabulary}"
+    if filtered and not 0 < top_k <= _LIST:
+        return f"draws in one launch that look at the likeliest tokens alone take a top_k of 1 to {_LIST}, not {top_k}"
+    return None
+
+
+@functools.cache
+def _kernel(device: int) -> CudaKernel:
+    return compile_kernel(read_sources("runtime/launch.cuh", "sampling/draw.cu"), "draw", (), device)
+
+
+@functools.cache
+def _arrivals(device: torch.device) -> Tensor:
+    return torch.zeros(1024, dtype=torch.int32, device=device)
+
+
+def draw_tokens(
+    logits: Tensor, numbers: Tensor, ids: Tensor, sure: Tensor, *, top_k: int, softcap: float | None
+) -> None:
+    """Writes a token for each of the first rows of ``ids``, as many as ``numbers`` has.
+
+    Args:
+        logits: fp32 [m or more, V], contiguous, before the final soft-cap.
+        numbers: fp64 [m, 4], contiguous, m at most 1024: 1 / temperature, top_p, min_p, the draw's uniform number.
+        ids: int32 [m or more], gets the tokens.
+        sure: int32 [m or more]: 0 where logits are not numbers and the token is any.
+        top_k: of all rows; 0: any token may be drawn, whatever ``numbers`` say of top_p and min_p. ``supports`` has
+            taken it.
+        softcap: the final one.
+    """
+    m, vocabulary = numbers.shape[0], logits.shape[1]
+    parts, device = -(-vocabulary // _PART), logits.device
+    lists = torch.empty((m, parts, _LIST) if top_k else 0, dtype=torch.int64, device=device)
+    sums = torch.empty((m, parts, 2), dtype=torch.float32, device=device)
+    task = _Draw(
+        *(t.data_ptr() for t in (logits, numbers, lists, sums, _arrivals(device), ids, sure)),
+        softcap or 0.0, vocabulary, top_k,
+    )  # fmt: skip
+    shared_bytes = _MOST_PARTS * _LIST * 8 if top_k else 0
+    _kernel(device.index or 0).launch((parts, m), _THREADS, shared_bytes, (task,))

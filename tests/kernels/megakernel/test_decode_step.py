@@ -1,0 +1,57 @@
+"""What the one launch of a decode step takes, and how its work is dealt out; no GPU needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gemcut.kernels.linear import bf16 as bf16_matvec
+from gemcut.kernels.linear import four_bit as nf4_matvec
+from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear.gemv import Storage
+from gemcut.kernels.megakernel import decode_step
+from gemcut.kernels.megakernel.decode_step import StepShape
+
+H100 = 132, 232448  # processors, bytes of shared memory a block can have
+SHAPES = {
+    "2b": StepShape(26, 2304, 9216, 8, 4, 256, 1 / 16, 50.0, 1e-6, 4096),
+    "9b": StepShape(42, 3584, 14336, 16, 8, 256, 1 / 16, 50.0, 1e-6, 4096),
+    "27b": StepShape(46, 4608, 36864, 32, 16, 128, 1 / 12, 50.0, 1e-6, 4096),
+    "270m": StepShape(18, 640, 2048, 4, 1, 256, 1 / 16, None, 1e-6, 512),
+}
+STORAGES = [nf4_matvec.NESTED, nf4_matvec.FLAT, int8_matvec.STORAGE, bf16_matvec.STORAGE]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda storage: storage.kernel)
+@pytest.mark.parametrize("size", list(SHAPES))
+def test_every_block_has_a_part_of_every_product(size: str, storage: Storage) -> None:
+    shape = SHAPES[size]
+    assert decode_step.supports(shape, storage, 16, *H100) is None
+    plan = decode_step._plan(shape, storage, *H100)
+    stages = [t * s for t, s in zip(plan.tiles, plan.steps, strict=True)]
+    # Else a block could be left behind, and words be written again before it has read them.
+    assert plan.blocks <= min(plan.tiles[0], stages[1], plan.tiles[2] // 2, stages[3])
+    assert plan.blocks == 132 or size == "270m"
+    assert plan.shared_bytes + decode_step._static_bytes(shape, plan.slots, plan.most_tiles) <= H100[1]
+    assert plan.pieces <= 15
+    assert plan.most_tiles * plan.blocks >= max(plan.tiles)
+    assert all(steps * storage.step >= k for steps, (_, k) in zip(plan.steps, shape.products, strict=True))
+    assert plan.x_bytes >= 2 * max(k for _, k in shape.products)
+
+
+def test_what_it_refuses_and_why() -> None:
+    shape, storage = SHAPES["2b"], bf16_matvec.STORAGE
+    for changed, word in [
+        (replace(shape, heads=32), "query heads"),
+        (replace(shape, head_dim=96), "power of two"),
+        (replace(shape, hidden=2312), "multiples"),
+        (replace(shape, hidden=16384), "at most"),
+        (replace(shape, width=147456), "shared memory"),
+        (replace(shape, hidden=64, width=8192), "shares rows"),
+    ]:
+        reason = decode_step.supports(changed, storage, 16, *H100)
+        assert reason is not None
+        assert word in reason
+    assert "block" in (decode_step.supports(shape, storage, 12, *H100) or "")
+    assert "shared memory" in (decode_step.supports(SHAPES["27b"], nf4_matvec.NESTED, 16, 128, 101376) or "")  # sm_89
