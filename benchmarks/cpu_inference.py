@@ -26,16 +26,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from gemcut.kernels.memory import weight_allocator
 from options import names_of
 from transformers_peer import as_transformers, cut_by_bitsandbytes, transformers_seconds
 
 import gemcut
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import expected_shapes, hf_module
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
-from gemcut.kernels.memory import weight_allocator
 from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels

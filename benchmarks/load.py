@@ -84,7 +84,7 @@ def measure(task: str, folder: Path, device: str, dtype: str) -> dict[str, float
         import torch
 
         from gemcut.checkpoint.load import load_model_weights
-        from gemcut.checkpoint.source import resolve
+        from gemcut.checkpoint.resolve import resolve
         from gemcut.model.gemma import Model
 
         if device == "cuda":

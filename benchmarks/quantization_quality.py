@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gemcut.kernels.memory import weight_allocator
 from torch import Tensor
 
 import gemcut
@@ -37,9 +38,9 @@ from gemcut.calibration.divergence import Divergence, Reference
 from gemcut.calibration.layerwise import calibrate
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import to_hf
-from gemcut.checkpoint.source import Source, resolve
+from gemcut.checkpoint.resolve import resolve
+from gemcut.checkpoint.source import Source
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
-from gemcut.kernels.memory import weight_allocator
 from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels

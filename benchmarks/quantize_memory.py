@@ -97,7 +97,7 @@ def arithmetic(config: GemmaConfig, spec: Quantization) -> float:
 _LOAD = """
 import sys, torch
 from pathlib import Path
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.loading import load_network
 from gemcut.quantization.spec import Quantization
 status = lambda: {k: v for k, v in (l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines())}

@@ -10,7 +10,7 @@ import pytest
 
 import support
 from gemcut.errors import CheckpointError
-from gemcut.paths import expand, user_folder
+from gemcut.paths import cache_folder, expand, user_folder
 
 NO_HOME = "import pwd, sys; pwd.getpwuid = lambda uid: {}['nobody']; from gemcut.cli.main import main; sys.exit(main())"
 
@@ -27,6 +27,17 @@ def test_user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         user_folder("XDG_CACHE_HOME", ".cache")
     assert expand("~/a") == Path("~/a")
     assert expand("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
+
+
+def test_one_variable_moves_every_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("GEMCUT_CACHE", raising=False)
+    before = [cache_folder("models"), cache_folder("tokenizers"), cache_folder("kernels")]
+    assert before == [tmp_path / "elsewhere" / "gemcut" / part for part in ("", "tokenizers", "kernels")]
+    monkeypatch.setenv("GEMCUT_CACHE", str(tmp_path / "own"))
+    assert {cache_folder("models"), cache_folder("tokenizers").parent, cache_folder("kernels").parent} == {
+        tmp_path / "own"
+    }
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,16 @@ from typing import Any, Literal, NoReturn, cast, overload
 import torch
 
 from gemcut import process
-from gemcut.checkpoint.source import Source, resolve
+from gemcut.checkpoint.resolve import resolve
+from gemcut.checkpoint.source import Source
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
-from gemcut.engine.cache import bytes_per_block, shape_for_tokens
 from gemcut.engine.results import Completion, TextStream
-from gemcut.errors import CapacityError, MemoryOption, MissingTokenizerError, ParameterError
+from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.loading import effective_quantization, load_network
 from gemcut.model import Model
-from gemcut.placement.devices import free_memory, parse_device, parse_dtype
-from gemcut.placement.plan import CHUNK, Cut, MemoryPlan, weight_bytes
+from gemcut.placement.devices import parse_device, parse_dtype
+from gemcut.placement.memory import cache_bytes, check_memory
+from gemcut.placement.plan import CHUNK
 from gemcut.progress import LoadProgress
 from gemcut.prompts import (
     Prompt,
@@ -48,8 +49,6 @@ Messages = Sequence[Mapping[str, Any]]
 #: New tokens where the caller names no number, as far as the context has room for them.
 DEFAULT_NEW_TOKENS = 256
 DEFAULT_CHAT_TOKENS = 1024
-# Shares of free memory the weights and the cache may take; the rest is for temporary tensors and other programs.
-CACHE_SHARE = 0.8
 
 
 class Gemma:
@@ -156,7 +155,7 @@ class Gemma:
             max_context=max_context,
             max_batch_size=max_batch_size,
             max_batch_tokens=chunk,
-            kv_memory=kv_memory if kv_memory is not None else _cache_bytes(model, where, max_context, chunk),
+            kv_memory=kv_memory if kv_memory is not None else cache_bytes(model, where, max_context, chunk),
         )
         gemma = cls(
             model,
@@ -435,11 +434,6 @@ class Gemma:
         return self.resolve_sampling(len(ids), sampling, chat=chat).params
 
 
-def _size(count: int) -> str:
-    """Bytes as people compare them; small ones not as "0.0 GB"."""
-    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:,.3f} MB"
-
-
 def _tokenizer_of(source: Source) -> Tokenizer | None:
     try:
         return source.tokenizer()
@@ -451,49 +445,3 @@ def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:
     """A plain text has no place for log-probabilities; asking for them there is a mistake."""
     if sampling.get("logprobs") is not None:
         raise ParameterError("logprobs cannot be part of a text; use stream(...).result or complete(...)")
-
-
-def check_memory(
-    source: Source, dtype: torch.dtype, device: torch.device, spec: Quantization | None, *, allowed: int | None = None
-) -> None:
-    """Refuse before loading what cannot fit. Raises CapacityError.
-
-    Args:
-        source: the checkpoint; its configuration is read.
-        dtype: compute dtype.
-        device: where the weights will be.
-        spec: what they are cut to.
-        allowed: bytes that they may take there; None: what is free.
-    """
-    plan = MemoryPlan.make(source.config(), dtype=str(dtype).removeprefix("torch."), context=1, quantization=spec)
-    available = free_memory(device) if allowed is None else allowed
-    if available is not None and plan.weights > available:
-        kind = plan.dtype if spec is None else spec.format
-        there = f"are free on {device}" if allowed is None else f"are allowed on {device} (max_memory)"
-        raise CapacityError(
-            f"the weights of {source.name} need {_size(plan.weights)} in {kind}; {_size(available)} {there}",
-            options=_smaller(source, plan, spec, available),
-        )
-
-
-def _smaller(source: Source, plan: MemoryPlan, spec: Quantization | None, available: int) -> tuple[MemoryOption, ...]:
-    """Other forms of the same weights that are smaller, the closest to what was asked for first."""
-    if spec is not None:
-        return ()
-    found = [MemoryOption("dtype", "bfloat16", weight_bytes(source.config(), "bfloat16"), available)]
-    for name in ("int8", "nf4"):
-        size = weight_bytes(source.config(), "bfloat16", Cut(name))
-        found.append(MemoryOption("quantization", name, size, available))
-    return tuple(option for option in found if option.nbytes < plan.weights)
-
-
-def _cache_bytes(model: Model, device: torch.device, max_context: int | None, chunk: int) -> int:
-    """Bytes of cache for a few whole contexts, as far as a share of the memory left after loading allows."""
-    config, size = model.config, EngineConfig.block_size
-    context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
-    sequences = 8 if device.type == "cuda" else 2
-    shape = shape_for_tokens(config, sequences=sequences, context=context, chunk=min(chunk, context), block_size=size)
-    full, sliding = bytes_per_block(config, model.dtype, size)
-    wanted = shape.full_blocks * full + shape.sliding_blocks * sliding
-    available = free_memory(device)
-    return wanted if available is None else min(wanted, int(available * CACHE_SHARE))

@@ -15,7 +15,7 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
 from gemcut.kernels.cpu import library
 from gemcut.kernels.cpu.dequantize import dequantize
-from gemcut.kernels.memory import weight_allocator
+from gemcut.kernels.cpu.memory import huge_empty
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
 from gemcut.model.quantized import Int8Embedding, QuantizedLinear, quantized_embedding, quantized_linear
@@ -66,7 +66,8 @@ def load_network(
         device=device,
         progress=progress,
         total=source.nbytes,
-        allocate=weight_allocator(device),
+        # Every step reads all weights: on a CPU they lie on huge pages.
+        allocate=huge_empty if device.type == "cpu" else None,
     )
     bind_kernels(model, device, kernels)
     if device.type == "cpu" and kernels == "auto" and (reason := library.unavailable()) is not None:

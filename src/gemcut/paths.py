@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from gemcut.errors import CheckpointError
 
@@ -11,6 +12,16 @@ from gemcut.errors import CheckpointError
 def expand(path: str | Path) -> Path:
     """``path`` with a leading ``~`` or ``~name`` replaced, where such a home is known; never raises."""
     return Path(os.path.expanduser(path))
+
+
+def cache_folder(kind: Literal["models", "tokenizers", "kernels"]) -> Path:
+    """Where gemcut keeps what it can make again: ``GEMCUT_CACHE``, else gemcut's folder in the user's cache.
+
+    Raises CheckpointError where there is no home folder.
+    """
+    own = os.environ.get("GEMCUT_CACHE")
+    base = expand(own) if own else user_folder("XDG_CACHE_HOME", ".cache")
+    return base if kind == "models" else base / kind
 
 
 def user_folder(variable: str, below_home: str) -> Path:

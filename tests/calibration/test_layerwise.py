@@ -13,7 +13,8 @@ from gemcut.calibration.divergence import Reference
 from gemcut.calibration.layerwise import CalibrationState, calibrate, read_calibration_text
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import expected_shapes
-from gemcut.checkpoint.source import Source, resolve
+from gemcut.checkpoint.resolve import resolve
+from gemcut.checkpoint.source import Source
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.model import Model
 from gemcut.model.dense import DenseKeyValues

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType as Q
 
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.loading import load_network
 from gemcut.model.dense import dense_logits
 from support import hf_model, tiny_config

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gemcut.checkpoint.names import hf_module
 from gemcut.checkpoint.quantize import quantize_checkpoint
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.write import save_folder
 from gemcut.errors import CheckpointError
 from gemcut.loading import export_network, load_network

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemcut.checkpoint import bundled
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.errors import CheckpointError, CheckpointNotFoundError
 from support import gguf_path
 

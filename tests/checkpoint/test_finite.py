@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.errors import CheckpointError
 from gemcut.loading import load_network
 from gemcut.quantization.spec import Quantization

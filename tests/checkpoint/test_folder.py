@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gemcut.checkpoint.load import load_model_weights
+from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.safetensors_reader import INDEX
-from gemcut.checkpoint.source import resolve
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.model.gemma import Model

@@ -19,7 +19,7 @@ from gemcut.calibration.streamed import Rounded, compare_checkpoints
 from gemcut.checkpoint import names
 from gemcut.checkpoint.gguf_header import read_header
 from gemcut.checkpoint.load import load_model_weights
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.kernels.cpu.dequantize import dequantize

@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType as Q
 from checkpoint import gguf_files as made
 from gemcut.checkpoint import ggml_types
 from gemcut.checkpoint.quantize import quantize_checkpoint
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.quantization.spec import Quantization
 from gemcut.text import Tokenizer

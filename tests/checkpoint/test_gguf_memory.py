@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 import gguf.quants
 import torch
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.loading import load_network
 from gemcut.quantization.parse import parse_quantization
 

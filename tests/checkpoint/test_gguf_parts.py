@@ -14,7 +14,7 @@ from checkpoint import gguf_files as made
 from gemcut.checkpoint import hub_gguf
 from gemcut.checkpoint.gguf_header import read_header
 from gemcut.checkpoint.quantize import quantize_checkpoint
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.errors import CheckpointError, CheckpointNotFoundError, GemcutError
 from gemcut.quantization.spec import Quantization
 

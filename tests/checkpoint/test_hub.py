@@ -18,7 +18,7 @@ from checkpoint import gguf_files
 from gemcut.checkpoint import hub as our_hub
 from gemcut.checkpoint import hub_header
 from gemcut.checkpoint.gguf_header import read_header
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.errors import CheckpointError, CheckpointNotFoundError
 from support import ROOT, hf_model, save_checkpoint, tiny_config
 
@@ -32,7 +32,7 @@ FakeHub, Repository = fake_hub.FakeHub, fake_hub.Repository
 
 CLIENT = """
 import json, sys
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.errors import GemcutError
 if sys.argv[2] == "small-disk":
     import resource, signal

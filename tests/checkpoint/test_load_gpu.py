@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gemcut.checkpoint import load
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.model.gemma import Model
 from support import hf_model, save_checkpoint, tiny_config
 

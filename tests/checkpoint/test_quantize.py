@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import support
 from gemcut.checkpoint.quantize import quantize_checkpoint
+from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.shard import ShardWriter
-from gemcut.checkpoint.source import resolve
 from gemcut.checkpoint.working import Lock, working_folder
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.quantization.decode import decode
@@ -175,7 +175,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(folder: Path, 
     program = f"""
 import os, signal
 from gemcut.checkpoint.quantize import quantize_checkpoint
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.quantization.spec import Quantization
 def progress(done, total):
     if done > 100_000:

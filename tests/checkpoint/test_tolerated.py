@@ -19,8 +19,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.safetensors_reader import INDEX
-from gemcut.checkpoint.source import resolve
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.loading import load_network
 from gemcut.model.dense import dense_logits

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from gemcut.checkpoint import names
 from gemcut.checkpoint.load import load_model_weights
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.write import save_folder
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
@@ -101,7 +101,7 @@ def test_ctrl_c_while_saving_leaves_nothing(tmp_path: Path, folder: Path) -> Non
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.write import save_folder
 from gemcut.errors import CheckpointError
 

@@ -13,7 +13,8 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from gemcut.checkpoint.gguf_header import read_header
-from gemcut.checkpoint.source import Source, resolve
+from gemcut.checkpoint.resolve import resolve
+from gemcut.checkpoint.source import Source
 from gemcut.gemma import Gemma
 from gemcut.hf import AutoModelForCausalLM, AutoTokenizer
 from gemcut.placement.devices import parse_device, parse_dtype

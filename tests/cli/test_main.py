@@ -137,7 +137,7 @@ def test_an_interrupt_that_an_import_swallowed(cli: Cli, monkeypatch: pytest.Mon
             signal.raise_signal(signal.SIGINT)
         raise ImportError("cannot load module more than once per process")
 
-    monkeypatch.setattr("gemcut.checkpoint.source.resolve", swallow)
+    monkeypatch.setattr("gemcut.checkpoint.resolve.resolve", swallow)
     run = cli("info", "2b")
     assert (run.code, run.error) == (130, "interrupted")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

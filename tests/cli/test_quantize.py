@@ -15,8 +15,8 @@ import transformers
 import support
 from gemcut.calibration.samples import read_calibration_text
 from gemcut.calibration.streamed import compare_checkpoints
+from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.shard import ShardWriter
-from gemcut.checkpoint.source import resolve
 from gemcut.kernels.cpu import library
 from gemcut.text import Tokenizer
 
@@ -190,7 +190,7 @@ def test_a_place_that_cannot_be_written_is_met_before_anything_is_downloaded(
     if place == "closed/out" and os.access(tmp_path / "closed", os.W_OK):
         pytest.skip("this user may write everywhere")
     asked: list[object] = []
-    monkeypatch.setattr("gemcut.checkpoint.source.resolve", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr("gemcut.checkpoint.resolve.resolve", lambda *args, **kwargs: asked.append(args))
     run = cli("quantize", "owner/name", tmp_path / place)
     assert run.code == 2
     assert run.error.startswith(f"error: cannot write {tmp_path / place}: ")

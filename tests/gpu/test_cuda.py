@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemcut.checkpoint.load import load_model_weights
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits

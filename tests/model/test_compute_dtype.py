@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers import BitsAndBytesConfig as TheirConfig
 
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.kernels.cpu import library
 from gemcut.kernels.linear.plain import dense_product_fp16

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemcut.checkpoint.load import load_model_weights
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.model import Model
 from gemcut.model.dense import DenseKeyValues, dense_logits
 from model.build import in_dtype, our_logits, our_model, random_ids, rms, their_logits

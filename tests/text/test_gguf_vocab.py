@@ -90,7 +90,7 @@ def test_the_cache_is_used_and_rebuilt(small_vocab: Vocabulary, user_cache: Path
     assert cached.backend.to_str() == first.backend.to_str()
     assert cached.chat_template == "{{ t }}"
     assert (cached.bos_id, cached.special_ids) == (first.bos_id, first.special_ids)
-    file = gguf_vocab.cache_folder("key") / "tokenizer.json"
+    file = gguf_vocab.folder_of("key") / "tokenizer.json"
     assert user_cache in file.parents
     whole = file.read_bytes()
     for damage in (whole[:100], b"", b"{}", b"\xff"):
@@ -129,7 +129,7 @@ def test_without_a_place_for_the_cache_it_still_works(
 def test_the_cache_is_in_the_home_folder_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tmp_path / ".cache" / "gemcut" in gguf_vocab.cache_folder("key").parents
+    assert tmp_path / ".cache" / "gemcut" in gguf_vocab.folder_of("key").parents
 
 
 def test_the_real_vocabulary_is_built_once(

@@ -115,7 +115,7 @@ def test_info_needs_neither_torch_nor_a_tokenizer() -> None:
     code = (
         "import sys; from gemcut.text import gguf_vocab; from gemcut.cli.main import main\n"
         "def build(*args): raise AssertionError('built')\n"
-        "gguf_vocab.build = build; gguf_vocab.cache_folder = build\n"
+        "gguf_vocab.build = build; gguf_vocab.folder_of = build\n"
         "sys.argv = ['gemcut', 'info', 'gemma-3-270m']\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoint import gguf_files
-from gemcut.checkpoint.source import resolve
+from gemcut.checkpoint.resolve import resolve
 from gemcut.text.special import SpecialTokens
 from gemcut.text.tokenizer import Tokenizer
 from support import gguf_path, tokenizer_dir

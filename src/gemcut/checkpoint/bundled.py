@@ -12,8 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gemcut.checkpoint.licence import GEMMA_NOTICE
 from gemcut.errors import CheckpointError, CheckpointNotFoundError
-from gemcut.paths import expand, user_folder
+from gemcut.paths import cache_folder, expand
 
 NAMES = ("gemma-3-270m",)
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -50,19 +51,13 @@ def gguf_file(cache_dir: str | Path | None = None) -> Path:
 
 def licence_notice() -> str:
     """The notice that comes with the package, and where its full terms are."""
-    from gemcut.checkpoint.source import GEMMA_NOTICE
-
     data = files(_PACKAGE).joinpath("data")
     notice = data.joinpath("NOTICE.md").read_text(encoding="utf-8").strip()
     return f"{GEMMA_NOTICE}\nFull text: {data.joinpath('GEMMA_TERMS.html')}\n\n{notice}"
 
 
 def _cache_folder(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return expand(cache_dir)
-    if own := os.environ.get("GEMCUT_CACHE"):
-        return expand(own)
-    return user_folder("XDG_CACHE_HOME", ".cache")
+    return cache_folder("models") if cache_dir is None else expand(cache_dir)
 
 
 def _assemble(target: Path) -> None:

@@ -174,7 +174,7 @@ def kernels_json(report: dict[str, Any]) -> dict[str, Any]:
 
 def _model(name: str, hub: HubOptions) -> dict[str, Any]:
     """A model, as --json gives it. A member of the family that cannot be had is described as published."""
-    from gemcut.checkpoint.source import GEMMA_NOTICE
+    from gemcut.checkpoint.licence import GEMMA_NOTICE
 
     unknown = "path revision size_bytes quantization gguf_types expanded_bytes stop_tokens chat_template"
     nothing = dict.fromkeys([*unknown.split(), "instruction_tuned"])

@@ -60,7 +60,7 @@ class HubOptions:
 
     def find(self, name: str) -> Source:
         """A checkpoint's configuration and tokenizer, without its weights."""
-        from gemcut.checkpoint.source import resolve
+        from gemcut.checkpoint.resolve import resolve
 
         return resolve(
             name,
@@ -73,7 +73,7 @@ class HubOptions:
 
     def fetch(self, name: str, progress: Callable[[int, int], None] | None = None) -> Source:
         """A checkpoint with its weights, downloaded if need be."""
-        from gemcut.checkpoint.source import resolve
+        from gemcut.checkpoint.resolve import resolve
 
         return resolve(
             name,

@@ -135,7 +135,7 @@ def _held_out(
 ) -> dict[str, dict[str, Any]]:
     """What the text that calibration did not see lost, and what it would lose if every value took its nearest code."""
     from gemcut.calibration.streamed import Rounded, Weights, compare_checkpoints
-    from gemcut.checkpoint.source import resolve
+    from gemcut.checkpoint.resolve import resolve
     from gemcut.progress import LoadProgress
 
     with LoadProgress(True, "comparing with the whole model") as report:

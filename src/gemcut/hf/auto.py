@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from gemcut.checkpoint.source import checked_name, resolve
+from gemcut.checkpoint.resolve import checked_name, resolve
 from gemcut.errors import CapacityError, ParameterError, UnsupportedError
-from gemcut.gemma import Gemma, check_memory
+from gemcut.gemma import Gemma
 from gemcut.hf.common import CODE_IDLE, NO_CODE, Refusal, refuse, usable_revision, warn_once
 from gemcut.hf.loading import LOAD, LOAD_IDLE, wanted_dtype
 from gemcut.hf.model import GemmaForCausalLM
@@ -20,6 +20,7 @@ from gemcut.hf.tokenizer import GemmaTokenizer
 from gemcut.loading import effective_quantization
 from gemcut.paths import expand
 from gemcut.placement.devices import parse_dtype
+from gemcut.placement.memory import check_memory
 from gemcut.text import Tokenizer
 from gemcut.text import files as text_files
 

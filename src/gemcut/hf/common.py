@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemcut.checkpoint.source import checked_name
+from gemcut.checkpoint.resolve import checked_name
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.paths import expand
 from gemcut.placement.devices import parse_device

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemcut.checkpoint.source import checked_name, resolve
+from gemcut.checkpoint.resolve import checked_name, resolve
 from gemcut.errors import ParameterError
 from gemcut.hf.common import Idle, Refusal, named_folder, refuse, usable_revision, warn_once
 from gemcut.paths import expand

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from gemcut.errors import TokenizerError
-from gemcut.paths import user_folder
+from gemcut.paths import cache_folder
 
 #: Raise when `build` gives another result for the same vocabulary, so that older caches are no longer read.
 FORMAT_VERSION = 2
@@ -28,10 +28,10 @@ FORMAT_VERSION = 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
-def cache_folder(cache_key: str) -> Path:
-    """Where the tokenizer of a vocabulary is kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, then gemcut/tokenizers/…"""
+def folder_of(cache_key: str) -> Path:
+    """Where the tokenizer of a vocabulary is kept: tokenizers/… in gemcut's cache."""
     digest = hashlib.sha256(f"{FORMAT_VERSION}\0{cache_key}".encode()).hexdigest()
-    return user_folder("XDG_CACHE_HOME", ".cache") / "tokenizers" / digest[:32]
+    return cache_folder("tokenizers") / digest[:32]
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class Tokenizer:
         tokenizer = cls(backend, chat_template=chat_template, config=config)
         if cache_key is not None:
             try:
-                tokenizer.save(gguf_vocab.cache_folder(cache_key))
+                tokenizer.save(gguf_vocab.folder_of(cache_key))
             except CheckpointError as error:  # a full or read-only disk costs the next start a second, nothing else
                 warnings.warn(f"the tokenizer is not cached: {error}", stacklevel=2)
         return tokenizer
@@ -192,7 +192,7 @@ class Tokenizer:
     def from_gguf_cache(cls, cache_key: str) -> Tokenizer | None:
         """What an earlier `from_gguf_vocab` with this key kept, or None where there is nothing or it is damaged."""
         try:
-            return cls.from_folder(gguf_vocab.cache_folder(cache_key))
+            return cls.from_folder(gguf_vocab.folder_of(cache_key))
         except (TokenizerError, CheckpointError):  # CheckpointError: no home folder
             return None
 

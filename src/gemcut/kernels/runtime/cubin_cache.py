@@ -12,14 +12,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from gemcut.errors import CheckpointError
+from gemcut.paths import cache_folder
+
 #: Files kept, of 20 to 110 KB; those that were not used for longest go first.
 MOST_FILES = 400
 _DIGEST = hashlib.sha256().digest_size
-
-
-def folder() -> Path:
-    """``$XDG_CACHE_HOME`` or ``~/.cache``, then gemcut/kernels."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemcut" / "kernels"
 
 
 def cached(key: str, compile: Callable[[], bytes]) -> bytes:
@@ -30,8 +28,8 @@ def cached(key: str, compile: Callable[[], bytes]) -> bytes:
         compile: makes it. Its errors pass through; a disk that cannot be read or written costs time, nothing else.
     """
     try:
-        path = folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
-    except RuntimeError:  # no home directory
+        path = cache_folder("kernels") / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    except CheckpointError:  # no home folder
         return compile()
     found = _read(path)
     if found is not None:
