@@ -16,6 +16,7 @@ from gemcut.engine.draw import Kind, draw
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
 from gemcut.kernels.attention.decode import DecodeSpec, decode_attention
 from gemcut.kernels.attention.varlen import VarlenSpec, triton_varlen
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.linear.gated import gated_gemm
 from gemcut.kernels.linear.gemm import order_groups
 from gemcut.kernels.rowwise.geglu import geglu
@@ -64,7 +65,7 @@ def prefill_attention(repetitions: int) -> Iterator[Timed]:
         query *= head_dim**-0.5
         spec, runs = VarlenSpec(cap, window), ((0, tokens, 0, 0),)
 
-        hopper = hopper_attention.supports(heads, kv_heads, head_dim, cap, query.device.index or 0) is None
+        hopper = hopper_attention.supports(heads, kv_heads, head_dim, cap, gpu_of(query.device.index or 0)) is None
         varlen = hopper_attention.hopper_varlen if hopper else triton_varlen
 
         def ours(

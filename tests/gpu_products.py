@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from four_bit_reference import FP4, NF4, dequantize, quantize
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import gemm as packed_gemm
@@ -55,7 +56,7 @@ def case(name: str, n: int, k: int) -> Case:
         lambda x, **kw: nf4_matvec.nf4_matvec(x, packed, **kw),
         lambda x, **kw: packed_gemm.gemm(storage, packed.argument, x, n, **kw),
         lambda x: nf4_matvec.nf4_matvec_plain(x, [four]),
-        matvec.most_rows(storage, n, k, torch.cuda.current_device()),
+        matvec.most_rows(storage, n, k, gpu_of(torch.cuda.current_device())),
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemcut.kernels.linear import gemm as packed_gemm
+from gemcut.kernels.gpu import gpu_of
 
 
 @pytest.fixture
 def hopper() -> None:
     """Skips where there is no wgmma."""
-    reason = packed_gemm.unavailable_reason(torch.cuda.current_device())
+    reason = gpu_of(torch.cuda.current_device()).wgmma_refusal
     if reason is not None:
         pytest.skip(reason)

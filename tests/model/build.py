@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.model import Model
-from gemcut.model.dense import dense_logits
+from gemcut.model.dense import DenseKeyValues, dense_logits
 
 _NORMS = {
     "input_layernorm": "input_norm",
@@ -54,10 +54,17 @@ def our_logits(theirs: Any, ids: Tensor, dtype: torch.dtype | None = None, **con
     return dense_logits(our_model(theirs, dtype, **config_changes), ids)
 
 
+@torch.inference_mode()
+def last_logits(model: Model, ids: Tensor, count: int) -> Tensor:
+    """fp32 [count, V] of our network's last rows: the head costs most where the vocabulary is a real one."""
+    hidden = model(ids, torch.arange(len(ids)), DenseKeyValues(len(ids)))
+    return model.head(hidden[-count:])
+
+
 @torch.no_grad()
-def their_logits(theirs: Any, ids: Tensor) -> Tensor:
-    """[T, V] of a transformers model, in the dtype it gives."""
-    logits: Tensor = theirs(ids[None]).logits[0]
+def their_logits(theirs: Any, ids: Tensor, last: int = 0) -> Tensor:
+    """[T, V] of a transformers model, in the dtype it gives; of its ``last`` rows alone where that is not 0."""
+    logits: Tensor = theirs(ids[None], logits_to_keep=last).logits[0]
     return logits
 
 

@@ -10,9 +10,9 @@ import typer
 import gemcut
 from gemcut.cli import output
 from gemcut.cli.names import family_member, tuned
-from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, with_options
+from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, option, with_options
 from gemcut.config import GemmaConfig
-from gemcut.errors import CheckpointError, MissingTokenizerError
+from gemcut.errors import CheckpointError, MissingTokenizerError, ParameterError
 from gemcut.sampling_defaults import checkpoint_level
 
 if TYPE_CHECKING:
@@ -41,6 +41,13 @@ def info(
     kernels: Annotated[
         bool, flag("Which code computes what on each device here, and why other code would not.", "--kernels")
     ] = False,
+    gpu: Annotated[
+        str | None, option("With --kernels: for this GPU (h200, h100, a100, rtx4090, l4).", "--gpu", metavar="NAME")
+    ] = None,
+    weights: Annotated[
+        str | None, option("With --gpu: weights in nf4, fp4, int8 or bf16.", "--format", metavar="FORMAT")
+    ] = None,
+    rows: Annotated[int | None, option("With --gpu: so many rows (tokens) at once.", "--rows", metavar="N")] = None,
     as_json: Annotated[bool, flag("One JSON object.", "--json")] = False,
     debug: Debug = False,
     hub: HubOptions,
@@ -51,7 +58,21 @@ def info(
 
     Of a hub model only configuration and tokenizer are fetched. --kernels without MODEL describes Gemma 2 27B's shape.
     """
-    if kernels:
+    if gpu is not None and not kernels:
+        raise ParameterError("--gpu NAME goes with --kernels")
+    if gpu is None and (weights is not None or rows is not None):
+        raise ParameterError("--format and --rows go with --kernels --gpu NAME, which says the GPU they are asked for")
+    if gpu is not None:
+        from gemcut.cli import kernel_routes
+
+        shape, config = _shape(model, hub)
+        asked = kernel_routes.Asked.of(gpu, weights or "nf4", 1 if rows is None else rows)
+        parts = kernel_routes.route_report(config, asked)
+        if as_json:
+            output.print_json({"model": shape, **asked.as_json(), "parts": parts})
+        else:
+            _show({"asked": f"{shape}, {asked}", **kernel_routes.words(parts)})
+    elif kernels:
         report = _kernels(model, hub)
         if as_json:
             output.print_json(kernels_json(report))
@@ -139,18 +160,24 @@ def _machine_words(found: dict[str, Any]) -> dict[str, Any]:
 def _kernels(name: str | None, hub: HubOptions) -> dict[str, Any]:
     """The shape's name, and for each device here what computes each part of such a network."""
     from gemcut.cli.kernels import kernel_report
+
+    shape, config = _shape(name, hub)
+    return {"shape": f"{shape}, bfloat16", "devices": kernel_report(config)}
+
+
+def _shape(name: str | None, hub: HubOptions) -> tuple[str, GemmaConfig]:
+    """The name and shape of a network to speak of; that of 27B where none is named."""
     from gemcut.config import FAMILY
 
     if name is None:
-        return {"shape": "gemma-2-27b, bfloat16", "devices": kernel_report(FAMILY["gemma-2-27b"])}
+        return "gemma-2-27b", FAMILY["gemma-2-27b"]
     try:
-        config = hub.find(name).config()
+        return name, hub.find(name).config()
     except CheckpointError:
         member = family_member(name)
         if member is None or hub.revision is not None:
             raise
-        config = member[1]
-    return {"shape": f"{name}, bfloat16", "devices": kernel_report(config)}
+        return name, member[1]
 
 
 def _flat(devices: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ import torch
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.errors import UnsupportedError
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import gated as gated_gemm
@@ -58,7 +59,7 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
     }
     report["between products"] = _lines(next(name for name, reason in steps.items() if reason is None), steps)
     if device.type == "cuda":
-        reason = gated_gemm.supports(config.intermediate_size, config.hidden_size, device.index or 0)
+        reason = gated_gemm.supports(config.intermediate_size, config.hidden_size, gpu_of(device.index or 0))
         apart = "product and GeGLU apart"
         report["gate and up"] = [
             f"one launch with GeGLU for {gated_gemm.MANY_ROWS} rows or more that fill its tiles and whole or decoded "

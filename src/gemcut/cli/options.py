@@ -38,6 +38,11 @@ def flag(help: str, *names: str, panel: str | None = None) -> Any:
     return typer.Option(*names, help=help, metavar="", rich_help_panel=panel)
 
 
+def option(help: str, *names: str, metavar: str) -> Any:
+    """An option with a value and no panel of its own."""
+    return typer.Option(*names, help=help, metavar=metavar, show_default=False)
+
+
 Debug = Annotated[bool, flag(DEBUG_HELP, "--debug")]
 
 

@@ -19,6 +19,7 @@ from gemcut.errors import UnsupportedError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
 from gemcut.kernels.attention.varlen import VarlenAttention, VarlenSpec, fresh_runs
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.runtime import nvrtc
 from gemcut.model.key_values import KeyValues
 
@@ -220,7 +221,7 @@ def _hopper_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device
     if reason is not None:
         return reason
     heads, kv_heads, cap = config.num_attention_heads, config.num_key_value_heads, config.attn_logit_softcapping
-    return hopper_attention.supports(heads, kv_heads, config.head_dim, cap, device.index or 0)
+    return hopper_attention.supports(heads, kv_heads, config.head_dim, cap, gpu_of(device.index or 0))
 
 
 def _varlen_implementation(

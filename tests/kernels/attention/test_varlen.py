@@ -17,6 +17,7 @@ from gemcut.errors import UnsupportedError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
 from gemcut.kernels.attention.varlen import Run, VarlenSpec, flash_attn_varlen, fresh_runs, plain_varlen, tiles
+from gemcut.kernels.gpu import PRESETS
 from gemcut.model.attention import AttentionSpec, attend, choose_attention, eager_attention, varlen_attention
 from gemcut.model.key_values import Span
 from support import tiny_config
@@ -105,7 +106,7 @@ def test_the_kernel_for_hopper_says_which_heads_it_does_not_take() -> None:
         (8, 4, 128, None, "soft-cap of up to 60"),
         (8, 4, 128, 61.0, "soft-cap of up to 60"),
     ):
-        assert reason in str(hopper_attention.supports(heads, kv_heads, head_dim, cap, 0))
+        assert reason in str(hopper_attention.supports(heads, kv_heads, head_dim, cap, PRESETS["a100"]))
 
 
 def test_flash_attention_2_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from gemcut.kernels.attention.varlen import (
     triton_varlen,
 )
 from gemcut.kernels.attention.varlen_hopper import hopper_varlen
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.rowwise import norm, rope_write
 from gemcut.model.attention import choose_attention
 from gemcut.model.bind import bind_kernels
@@ -62,7 +63,7 @@ def exact(
 
 def kernels(heads: int, kv_heads: int, head_dim: int, spec: VarlenSpec) -> list[VarlenAttention]:
     """Those that serve bf16 heads of this shape here."""
-    hopper = hopper_attention.supports(heads, kv_heads, head_dim, spec.softcap, 0) is None
+    hopper = hopper_attention.supports(heads, kv_heads, head_dim, spec.softcap, gpu_of(0)) is None
     return [triton_varlen, hopper_varlen] if hopper else [triton_varlen]
 
 
@@ -158,7 +159,7 @@ def test_a_row_that_looks_at_one_key_gets_its_value_and_rows_of_no_run_stay_as_t
 
 def test_the_kernel_for_hopper_names_what_it_does_not_take() -> None:
     query, keys = torch.randn(9, 4, 128, device=CUDA).bfloat16(), torch.randn(9, 2, 128, device=CUDA).bfloat16()
-    if hopper_attention.supports(4, 2, 128, 50.0, 0) is not None:
+    if hopper_attention.supports(4, 2, 128, 50.0, gpu_of(0)) is not None:
         pytest.skip("needs a Hopper GPU")
     runs, spec = ((0, 9, 0, 0),), VarlenSpec(50.0, None)
     for wrong, given, text in (

@@ -17,6 +17,7 @@ from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.dispatch import choose_linear
 from gemcut.kernels.linear.gemv import arrivals
 from gemcut.kernels.linear.layout import Ordered, order_x
+from gemcut.kernels.linear.routes import fused_rows
 from gemcut.quantization.int8 import quantize_int8
 from gpu_products import PACKED, Case, case, check_replays
 from gpu_support import relative_error
@@ -125,7 +126,7 @@ def test_dispatch_serves_every_row_count_and_decodes_no_matrix_for_few(name: str
     assert choice.name == "cuda"
     buffer = cuda_linear._buffer(torch.device("cuda", 0))
     buffer.kept.clear()
-    most = cuda_linear.fused_rows(n * k, name == "nf4")
+    most = fused_rows(n * k, name == "nf4")
     for m in (1, 8, 9, 64, 65, most, most + 1, 1024):
         x = torch.randn(m, k, device="cuda").bfloat16()
         out = choice.kernel(x)

@@ -247,12 +247,12 @@ def test_decoding_many_rows_is_exact() -> None:
     from gemcut.quantization.four_bit import dequantize_4bit
 
     out = torch.full((40, 320), torch.nan, device="cuda", dtype=torch.bfloat16)
-    cuda_linear.decode_four_bit(nf4_matvec.pack([weight]), 0, 3, out)
+    cuda_linear.dequantize_four_bit(nf4_matvec.pack([weight]), 0, 3, out)
     assert relative_error(out, dequantize(weight)) < 2e-3
     assert (out != dequantize_4bit(weight, torch.bfloat16)).float().mean() < 1e-3  # fp32 contraction at a tie
     int8 = quantize_int8(torch.randn(40, 320, device="cuda").bfloat16())
     out.fill_(torch.nan)
-    cuda_linear.decode_int8(int8.codes, int8.absmax / 127, out)
+    cuda_linear.dequantize_int8(int8.codes, int8.absmax / 127, out)
     assert (out != dequantize_int8(int8, torch.bfloat16)).float().mean() < 1e-3  # the order of two products at a tie
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 4
@@ -62,11 +63,6 @@ def _loads(group: int) -> int:
 def _resident(group: int) -> int:
     """Blocks that a processor's registers hold."""
     return 4 if group <= 2 else 2
-
-
-@functools.cache
-def _processors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache
@@ -123,7 +119,7 @@ def decode_attention(
     """
     m, device = qkv.shape[0], qkv.device
     group, index = spec.heads // spec.kv_heads, device.index or 0
-    runs = runs_of(m * spec.kv_heads, _resident(group) * _processors(index))
+    runs = runs_of(m * spec.kv_heads, _resident(group) * gpu_of(index).sms)
     out = torch.empty((m, spec.heads * spec.head_dim), dtype=qkv.dtype, device=device)
     partial = torch.empty(m * spec.heads * runs * (spec.head_dim + 2), dtype=torch.float32, device=device)
     task = _Attention(

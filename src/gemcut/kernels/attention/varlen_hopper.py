@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemcut.errors import ParameterError
 from gemcut.kernels.attention.varlen import FIXED_CAP, LOG2E, Run, VarlenSpec, tile_table
-from gemcut.kernels.linear.gemm import unavailable_reason
+from gemcut.kernels.gpu import Gpu, gpu_of
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.runtime.wgmma import wgmma_source
 
@@ -32,7 +32,7 @@ class _Task(ctypes.Structure):
     )
 
 
-def supports(heads: int, kv_heads: int, head_dim: int, softcap: float | None, device: int) -> str | None:
+def supports(heads: int, kv_heads: int, head_dim: int, softcap: float | None, gpu: Gpu) -> str | None:
     """None where the kernel serves bf16 heads of this shape, else one line that says why not."""
     if head_dim not in _SHAPES:
         return f"takes heads of {' or '.join(map(str, _SHAPES))}, not of {head_dim}"
@@ -40,7 +40,7 @@ def supports(heads: int, kv_heads: int, head_dim: int, softcap: float | None, de
         return f"takes as many query heads a key head as divide {_ROWS}, not {heads // kv_heads}"
     if softcap is None or softcap > FIXED_CAP:
         return f"needs a soft-cap of up to {FIXED_CAP:g}, which keeps exp(score) in range"
-    return unavailable_reason(device)
+    return gpu.wgmma_refusal
 
 
 def tile_queries(heads: int, kv_heads: int) -> int:
@@ -82,7 +82,7 @@ def hopper_varlen(
     multiple of 16 bytes.
     """
     (rows, heads, head_dim), kv_heads, device = query.shape, keys.shape[1], query.device
-    reason = supports(heads, kv_heads, head_dim, spec.softcap, device.index or 0)
+    reason = supports(heads, kv_heads, head_dim, spec.softcap, gpu_of(device.index or 0))
     if reason is not None:
         raise ParameterError(f"this attention kernel {reason}")
     for name, part in ("query", query), ("keys", keys), ("values", values):

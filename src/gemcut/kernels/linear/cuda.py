@@ -1,13 +1,10 @@
-"""Products on an NVIDIA GPU for dispatch: matrix-vector kernels, fused products, decode and cuBLAS, by the rows of x.
+"""Products on an NVIDIA GPU for dispatch: GEMV, fused GEMM, dequantization and cuBLAS, by the rows of x.
 
-Up to eight rows of x, 16 of some small four-bit matrices, go through the matrix-vector kernels. More, up to
-`fused_rows`, are multiplied by weights decoded in registers (packed_gemm, Hopper only; elsewhere up to ``8 · PASSES``
-rows go through the matrix-vector kernels eight at a time). Beyond, the weights are decoded to bf16, a run of rows at a
-time, in a buffer all layers share, for cuBLAS. bf16 weights need none of this: cuBLAS takes them from `DENSE_ROWS` rows
-on.
+`gemcut.kernels.linear.routes` says up to how many rows each serves. Beyond the last the weights are dequantized to
+bf16, as many rows at a time as fit a buffer that all layers share, for cuBLAS.
 
 An MLP's two products of the same x are multiplied, gated and rounded in one launch where that serves and pays
-(gemcut.kernels.linear.gated); packed ones are decoded for it, too.
+(gemcut.kernels.linear.gated); packed ones are dequantized for it, too.
 """
 
 from __future__ import annotations
@@ -22,39 +19,27 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import ParameterError
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import gated as gated_gemm
 from gemcut.kernels.linear import gemm as packed_gemm
 from gemcut.kernels.linear import int8 as int8_matvec
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
-from gemcut.kernels.linear.gemv import MAX_ROWS, SMALL_BYTES, TILE, matvec, most_rows
+from gemcut.kernels.linear.gemv import MAX_ROWS, TILE, Storage, matvec
 from gemcut.kernels.linear.int8 import Int8Rows
 from gemcut.kernels.linear.layout import Ordered
 from gemcut.kernels.linear.plain import dense_product
+from gemcut.kernels.linear.routes import routes
 from gemcut.kernels.runtime import nvrtc
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 from gemcut.quantization.tables import code_table
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 
-# Without fused products. Decoding a matrix for cuBLAS writes and reads 4 bytes a weight more: about as much as eight
-# passes over packed ones.
-PASSES = 8
-# From this many rows on cuBLAS multiplies bf16 weights at least as fast as the matrix-vector kernel (measured).
-DENSE_ROWS = 5
 # Decoded weights stand here. The more rows at a time, the smaller the share of processors that have nothing to do at a
 # product's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
 BUFFER_BYTES = 324 << 20
 HEAD_BYTES = 32 << 20
-
-
-def fused_rows(weights: int, four_bit: bool) -> int:
-    """Up to so many rows a fused product with a matrix of so many weights beats decoding and cuBLAS (on an H100)."""
-    if weights < 20 << 20:
-        return 384
-    if weights < 128 << 20:
-        return 640 if four_bit else 512
-    return 896 if four_bit else 768
 
 
 def supports(case: LinearCase, device: torch.device) -> str | None:
@@ -149,7 +134,7 @@ def _packed_kernel(
     shape: tuple[int, int],
     out_dtype: torch.dtype,
     codes: Tensor,
-    most_few: int = MAX_ROWS,
+    storage: Storage,
 ) -> _Packed:
     def many(x: Tensor) -> Tensor:
         return _by_runs(x, *shape, decode, out_dtype)
@@ -157,38 +142,39 @@ def _packed_kernel(
     # The head's logits are wanted of few rows at a time: not worth a large buffer.
     _buffer(codes.device).announce(*shape, BUFFER_BYTES if out_dtype == torch.bfloat16 else HEAD_BYTES)
     device = codes.device.index or 0
-    if packed_gemm.unavailable_reason(device) is None:
+    gpu = gpu_of(device)
+    most_few, most_some, _ = (route.up_to_rows for route in routes(storage, *shape, gpu))
+    assert most_few is not None
+    assert most_some is not None
+    if gpu.wgmma_refusal is None:
         gated = None if _gated_reason(*shape, out_dtype, device) else functools.partial(_gated_by_runs, shape, decode)
-        most_some = fused_rows(shape[0] * shape[1], not isinstance(rows, Int8Rows))
         return _Packed(rows, few, many, most_few, fused, most_some, ordered=True, gated=gated)
 
     def passes(x: Tensor) -> Tensor:
         return torch.cat([few(part) for part in torch.split(x, MAX_ROWS)])
 
-    return _Packed(rows, few, many, MAX_ROWS, passes, MAX_ROWS * PASSES)
+    return _Packed(rows, few, many, most_few, passes, most_some)
 
 
 def _gated_reason(n: int, k: int, out_dtype: torch.dtype, device: int) -> str | None:
     """Why a matrix of ``n`` rows is not taken for an MLP's gate above its up; None: it may be."""
     if n % 2 or out_dtype != torch.bfloat16:
         return "needs as many rows of gate as of up, and gives bfloat16"
-    return gated_gemm.supports(n // 2, k, device)
+    return gated_gemm.supports(n // 2, k, gpu_of(device))
 
 
 def _four_bit(case: LinearCase) -> LinearKernel:
     packed = nf4_matvec.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
     storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument
-    # With fp32 scales eight rows of a large matrix are faster fused: 92 µs became 78 for 27B's gate and up.
-    whole_scales = not packed.nested and packed.codes.numel() > SMALL_BYTES
     kernel = _packed_kernel(
         packed,
         lambda x: matvec(storage, argument, x, packed.n),
         lambda x: packed_gemm.gemm(storage, argument, x, packed.n),
-        lambda start, count, out: decode_four_bit(packed, start // TILE, -(-count // TILE), out),
+        lambda start, count, out: dequantize_four_bit(packed, start // TILE, -(-count // TILE), out),
         (packed.n, packed.k),
         torch.bfloat16,
         packed.codes,
-        MAX_ROWS - 1 if whole_scales else most_rows(storage, packed.n, packed.k, packed.codes.device.index or 0),
+        storage,
     )
     kernel.weights = packed.weights()
     return kernel
@@ -204,12 +190,13 @@ def _int8(case: LinearCase) -> LinearKernel:
         rows,
         lambda x: matvec(storage, argument, x, n, out_dtype=out_dtype),
         lambda x: packed_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
-        lambda start, count, out: decode_int8(
+        lambda start, count, out: dequantize_int8(
             rows.values[start : start + count], rows.scales[start : start + count], out
         ),
         (n, k),
         case.out_dtype,
         rows.values,
+        storage,
     )
     parts = torch.split(rows.values, [weight.shape[0] for weight in given])
     kernel.weights = tuple(replace(weight, codes=part) for weight, part in zip(given, parts, strict=True))
@@ -224,7 +211,7 @@ def _dense(case: LinearCase) -> LinearKernel:
             weight,
             lambda x: bf16_matvec.bf16_head(x, weight, None),
             lambda x: dense_product(x, weight, torch.float32),
-            MAX_ROWS,
+            _few_dense(weight, float_output=True),
         )
     n, k = weight.shape
     gated = _gated_reason(n, k, case.out_dtype, weight.device.index or 0) is None
@@ -232,9 +219,17 @@ def _dense(case: LinearCase) -> LinearKernel:
         weight,
         lambda x: bf16_matvec.bf16_matvec(x, weight),
         lambda x: dense_product(x, weight),
-        DENSE_ROWS - 1,
+        _few_dense(weight, float_output=False),
         gated=(lambda x: gated_gemm.gated_gemm(x, weight)) if gated else None,
     )
+
+
+def _few_dense(weight: Tensor, *, float_output: bool) -> int:
+    """Rows of x that an unquantized weight's GEMV takes."""
+    n, k = weight.shape
+    found = routes(bf16_matvec.STORAGE, n, k, gpu_of(weight.device.index or 0), float_output=float_output)
+    assert found[0].up_to_rows is not None
+    return found[0].up_to_rows
 
 
 def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
@@ -281,7 +276,7 @@ def _four_bit_kernel(nested: bool, device: int) -> CudaKernel:
     sources = read_sources(
         "runtime/launch.cuh", "linear/gemv.cuh", "linear/four_bit_gemv.cu", "linear/four_bit_dequant.cu"
     )
-    return compile_kernel(sources, "four_bit_decode", (("NESTED", int(nested)),), device)
+    return compile_kernel(sources, "four_bit_dequant", (("NESTED", int(nested)),), device)
 
 
 class _FourBitDecode(ctypes.Structure):
@@ -294,7 +289,7 @@ class _FourBitDecode(ctypes.Structure):
     )
 
 
-def decode_four_bit(packed: nf4_matvec.PackedFourBit, first_tile: int, tiles: int, out: Tensor) -> None:
+def dequantize_four_bit(packed: nf4_matvec.PackedFourBit, first_tile: int, tiles: int, out: Tensor) -> None:
     """Rows of ``tiles`` tiles of 16 from ``first_tile`` on, decoded into ``out`` bf16 [rows, k]."""
     codebook = code_table(packed.quant_type, out.device)
     task = _FourBitDecode(codebook.data_ptr(), out.data_ptr(), first_tile, tiles, packed.k)
@@ -311,11 +306,11 @@ class _Int8Decode(ctypes.Structure):
     )
 
 
-def decode_int8(values: Tensor, scales: Tensor, out: Tensor) -> None:
+def dequantize_int8(values: Tensor, scales: Tensor, out: Tensor) -> None:
     """int8 [n, k] times fp32 [n] into ``out`` bf16 [n, k]; n is at most 65535."""
     n, k = values.shape
     kernel = compile_kernel(
-        read_sources("runtime/launch.cuh", "linear/int8_dequant.cu"), "int8_decode", (), out.device.index or 0
+        read_sources("runtime/launch.cuh", "linear/int8_dequant.cu"), "int8_dequant", (), out.device.index or 0
     )
     task = _Int8Decode(values.data_ptr(), scales.data_ptr(), out.data_ptr(), k)
     kernel.launch((-(-k // 4096), n), 256, 0, (task,))

@@ -9,7 +9,7 @@ struct Decode {
 
 constexpr int THREADS = 256;
 
-extern "C" __global__ void __launch_bounds__(THREADS) four_bit_decode(Decode p, Format format) {
+extern "C" __global__ void __launch_bounds__(THREADS) four_bit_dequant(Decode p, Format format) {
   __shared__ float values[16][32];   // one column a lane: no two lanes meet in a bank
   for (int i = threadIdx.x; i < 512; i += THREADS) values[i / 32][i % 32] = p.codebook[i / 32];
 #if NESTED

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.linear.gemm import unavailable_reason
+from gemcut.kernels.gpu import Gpu, gpu_of
 from gemcut.kernels.linear.gemv import aligned_rows
 from gemcut.kernels.runtime.nvrtc import CudaKernel, TensorMap, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.runtime.wgmma import wgmma_source
@@ -34,9 +34,9 @@ class _Tiles(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int) for name in ("m_pairs", "n_tiles", "steps", "width"))
 
 
-def supports(width: int, k: int, device: int) -> str | None:
+def supports(width: int, k: int, gpu: Gpu) -> str | None:
     """None where MLPs of ``width`` with ``k`` inputs are served, else one line that says why not."""
-    reason = unavailable_reason(device)
+    reason = gpu.wgmma_refusal
     if reason is not None:
         return reason
     # Decoded weights come in tiles of 16 rows, and rows of whole 16-byte words are what the copy engine takes.
@@ -77,7 +77,7 @@ def gated_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tenso
     if weight.dtype != torch.bfloat16 or weight.shape[1] != k or weight.shape[0] % 2:
         raise ParameterError(f"weight must be bf16 [2 · width, {k}], not {weight.dtype} {tuple(weight.shape)}")
     device = x.device.index or 0
-    reason = supports(width, k, device)
+    reason = supports(width, k, gpu_of(device))
     if reason is not None:
         raise ParameterError(reason)
     if out is None:
@@ -89,7 +89,7 @@ def gated_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tenso
             raise ParameterError(f"{name} needs contiguous rows that begin at multiples of 16 bytes")
     x = aligned_rows(x)
     m_pairs, n_tiles = -(-m // (2 * _ROWS)), -(-width // _COLUMNS)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = gpu_of(device).sms
     clusters = min(processors // 2, m_pairs * n_tiles)
     maps = _map(x, _ROWS), _map(weight, _COLUMNS), _map(out, _STORED_ROWS)
     tiles = _Tiles(m_pairs, n_tiles, -(-k // _STEP), width)

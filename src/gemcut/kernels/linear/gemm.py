@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.linear.gemv import SMALL_BYTES, TILE, Problem, Storage, aligned_rows, arrivals, limits, output
+from gemcut.kernels.gpu import gpu_of
+from gemcut.kernels.linear.gemv import SMALL_BYTES, TILE, Problem, Storage, aligned_rows, arrivals, output
 from gemcut.kernels.linear.layout import UNIT, Ordered, order_x
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, current_stream, read_sources
 from gemcut.kernels.runtime.wgmma import wgmma_source
@@ -93,7 +94,7 @@ def _launch(
 ) -> _Launch:
     chosen = variant or choose_variant(storage, m, n, k)
     tiles, m_tiles, units = -(-n // TILE), -(-m // chosen.rows), -(-k // UNIT)
-    blocks = min(limits(device)[0], -(-tiles // (chosen.warpgroups * 4)) * m_tiles * units)
+    blocks = min(gpu_of(device).sms, -(-tiles // (chosen.warpgroups * 4)) * m_tiles * units)
     # Two shared tiles a block; without any (units that divide evenly) it is not touched.
     partial = blocks * chosen.warpgroups * 128 * chosen.rows
     kernel, nbytes = _kernel(storage, chosen, float_output, device), shared_bytes(storage, chosen)
@@ -116,15 +117,6 @@ def _kernel(storage: Storage, variant: Variant, float_output: bool, device: int)
     product = wgmma_source("wgmma", variant.rows, a_in_registers=True)
     source = "\n".join((frame, product, read_sources("linear/gemm.cuh", f"linear/{name}.cu")))
     return compile_kernel(source, name, defines, device)
-
-
-@functools.cache
-def unavailable_reason(device: int) -> str | None:
-    """None where the kernels run on ``device``, else one line that says why not."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        return f"wgmma needs compute capability 9.0 (H100, H200), not {capability[0]}.{capability[1]}"
-    return None
 
 
 def gemm(

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, current_stream, read_sources, shared_memory_limit
+from gemcut.kernels.gpu import Gpu, gpu_of
+from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, current_stream, read_sources
 
 MAX_ROWS = 8
 MAX_FIXED_ROWS = 16
@@ -163,11 +164,10 @@ def arrivals(device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
-@functools.cache
-def limits(device: int) -> tuple[int, int]:
+def limits(gpu: Gpu) -> tuple[int, int]:
     """(multiprocessors, bytes of shared memory a block can plan with)."""
     # The block's flags and the alignment of its ring take less than 2048 bytes beside what shared_bytes counts.
-    return torch.cuda.get_device_properties(device).multi_processor_count, shared_memory_limit(device) - 2048
+    return gpu.sms, gpu.shared_memory - 2048
 
 
 def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -> CudaKernel:
@@ -187,9 +187,9 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
     return compile_kernel(read_sources(*files), name, defines, device)
 
 
-def _plan(storage: Storage, m: int, n: int, k: int, device: int) -> Split | None:
+def plan(storage: Storage, m: int, n: int, k: int, gpu: Gpu) -> Split | None:
     """How ``m`` rows of x are multiplied; None where they are too many."""
-    processors, shared_limit = limits(device)
+    processors, shared_limit = limits(gpu)
     tiles, steps = -(-n // TILE), -(-k // storage.step)
     fixed = None
     if storage.fixed_kernel is not None:
@@ -205,15 +205,15 @@ def _launch(
     storage: Storage, m: int, n: int, k: int, float_output: bool, device: int
 ) -> tuple[CudaKernel, Split, int, int]:
     """(kernel, split, tiles, column steps) of a product."""
-    split = _plan(storage, m, n, k, device)
+    split = plan(storage, m, n, k, gpu_of(device))
     if split is None:
         raise ParameterError(f"{m} rows of x are too many for a matrix-vector kernel with {n} x {k} weights")
     return _kernel(storage, split.layout, float_output, device), split, -(-n // TILE), -(-k // storage.step)
 
 
-def most_rows(storage: Storage, n: int, k: int, device: int) -> int:
+def most_rows(storage: Storage, n: int, k: int, gpu: Gpu) -> int:
     """Rows of x that `matvec` takes for such a weight."""
-    return MAX_ROWS if _plan(storage, MAX_FIXED_ROWS, n, k, device) is None else MAX_FIXED_ROWS
+    return MAX_ROWS if plan(storage, MAX_FIXED_ROWS, n, k, gpu) is None else MAX_FIXED_ROWS
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:

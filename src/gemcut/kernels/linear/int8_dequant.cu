@@ -7,7 +7,7 @@ struct Decode {
   int k;
 };
 
-extern "C" __global__ void __launch_bounds__(256) int8_decode(Decode p) {
+extern "C" __global__ void __launch_bounds__(256) int8_dequant(Decode p) {
   const int column = (blockIdx.x * 512 + threadIdx.x) * 8;   // and 2048 columns further on
   const size_t row = blockIdx.y;
   previous_kernels_done();

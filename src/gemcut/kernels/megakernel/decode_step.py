@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import UnsupportedError
+from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import int8 as int8_matvec
@@ -23,7 +24,7 @@ from gemcut.kernels.linear.cuda import Rows
 from gemcut.kernels.linear.four_bit import PackedFourBit
 from gemcut.kernels.linear.gemv import TILE, Storage
 from gemcut.kernels.linear.int8 import Int8Rows
-from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources, shared_memory_limit
+from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 12  # 168 registers a thread, which the kernel needs
 MOST_STAGES = 3  # a warp's ring; more only make what is waited for arrive behind more weights
@@ -155,7 +156,8 @@ def supports(shape: StepShape, storage: Storage, block_size: int, processors: in
 def limits(device: torch.device) -> tuple[int, int]:
     """(processors, bytes of shared memory a block can have) of ``device``."""
     index = device.index or 0
-    return torch.cuda.get_device_properties(index).multi_processor_count, shared_memory_limit(index)
+    gpu = gpu_of(index)
+    return gpu.sms, gpu.shared_memory
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,7 +26,7 @@ def supports(config: GemmaConfig, storages: set[Storage], block_size: int, devic
     """
     if len(storages) != 1:
         return "one launch a step takes layers of one format"
-    return decode_step.supports(_shape(config), next(iter(storages)), block_size, *decode_step.limits(device))
+    return decode_step.supports(step_shape(config), next(iter(storages)), block_size, *decode_step.limits(device))
 
 
 def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tuple[Tensor, Tensor]) -> DecodeStep | str:
@@ -59,7 +59,7 @@ def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tup
     table, absmax = table_of(model.embed)
     ropes = model.rope_full.table(ids.device), model.rope_sliding.table(ids.device)
     return DecodeStep(
-        _shape(config), bound, layers[0].input_norm.scale, table, absmax, model.embed_scale,
+        step_shape(config), bound, layers[0].input_norm.scale, table, absmax, model.embed_scale,
         ids, batch.positions, tables, ropes,
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def _products(layer: Layer) -> tuple[Rows, ...] | None:
     return found if len(found) == len(linears) else None
 
 
-def _shape(config: GemmaConfig) -> StepShape:
+def step_shape(config: GemmaConfig) -> StepShape:
     """The network's sizes as the launch takes them."""
     return StepShape(
         config.num_hidden_layers,
