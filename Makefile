@@ -5,7 +5,10 @@ BIN    := $(VENV)/bin
 # What an installation compiles: a change of it asks for another.
 KERNELS := src/gemcut/kernels/cpu/build.py $(shell find src/gemcut/kernels/cpu/src -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-gpu lint bench-cpu bench-gpu clean
+# Processes that tests run in: a processor each, four at most, since each may hold a real model.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
+
+.PHONY: demo check test test-gpu lint bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -15,8 +18,12 @@ demo: $(VENV)/demo.stamp
 	@echo 'To run it yourself: $(BIN)/gemcut generate -m gemma-3-270m -t 0 "The sky is"'
 	@echo '(or, after . $(BIN)/activate, gemcut alone; gemcut --help lists the commands)'
 
+# What one runs between two changes: no slow tests.
+check: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
+
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-gpu: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m gpu

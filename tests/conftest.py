@@ -10,6 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What a person has chosen for the command line must not change what tests see.
 os.environ["XDG_CONFIG_HOME"] = os.devnull
 
+# Workers of pytest-xdist share the processors, and so do the commands that their tests start.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, PROCESSORS // WORKERS)))
+
 import pytest
 import torch
 
