@@ -16,7 +16,8 @@ from gemcut import AutoModelForCausalLM, Gemma
 from gemcut.cli.generate import MAX_PROMPT_BYTES, read_stdin
 from gemcut.cli.options import TOKEN_BYTES
 from gemcut.errors import CapacityError, GemcutError, ParameterError
-from gemcut.placement.plan import Cut, weight_bytes
+from gemcut.placement.plan import weight_bytes
+from gemcut.quantization.spec import Quantization
 from gemcut.text import Tokenizer
 
 from .conftest import Cli, environment
@@ -88,7 +89,7 @@ def test_what_does_not_fit_is_told_what_does_in_the_words_of_each_front_door(
     folder = support.save_checkpoint(tmp_path / "9b", support.hf_model(support.tiny_config()))
     monkeypatch.setattr(gemcut.config.GemmaConfig, "from_file", classmethod(lambda cls, path: config))
     monkeypatch.setattr(gemcut.gemma, "free_memory", lambda device: 24 * 10**9)
-    sizes = [weight_bytes(config, "bfloat16", cut) / 1e9 for cut in (None, Cut("int8"), Cut("nf4"))]
+    sizes = [weight_bytes(config, "bfloat16", cut) / 1e9 for cut in (None, Quantization("int8"), Quantization("nf4"))]
     assert [round(size, 1) for size in sizes] == [
         18.5,
         10.2,

@@ -12,7 +12,7 @@ from gemcut.config import FAMILY, GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.errors import CapacityError, ParameterError
 from gemcut.model import Model
-from gemcut.placement.plan import DTYPE_BYTES, Cut, MemoryPlan, weight_bytes
+from gemcut.placement.plan import DTYPE_BYTES, MemoryPlan, weight_bytes
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
 
@@ -58,12 +58,12 @@ def test_cut_27b_by_hand() -> None:
     nf4 = linears // 2 + linears // 64 + 4 * (linears // 64 // 256)
     assert round(nf4 / GB, 2) == 13.44
     assert round(table * 2 / GB, 2) == 2.36
-    assert MemoryPlan.make(config, quantization=Cut("nf4")).weights == nf4 + table * 2 + norms
-    small = MemoryPlan.make(config, quantization=Cut("nf4", head="int8"))
+    assert MemoryPlan.make(config, quantization=Quantization("nf4")).weights == nf4 + table * 2 + norms
+    small = MemoryPlan.make(config, quantization=Quantization("nf4", head="int8"))
     assert small.weights == nf4 + table + 4 * 256_000 + norms
     assert small.label == "nf4 + int8 head"
     rows = 46 * (2 * 32 * 128 // 2 + 2 * 16 * 128 + 4608 + 2 * 36864 + 4608)
-    assert MemoryPlan.make(config, quantization=Cut("int8")).weights == linears + 4 * rows + table * 2 + norms
+    assert MemoryPlan.make(config, quantization=Quantization("int8")).weights == linears + 4 * rows + table * 2 + norms
 
 
 @pytest.mark.parametrize(

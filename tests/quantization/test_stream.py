@@ -12,8 +12,8 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.quantization.four_bit import dequantize_4bit, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8_rows
-from gemcut.quantization.spec import Quantization
-from gemcut.quantization.stream import cut, quantize_tensors, skip_matcher
+from gemcut.quantization.spec import Quantization, skip_matcher
+from gemcut.quantization.stream import cut, quantize_tensors
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 from support import tiny_config
 

@@ -31,8 +31,8 @@ from gemcut.model.linear import LinearLayer
 from gemcut.quantization.calibrate import Method, quantize_4bit_calibrated
 from gemcut.quantization.decode import decode
 from gemcut.quantization.moments import Moments, block_width
-from gemcut.quantization.spec import Quantization
-from gemcut.quantization.stream import EMBEDDING, check_finite, quantize_tensors, skip_matcher
+from gemcut.quantization.spec import Quantization, skip_matcher
+from gemcut.quantization.stream import EMBEDDING, check_finite, quantize_tensors
 from gemcut.quantization.weights import Weight
 
 __all__ = ["MEMORY", "CalibrationState", "calibrate", "read_calibration_text"]

@@ -7,18 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.files import read_json, shown
-from gemcut.quantization.spec import Quantization
+from gemcut.quantization.spec import COMPUTE_DTYPES, Quantization
 
 _BESIDE_4BIT = re.compile(
     r"(?P<base>.+\.weight)\."
     r"(?P<leaf>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__[a-z0-9]{1,16})"
 )
 _BESIDE_8BIT = re.compile(r"(?P<module>.+)\.(?P<leaf>SCB|weight_format)")
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _METHODS = {
     "awq": "AWQ",
     "gptq": "GPTQ",
@@ -97,13 +94,14 @@ def _spec(raw: dict[str, Any], head: Any) -> Quantization:
             raise ParameterError("llm_int8_threshold is no number")
         return Quantization("int8", head=head, skip=modules)
     compute = str(raw.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
-    if compute not in _DTYPES:
-        raise ParameterError(f"bnb_4bit_compute_dtype is {compute[:20]!r}; expected one of {', '.join(_DTYPES)}")
+    if compute not in COMPUTE_DTYPES:
+        expected = ", ".join(COMPUTE_DTYPES)
+        raise ParameterError(f"bnb_4bit_compute_dtype is {compute[:20]!r}; expected one of {expected}")
     return Quantization(
         raw.get("bnb_4bit_quant_type", "fp4"),
         double_quant=raw.get("bnb_4bit_use_double_quant", False) is True,
         head=head,
-        compute_dtype=_DTYPES[compute],
+        compute_dtype=compute,
         skip=modules,
     )
 
@@ -117,7 +115,7 @@ def config_entries(spec: Quantization, dtype: str) -> dict[str, Any]:
 def bnb_config(spec: Quantization, dtype: str) -> dict[str, Any]:
     """``quantization_config`` of config.json, as transformers writes it for bitsandbytes."""
     eight = spec.format == "int8"
-    compute = dtype if spec.compute_dtype is None else str(spec.compute_dtype).removeprefix("torch.")
+    compute = spec.compute_dtype or dtype
     return {
         "_load_in_4bit": not eight,
         "_load_in_8bit": eight,

@@ -206,7 +206,6 @@ def _fingerprint(source: Source, spec: Quantization, max_shard_bytes: int, optio
 def describe(spec: Quantization) -> dict[str, Any]:
     """A Quantization as JSON."""
     fields = dataclasses.asdict(spec)
-    fields["compute_dtype"] = None if spec.compute_dtype is None else str(spec.compute_dtype).removeprefix("torch.")
     fields["skip"] = None if spec.skip is None else list(spec.skip)
     return fields
 

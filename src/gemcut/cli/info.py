@@ -232,11 +232,12 @@ def _model(name: str, hub: HubOptions) -> dict[str, Any]:
 
 def _expanded(source: Source, config: GemmaConfig) -> dict[str, Any]:
     """What a GGUF file's quantized weights become in memory."""
-    from gemcut.placement.plan import Cut, weight_bytes
+    from gemcut.placement.plan import weight_bytes
+    from gemcut.quantization.spec import Quantization
 
     if not (types := source.expanded):
         return {}
-    whole, small = weight_bytes(config, "bfloat16"), weight_bytes(config, "bfloat16", Cut("nf4"))
+    whole, small = weight_bytes(config, "bfloat16"), weight_bytes(config, "bfloat16", Quantization("nf4"))
     return {"gguf_types": dict(types), "expanded_bytes": {"bfloat16": whole, "nf4": small}}
 
 

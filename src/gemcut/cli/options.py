@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_type_hints
 
 import typer
 
@@ -91,17 +91,53 @@ class HubOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions(HubOptions):
-    """How a model is loaded."""
+class QuantizationOptions:
+    """What the weights are quantized to, the same for every command."""
 
-    dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
-    quantization: Annotated[
-        str | None, _model("Quantize (cut) the weights while loading: nf4, fp4, int8.", metavar="FORMAT")
-    ] = None
+    #: The option that names the format, as errors say it.
+    NAME: ClassVar[str] = "--quantization"
+
+    quantization: Annotated[str | None, _model("Quantize (cut) the weights: nf4, fp4, int8.", metavar="FORMAT")] = None
     double_quant: Annotated[
         bool, _model("Quantize 4-bit block statistics, too.", "--double-quant/--no-double-quant")
     ] = True
+    block_size: Annotated[int, _model("4-bit values that share a statistic.", metavar="N")] = 64
     head: Annotated[str | None, _model("int8: quantize embedding and head, too.", metavar="FORMAT")] = None
+
+    def specification(self) -> Quantization | None:
+        """What these options ask for. Raises ParameterError where one is unknown or two contradict each other."""
+        others = {"--head": self.head is not None, "--no-double-quant": not self.double_quant}
+        others["--block-size"] = self.block_size != 64
+        given = [name for name, is_given in others.items() if is_given]
+        if self.quantization is None:
+            if given:
+                raise ParameterError(f"{given[0]} needs {self.NAME} nf4, fp4 or int8")
+            return None
+        from gemcut.quantization.spec import BLOCK_SIZES, FORMATS, Format, Quantization
+
+        if self.quantization not in FORMATS:
+            raise ParameterError(f"{self.NAME} is {self.quantization!r}; expected one of {', '.join(FORMATS)}")
+        if self.head not in (None, "int8"):
+            raise ParameterError(f"--head is {self.head!r}; expected int8, or nothing to leave it as it is")
+        if self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise ParameterError(f"--block-size is {self.block_size}; expected one of {sizes}")
+        only_four_bit = [name for name in given if name != "--head"]
+        if self.quantization == "int8" and only_four_bit:
+            raise ParameterError(f"{only_four_bit[0]} is for nf4 and fp4; int8 has one statistic for each row")
+        return Quantization(
+            cast(Format, self.quantization),
+            double_quant=self.double_quant,
+            block_size=self.block_size,
+            head=cast("Literal['int8'] | None", self.head),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(QuantizationOptions, HubOptions):
+    """How a model is loaded."""
+
+    dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
     device: Annotated[str, _model("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     attn_implementation: Annotated[str, _model("auto, or an attention's name.", metavar="NAME")] = "auto"
     max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
@@ -141,22 +177,6 @@ class LoadOptions(HubOptions):
         """Bytes that a prompt may have at most, from the model's configuration: longer ones fit no context."""
         context = self.find(name).config().max_position_embeddings
         return TOKEN_BYTES * (context if self.max_context is None else max(1, min(context, self.max_context)))
-
-    def specification(self) -> Quantization | None:
-        """What the quantization options ask for. Raises ParameterError where they contradict each other."""
-        if self.quantization is None:
-            if self.head is not None or not self.double_quant:
-                given = "--head" if self.head is not None else "--no-double-quant"
-                raise ParameterError(f"{given} needs --quantization nf4, fp4 or int8")
-            return None
-        from gemcut.quantization.spec import FORMATS, Format, Quantization
-
-        if self.quantization not in FORMATS:
-            raise ParameterError(f"--quantization is {self.quantization!r}; expected one of {', '.join(FORMATS)}")
-        check_four_bit_options(self.quantization, self.double_quant)
-        return Quantization(
-            cast(Format, self.quantization), double_quant=self.double_quant, head=cast("Literal['int8']", self.head)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,13 +232,6 @@ class SamplingOptions:
         found = read_settings()
         every = [(name, setting) for level in (found.variables, found.file) for name, setting in level.items()]
         return [(setting.origin, {name: setting.value}) for name, setting in every if name != "model"]
-
-
-def check_four_bit_options(format: str, double_quant: bool, block_size: int = 64) -> None:
-    """Refuse options of the 4-bit formats beside int8, where they would mean nothing. Raises ParameterError."""
-    if format == "int8" and (not double_quant or block_size != 64):
-        given = "--no-double-quant" if not double_quant else "--block-size"
-        raise ParameterError(f"{given} is for nf4 and fp4; int8 has one statistic for each row")
 
 
 def check_utf8(text: str, what: str) -> None:

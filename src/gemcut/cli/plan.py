@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemcut.cli import output
 from gemcut.cli.names import family_member
-from gemcut.cli.options import Debug, HubOptions, check_four_bit_options, flag, need_model, with_options
+from gemcut.cli.options import Debug, HubOptions, QuantizationOptions, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.paths import expand
-from gemcut.placement.plan import CHUNK, DTYPE_BYTES, Cut, MemoryPlan, WeightFormat
+from gemcut.placement.plan import CHUNK, DTYPE_BYTES, MemoryPlan
+from gemcut.quantization.spec import Quantization
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gemcut.quantization.spec import Quantization
 
 # Spelled here as in gemcut.placement.devices, which imports torch.
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in gemcut.quantization.spec
 _PUBLISHED = "published shape"
 
 
@@ -39,14 +38,6 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32; several formats if not given.")
     ] = None,
-    quantization: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="nf4, fp4 or int8: plan for quantized (cut) weights.")
-    ] = None,
-    double_quant: Annotated[
-        bool, typer.Option("--double-quant/--no-double-quant", help="4-bit block statistics quantized, too.")
-    ] = True,
-    block_size: Annotated[int, typer.Option(metavar="N", help="4-bit values that share a statistic.")] = 64,
-    head: Annotated[str | None, typer.Option(metavar="FORMAT", help="int8: embedding and head quantized, too.")] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory to fit into, 24GB or 22.5GiB; what is free here if not.")
     ] = None,
@@ -57,6 +48,7 @@ def plan(
     batch: Annotated[int, typer.Option(metavar="N", help="Requests at the same time.")] = 1,
     as_json: Annotated[bool, flag("One JSON object.", "--json")] = False,
     debug: Debug = False,
+    cut: QuantizationOptions,
     hub: HubOptions,
 ) -> None:
     """Show what memory a model takes and what fits, before anything is downloaded.
@@ -69,29 +61,27 @@ def plan(
     name = need_model(model, "gemcut plan MODEL")
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPE_BYTES:
         raise ParameterError(f"dtype is {dtype!r}; expected bfloat16, float16 or float32")
-    formats = _formats(
-        None if dtype is None else DTYPE_NAMES.get(dtype, dtype), quantization, double_quant, block_size, head
-    )
+    formats = _formats(None if dtype is None else DTYPE_NAMES.get(dtype, dtype), cut.specification())
     limit = _limit(device, memory)
     label, config, source, stored, expanded = _shape(name, hub)
     if stored is not None:  # the files decide
-        if quantization not in (None, stored.format):
+        if cut.quantization not in (None, stored.format):
             raise CheckpointError(
-                f"{label} is quantized already ({stored.format}) and cannot be loaded in {quantization}; plan for it "
-                "without --quantization, or for the whole weights"
+                f"{label} is quantized already ({stored.format}) and cannot be loaded in {cut.quantization}; plan for "
+                "it without --quantization, or for the whole weights"
             )
-        formats = [(formats[0][0] if dtype else "bfloat16", stored.replace(head=head or stored.head))]
+        formats = [(formats[0][0] if dtype else "bfloat16", stored.replace(head=cut.head or stored.head))]
     plans = [
         MemoryPlan.make(
             config,
             dtype=each,
-            quantization=cut,
+            quantization=spec,
             context=context,
             batch=batch,
             chunk=CHUNK[limit.kind],
             memory=limit.memory,
         )
-        for each, cut in formats
+        for each, spec in formats
     ]
     if as_json:
         output.print_json(
@@ -118,26 +108,12 @@ def plan(
         console.print(line, soft_wrap=True)
 
 
-def _formats(
-    dtype: str | None, quantization: str | None, double_quant: bool, block_size: int, head: str | None
-) -> list[tuple[str, WeightFormat | None]]:
-    """What to plan for: (dtype, how weights are cut); a choice of formats where none is named."""
-    if quantization is None:
-        if head is not None or not double_quant or block_size != 64:
-            raise ParameterError("--head, --no-double-quant and --block-size need --quantization nf4, fp4 or int8")
-        if dtype is not None:
-            return [(dtype, None)]
-        cuts = (Cut("int8"), Cut("nf4"), Cut("nf4", head="int8"))
-        return [("float32", None), ("bfloat16", None), *(("bfloat16", cut) for cut in cuts)]
-    if quantization not in ("nf4", "fp4", "int8"):
-        raise ParameterError(f"--quantization is {quantization!r}; expected one of nf4, fp4, int8")
-    if head not in (None, "int8"):
-        raise ParameterError(f"--head is {head!r}; expected int8, or nothing to keep it whole")
-    if block_size not in _BLOCK_SIZES:
-        raise ParameterError(f"--block-size is {block_size}; expected one of {', '.join(map(str, _BLOCK_SIZES))}")
-    check_four_bit_options(quantization, double_quant, block_size)
-    cut = Cut(cast(Any, quantization), double_quant, block_size, cast(Any, head))
-    return [(dtype or "bfloat16", cut)]
+def _formats(dtype: str | None, asked: Quantization | None) -> list[tuple[str, Quantization | None]]:
+    """What to plan for: (dtype, how weights are quantized); a choice of formats where none is named."""
+    if asked is not None or dtype is not None:
+        return [(dtype or "bfloat16", asked)]
+    specs = Quantization("int8"), Quantization("nf4"), Quantization("nf4", head="int8")
+    return [("float32", None), ("bfloat16", None), *(("bfloat16", spec) for spec in specs)]
 
 
 def parse_memory(text: str) -> int:
@@ -309,7 +285,7 @@ def _report(plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _describe(cut: WeightFormat | None) -> dict[str, Any] | None:
+def _describe(cut: Quantization | None) -> dict[str, Any] | None:
     if cut is None:
         return None
     return {"format": cut.format, "double_quant": cut.double_quant, "block_size": cut.block_size, "head": cut.head}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import typer
 
 from gemcut.cli import output
-from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, check_four_bit_options, flag, with_options
+from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, QuantizationOptions, flag, option, with_options
 from gemcut.cli.plan import parse_memory
 from gemcut.errors import ParameterError
 
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
 CONTEXT = 512
 
 
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(QuantizationOptions):
+    """What the new folder's weights are in."""
+
+    NAME: ClassVar[str] = "--to"
+
+    quantization: Annotated[str | None, option("nf4 (the best 4 bits), fp4 or int8.", "--to", metavar="FORMAT")] = "nf4"
+
+
 @with_options
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     *,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="nf4 (the best 4 bits), fp4 or int8.")] = "nf4",
-    double_quant: Annotated[
-        bool, typer.Option("--double-quant/--no-double-quant", help="Quantize 4-bit block statistics too: smaller.")
-    ] = True,
-    block_size: Annotated[int, typer.Option(metavar="N", help="4-bit values that share a statistic.")] = 64,
-    head: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="int8 quantizes embedding and head when the folder is loaded.")
-    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(metavar="TEXT", help="A text file: choose codes by what it does in the model. Slower, better."),
@@ -45,6 +47,7 @@ def quantize(
     ] = "1GB",
     as_json: Annotated[bool, flag("The report as JSON on standard output.", "--json")] = False,
     debug: Debug = False,
+    target: TargetOptions,
     hub: HubOptions,
 ) -> None:
     """Quantize a checkpoint: keep its linear layers' weights in 4 or 8 bits (gemcut calls that cutting).
@@ -54,7 +57,8 @@ def quantize(
     A few hundred MB of memory beside the largest tensor are enough. A run that was stopped goes on
     where it was when the same command is given again. OUT loads here and in transformers.
     """
-    spec = _spec(to, double_quant, block_size, head)
+    spec = target.specification()
+    assert spec is not None  # there is a default
     try:
         shard = parse_memory(max_shard_size)
     except ParameterError:
@@ -98,15 +102,6 @@ def quantize(
         output.print_json(result)
     else:
         _show(result, out)
-
-
-def _spec(to: str, double_quant: bool, block_size: int, head: str | None) -> Quantization:
-    from gemcut.quantization.spec import FORMATS, Format, Quantization
-
-    if to not in FORMATS:
-        raise ParameterError(f"--to is {to!r}; expected one of {', '.join(FORMATS)}")
-    check_four_bit_options(to, double_quant, block_size)
-    return Quantization(cast(Format, to), double_quant=double_quant, block_size=block_size, head=cast("Any", head))
 
 
 def _calibration(source: Source, spec: Quantization, text: Path) -> tuple[Cutter, dict[str, Any], list[list[int]]]:

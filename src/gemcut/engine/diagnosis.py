@@ -20,7 +20,7 @@ def explain_bad_logits(model: Model) -> str:
             "start from an earlier checkpoint"
         )
     spec = model.quantization
-    dtypes = {model.dtype, model.dtype if spec is None or spec.compute_dtype is None else spec.compute_dtype}
+    dtypes = {model.dtype, model.dtype if spec is None else spec.dtype(model.dtype)}
     narrowest = min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
     wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(narrowest)
     what = str(narrowest).removeprefix("torch.")

@@ -159,7 +159,7 @@ class BitsAndBytesConfig:
         return Quantization(
             cast(Format, self.bnb_4bit_quant_type),
             double_quant=self.bnb_4bit_use_double_quant,
-            compute_dtype=self.bnb_4bit_compute_dtype,
+            compute_dtype=str(self.bnb_4bit_compute_dtype),
             skip=kept,
         )
 

@@ -82,7 +82,7 @@ class Int8Embedding(TokenTable):
 
 def quantized_linear(spec: Quantization, dtype: torch.dtype) -> LinearFactory:
     """Linear layers for weights cut as ``spec`` says; ``dtype`` is the network's compute dtype."""
-    compute = spec.compute_dtype or dtype
+    compute = spec.dtype(dtype)
     threshold = spec.activation_threshold
     return lambda name, in_features, rows: QuantizedLinear(name, in_features, rows, dtype, compute, threshold)
 

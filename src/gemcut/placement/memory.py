@@ -10,7 +10,7 @@ from gemcut.engine.cache import bytes_per_block, shape_for_tokens
 from gemcut.errors import CapacityError, MemoryOption
 from gemcut.model import Model
 from gemcut.placement.devices import free_memory
-from gemcut.placement.plan import Cut, MemoryPlan, weight_bytes
+from gemcut.placement.plan import MemoryPlan, weight_bytes
 from gemcut.quantization.spec import Quantization
 
 #: Share of the free memory that the cache may take; the rest is for temporary tensors and other programs.
@@ -46,7 +46,7 @@ def _smaller(source: Source, plan: MemoryPlan, spec: Quantization | None, availa
         return ()
     found = [MemoryOption("dtype", "bfloat16", weight_bytes(source.config(), "bfloat16"), available)]
     for name in ("int8", "nf4"):
-        size = weight_bytes(source.config(), "bfloat16", Cut(name))
+        size = weight_bytes(source.config(), "bfloat16", Quantization(name))
         found.append(MemoryOption("quantization", name, size, available))
     return tuple(option for option in found if option.nbytes < plan.weights)
 

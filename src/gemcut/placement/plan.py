@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
+from gemcut.quantization.spec import Quantization, skip_matcher
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NESTED_BLOCK = 256  # statistics of blocks that share one of their own in double quantization
@@ -16,44 +15,9 @@ BLOCK_SIZE = 16  # tokens a cache block holds
 CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step computes at most
 
 
-class WeightFormat(Protocol):
-    """What decides the size of cut weights: a ``Quantization``, or a ``Cut`` where torch is not to be imported."""
-
-    @property
-    def format(self) -> Literal["nf4", "fp4", "int8"]:
-        """The linear layers' format."""
-
-    @property
-    def double_quant(self) -> bool:
-        """Whether 4-bit block statistics are quantized too."""
-
-    @property
-    def block_size(self) -> int:
-        """Values that share a statistic in 4 bits."""
-
-    @property
-    def head(self) -> Literal["int8"] | None:
-        """What the embedding is cut to."""
-
-    @property
-    def skip(self) -> tuple[str, ...] | None:
-        """Linear layers left whole."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A weight format to plan for; the fields are those of ``gemcut.quantization.spec.Quantization``."""
-
-    format: Literal["nf4", "fp4", "int8"]
-    double_quant: bool = True
-    block_size: int = 64
-    head: Literal["int8"] | None = None
-    skip: tuple[str, ...] | None = None
-
-
-def weight_bytes(config: GemmaConfig, dtype: str, quantization: WeightFormat | None = None) -> int:
+def weight_bytes(config: GemmaConfig, dtype: str, quantization: Quantization | None = None) -> int:
     """Bytes of all weights; norms are kept in fp32 whatever ``dtype`` and ``quantization`` are."""
-    stays = _skip_matcher(quantization)
+    stays = skip_matcher(None if quantization is None else quantization.skip)
     total = 0
     for name, shape in expected_shapes(config).items():
         if len(shape) == 1:
@@ -68,21 +32,13 @@ def weight_bytes(config: GemmaConfig, dtype: str, quantization: WeightFormat | N
     return total
 
 
-def _matrix_bytes(rows: int, columns: int, cut: WeightFormat) -> int:
+def _matrix_bytes(rows: int, columns: int, cut: Quantization) -> int:
     """Bytes of one cut matrix: codes and statistics."""
     count = rows * columns
     if cut.format == "int8":
         return count + 4 * rows
     blocks = -(-count // cut.block_size)
     return -(-count // 2) + (blocks + 4 * -(-blocks // NESTED_BLOCK) if cut.double_quant else 4 * blocks)
-
-
-def _skip_matcher(cut: WeightFormat | None) -> Callable[[str], bool]:
-    if cut is None or cut.skip is None:
-        return lambda name: False
-    from gemcut.quantization.stream import skip_matcher  # imports torch, which a plan rarely needs
-
-    return skip_matcher(cut.skip)
 
 
 def workspace_bytes(config: GemmaConfig, dtype: str, chunk: int) -> int:
@@ -117,7 +73,7 @@ class MemoryPlan:
     workspace: int
     full_kv_per_token: int
     sliding_kv_per_token: int
-    quantization: WeightFormat | None = None
+    quantization: Quantization | None = None
 
     @classmethod
     def make(
@@ -125,7 +81,7 @@ class MemoryPlan:
         config: GemmaConfig,
         *,
         dtype: str = "bfloat16",
-        quantization: WeightFormat | None = None,
+        quantization: Quantization | None = None,
         context: int | None = None,
         batch: int = 1,
         chunk: int = 512,

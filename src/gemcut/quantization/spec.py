@@ -1,17 +1,25 @@
-"""Quantization: which format a model's weights are cut to, and everything that is to be chosen about it."""
+"""Quantization: which format a model's weights are cut to, and everything that is to be chosen about it.
+
+Free of torch: a plan for a model and a command's options need no more than this.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from gemcut.errors import ParameterError
 
+if TYPE_CHECKING:
+    import torch
+
 Format = Literal["nf4", "fp4", "int8"]
 FORMATS = ("nf4", "fp4", "int8")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -24,7 +32,8 @@ class Quantization:
         double_quant: quantize the 4-bit formats' block statistics too (0.37 bits a weight less, no cost in quality).
         block_size: values that share a statistic in a 4-bit format.
         head: "int8" cuts the embedding, which is also the output head, to 8 bits a value; None keeps it whole.
-        compute_dtype: what linear layers compute in; None: the model's dtype.
+        compute_dtype: what linear layers compute in, "bfloat16", "float16" or "float32" (a torch.dtype is taken, too,
+            and kept by its name); None: the model's dtype.
         skip: modules left whole, by the end of their Hugging Face name or one of its parts, as transformers matches
             them. None: the head alone.
         activation_threshold: int8 only. None keeps activations whole. A number runs LLM.int8()'s arithmetic: rows of
@@ -35,11 +44,13 @@ class Quantization:
     double_quant: bool = True
     block_size: int = 64
     head: Literal["int8"] | None = None
-    compute_dtype: torch.dtype | None = None
+    compute_dtype: str | None = None
     skip: tuple[str, ...] | None = None
     activation_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        if self.compute_dtype is not None:
+            object.__setattr__(self, "compute_dtype", str(self.compute_dtype).removeprefix("torch."))
         if self.format not in FORMATS:
             raise ParameterError(f"quantization is {self.format!r}; expected one of {', '.join(FORMATS)}")
         if self.head not in (None, "int8"):
@@ -53,6 +64,44 @@ class Quantization:
                 f"activation_threshold is {self.activation_threshold!r}; expected a number of 0 or more, with int8 only"
             )
 
+        if self.compute_dtype not in (None, *COMPUTE_DTYPES):
+            raise ParameterError(
+                f"compute_dtype is {self.compute_dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}, or None"
+            )
+
+    def dtype(self, models: torch.dtype) -> torch.dtype:
+        """What linear layers compute in, in a model that computes in ``models``."""
+        if self.compute_dtype is None:
+            return models
+        import torch
+
+        found: torch.dtype = getattr(torch, self.compute_dtype)
+        return found
+
     def replace(self, **changes: object) -> Quantization:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def skip_matcher(patterns: tuple[str, ...] | None) -> Callable[[str], bool]:
+    """Whether a linear layer stays whole, given its Hugging Face module name.
+
+    A pattern matches the end of a name, or as a regular expression its beginning up to a dot, which is how
+    transformers reads ``llm_int8_skip_modules``: "o_proj", "model.layers.3" and "model.layers.*.mlp" all work.
+    Raises ParameterError for a pattern that is no regular expression.
+    """
+    if patterns is None:
+        return lambda name: False
+    for pattern in patterns:
+        try:
+            _beginning(pattern)
+        except (re.error, RecursionError, OverflowError):
+            raise ParameterError(
+                f"skip has {pattern!r}, which is no module name or regular expression; expected one such as 'o_proj'"
+            ) from None
+    return lambda name: any(name.endswith(pattern) or _beginning(pattern).match(name) for pattern in patterns)
+
+
+@functools.lru_cache(maxsize=64)
+def _beginning(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")

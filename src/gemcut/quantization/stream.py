@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from gemcut.errors import CheckpointError, ParameterError
+from gemcut.errors import CheckpointError
 from gemcut.quantization.four_bit import nest, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8, quantize_int8_rows
-from gemcut.quantization.spec import Quantization
+from gemcut.quantization.spec import Quantization, skip_matcher
 from gemcut.quantization.weights import FourBitType, FourBitWeight, Incoming, Int8Weight, StoredWeight, Weight
 
 #: The embedding, which is also the output head, under our name.
@@ -121,30 +119,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"tensor {name} holds NaN or infinity: the checkpoint is damaged or its training diverged; get the file "
             "again, or start from an earlier checkpoint"
         )
-
-
-def skip_matcher(patterns: tuple[str, ...] | None) -> Callable[[str], bool]:
-    """Whether a linear layer stays whole, given its Hugging Face module name.
-
-    A pattern matches the end of a name, or as a regular expression its beginning up to a dot, which is how
-    transformers reads ``llm_int8_skip_modules``: "o_proj", "model.layers.3" and "model.layers.*.mlp" all work.
-    Raises ParameterError for a pattern that is no regular expression.
-    """
-    if patterns is None:
-        return lambda name: False
-    for pattern in patterns:
-        try:
-            _beginning(pattern)
-        except (re.error, RecursionError, OverflowError):
-            raise ParameterError(
-                f"skip has {pattern!r}, which is no module name or regular expression; expected one such as 'o_proj'"
-            ) from None
-    return lambda name: any(name.endswith(pattern) or _beginning(pattern).match(name) for pattern in patterns)
-
-
-@functools.lru_cache(maxsize=64)
-def _beginning(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
 
 
 def _cut_blocks(
