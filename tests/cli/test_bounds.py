@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gemcut.gemma
+import gemcut.placement.memory
 import support
 from gemcut import AutoModelForCausalLM, Gemma
 from gemcut.cli.generate import MAX_PROMPT_BYTES, read_stdin
@@ -88,7 +89,7 @@ def test_what_does_not_fit_is_told_what_does_in_the_words_of_each_front_door(
     config = gemcut.config.FAMILY["gemma-2-9b"].replace(torch_dtype="float32")
     folder = support.save_checkpoint(tmp_path / "9b", support.hf_model(support.tiny_config()))
     monkeypatch.setattr(gemcut.config.GemmaConfig, "from_file", classmethod(lambda cls, path: config))
-    monkeypatch.setattr(gemcut.gemma, "free_memory", lambda device: 24 * 10**9)
+    monkeypatch.setattr(gemcut.placement.memory, "free_memory", lambda device: 24 * 10**9)
     sizes = [weight_bytes(config, "bfloat16", cut) / 1e9 for cut in (None, Quantization("int8"), Quantization("nf4"))]
     assert [round(size, 1) for size in sizes] == [
         18.5,
@@ -110,12 +111,12 @@ def test_what_does_not_fit_is_told_what_does_in_the_words_of_each_front_door(
     assert run.code == 2
     for words in ("--dtype bfloat16", "--quantization int8", "--quantization nf4", *numbers):
         assert words in run.error
-    monkeypatch.setattr(gemcut.gemma, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(gemcut.placement.memory, "free_memory", lambda device: 10**9)
     assert (
         "even --quantization nf4 (6.1 GB) is too much: choose a smaller model"
         in cli("chat", folder, "--once", "a").error
     )
-    monkeypatch.setattr(gemcut.gemma, "free_memory", lambda device: 8 * 10**9)
+    monkeypatch.setattr(gemcut.placement.memory, "free_memory", lambda device: 8 * 10**9)
     error = cli("generate", "-m", folder, "--dtype", "bfloat16", "hi").error
     assert "--quantization nf4 (6.1 GB)" in error
     assert "--dtype" not in error
