@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cli.real_forms import first_layers
 from gemcut.calibration.divergence import Reference
 from gemcut.calibration.layerwise import CalibrationState, calibrate, read_calibration_text
 from gemcut.checkpoint.load import load_model_weights
@@ -18,6 +19,7 @@ from gemcut.checkpoint.source import Source
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.model import Model
 from gemcut.model.dense import DenseKeyValues
+from gemcut.quantization.calibrate import Method
 from gemcut.quantization.decode import decode
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.spec import Quantization
@@ -171,11 +173,14 @@ def test_nan_is_named(tmp_path: Path, documents: list[list[int]]) -> None:
 
 @pytest.mark.slow
 def test_real_weights(tmp_path: Path) -> None:
-    """On Gemma 3 270M, 2,000 tokens of calibration must take away a third of the damage on text of the same kind."""
-    gguf_path()
+    """Of four layers of Gemma 3 270M, 2,000 tokens of calibration must take away a third of the damage.
+
+    On text of the same kind, and without the rounds after error feedback, which take as long again. A whole model's
+    figures are in docs/quantization.md.
+    """
     import pydoc_data.topics
 
-    source = resolve("gemma-3-270m")
+    source = resolve(first_layers(gguf_path(), tmp_path / "four.gguf", 4))
     topics = sorted(pydoc_data.topics.topics.items())
     tokenizer = source.tokenizer()
     (tmp_path / "text").write_text("\n\n".join(text for _, text in topics[::2]), encoding="utf-8")
@@ -186,6 +191,6 @@ def test_real_weights(tmp_path: Path) -> None:
     reference = Reference(build(source, tensors, torch.bfloat16), held_out)
     plain = {n: quantize_4bit(t) if n != "embed.weight" and t.ndim == 2 else t for n, t in tensors.items()}  # type: ignore[union-attr,arg-type]
     before = reference.compare(build(source, plain, torch.bfloat16))
-    after = reference.compare(build(source, dict(calibrate(source, Quantization("nf4"), documents)), torch.bfloat16))
-    assert after.kl < 0.65 * before.kl
-    assert after.perplexity < before.perplexity
+    calibrated = calibrate(source, Quantization("nf4"), documents, method=Method(sweeps=0))
+    after = reference.compare(build(source, dict(calibrated), torch.bfloat16))
+    assert after.kl < 0.65 * before.kl  # perplexity says nothing of a network of four layers

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,15 @@ def test_ctrl_c_while_loading_or_generating(tiny: Path, delay: float) -> None:
     assert err.decode().splitlines() == ["interrupted"]
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a process that a person started: a worker of pytest-xdist ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_an_interrupt_that_an_import_swallowed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """C code may lose a KeyboardInterrupt while it imports; numpy then says that it cannot be loaded twice."""
 

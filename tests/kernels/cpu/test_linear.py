@@ -308,7 +308,7 @@ def test_a_child_forked_in_the_middle_of_a_loop_leaves_that_loop_alone(monkeypat
     other = threading.Thread(target=keep_busy)
     other.start()
     try:
-        for _ in range(60):  # a child's thread would rarely be soon enough to take pieces of that loop
+        for _ in range(20):  # a child's thread would rarely be soon enough to take pieces of that loop
             child = os.fork()
             if child == 0:  # nothing of pytest may run here
                 os._exit(0 if all(torch.equal(small(y), want) for _ in range(3)) else 1)
