@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from gemcut.kernels.memory import weight_allocator
 from options import names_of
 from transformers_peer import as_transformers, cut_by_bitsandbytes, transformers_seconds
 
@@ -36,6 +35,7 @@ from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.checkpoint.resolve import resolve
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
+from gemcut.kernels.cpu.memory import huge_empty
 from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
@@ -87,7 +87,7 @@ def network(config: GemmaConfig, tensors: list[tuple[str, torch.Tensor]], spec: 
     model = build_network(config, dtype=torch.bfloat16, device=CPU, quantization=spec)
     stream: list[tuple[str, Weight]] = list(tensors)
     cut = stream if spec is None else quantize_tensors(stream, spec, module_name=hf_module)
-    load_model_weights(model, cut, dtype=torch.bfloat16, device=CPU, allocate=weight_allocator(CPU))
+    load_model_weights(model, cut, dtype=torch.bfloat16, device=CPU, allocate=huge_empty)
     bind_kernels(model, CPU)
     return model
 
@@ -108,7 +108,7 @@ def engine_seconds(model: Model, prompts: list[list[int]], steps: int) -> tuple[
 
 def read_bandwidth() -> float:
     """Bytes a second that a plain sum over 1 GB of fp32 reads, best of five."""
-    data = weight_allocator(CPU)
+    data = huge_empty
     block = torch.empty(2**28) if data is None else data((2**28,), torch.float32)
     block.fill_(1.0)
     seconds = []

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemcut.kernels.memory import weight_allocator
 from torch import Tensor
 
 import gemcut
@@ -41,6 +40,7 @@ from gemcut.checkpoint.names import to_hf
 from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.source import Source
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
+from gemcut.kernels.cpu.memory import huge_empty
 from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
@@ -130,7 +130,7 @@ def decoder(source: Source, spec: Quantization | None, tensors: dict[str, Weight
     """Gives tok/s of one request on this machine's CPU: 48 tokens after a prompt of 128."""
     cpu = torch.device("cpu")
     model = build_network(source.config(), dtype=DTYPE, device=cpu, quantization=spec)
-    load_model_weights(model, iter(tensors.items()), dtype=DTYPE, device=cpu, allocate=weight_allocator(cpu))
+    load_model_weights(model, iter(tensors.items()), dtype=DTYPE, device=cpu, allocate=huge_empty)
     bind_kernels(model, cpu)
     engine = Engine(model, cpu, EngineConfig(max_context=256, sequences=1))
 
