@@ -108,8 +108,7 @@ def engine_seconds(model: Model, prompts: list[list[int]], steps: int) -> tuple[
 
 def read_bandwidth() -> float:
     """Bytes a second that a plain sum over 1 GB of fp32 reads, best of five."""
-    data = huge_empty
-    block = torch.empty(2**28) if data is None else data((2**28,), torch.float32)
+    block = huge_empty((2**28,), torch.float32)
     block.fill_(1.0)
     seconds = []
     for _ in range(5):
