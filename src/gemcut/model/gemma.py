@@ -24,7 +24,7 @@ from gemcut.model.geglu import choose_geglu
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import EmbeddingFactory, LinearFactory, LinearLayer, dense_embedding, dense_linear
 from gemcut.model.norm import RMSNorm
-from gemcut.model.ops.base import Activations, FusedLayers, Ops
+from gemcut.model.ops.base import Activations, FusedLayers, Ops, Rotations
 from gemcut.model.ops.plain import PlainOps
 from gemcut.model.rope import BatchRotations, RotaryTable, Rotation, rotate
 from gemcut.quantization.spec import Quantization
@@ -104,7 +104,7 @@ class Layer(nn.Module):
         ops: Ops,
         residual: Tensor,
         x: Activations,
-        rotation: Rotation,
+        rotations: Rotations,
         kv: KeyValues,
         after: tuple[RMSNorm | None, LinearLayer | None],
         wanted: Tensor | None = None,
@@ -115,7 +115,7 @@ class Layer(nn.Module):
             ops: what computes it.
             residual: fp32 [T, d]; may be changed in place.
             x: ``input_norm`` of it.
-            rotation: of the layer's kind.
+            rotations: each layer's.
             kv: the batch's keys and values.
             after: the norm that follows the layer, and the linear layer that reads its rows; None, None: nothing.
             wanted: the rows wanted behind attention, int64 [n]; None: all.
@@ -123,7 +123,7 @@ class Layer(nn.Module):
         Returns:
             (the residual stream behind the layer, ``after``'s norm of it).
         """
-        attended = ops.attend(self.attention, x, rotation, kv, wanted)
+        attended = ops.attend(self.attention, x, rotations, kv, wanted)
         if wanted is not None:
             residual = residual[wanted]
         before_mlp = self.pre_feedforward_norm, self.mlp.gate_up_proj
@@ -133,8 +133,8 @@ class Layer(nn.Module):
 
     def alone(self, residual: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
         """``residual`` fp32 [T, d] -> fp32 [T, d] through this layer in plain PyTorch, whatever stands beside it."""
-        ops = PlainOps(self.dtype)
-        out, _ = self(ops, residual, ops.norm(residual, self.input_norm), rotation, kv, (None, None))
+        ops, rotations = PlainOps(self.dtype), {self.attention.layer: rotation}
+        out, _ = self(ops, residual, ops.norm(residual, self.input_norm), rotations, kv, (None, None))
         return out  # type: ignore[no-any-return]
 
 
@@ -248,7 +248,7 @@ class Model(nn.Module):
         for i, (layer, after) in enumerate(zip(layers, [*afters, (end, None)], strict=True)):
             if watch is not None:
                 watch(residual)
-            residual, x = layer(self.ops, residual, x, rotations[i], kv, after, wanted if i == last else None)
+            residual, x = layer(self.ops, residual, x, rotations, kv, after, wanted if i == last else None)
         return residual, x
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Ops(Protocol):
         """
 
     def attend(
-        self, attention: Attention, x: Activations, rotation: Rotation, kv: KeyValues, wanted: Tensor | None
+        self, attention: Attention, x: Activations, rotations: Rotations, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
         """Attention of normed rows ``x`` [T, d] -> [T, d], or the ``wanted`` rows of it, int64 [n].
 

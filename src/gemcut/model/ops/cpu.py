@@ -19,8 +19,7 @@ from gemcut.kernels.cpu.rowwise import Rowwise
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
-from gemcut.model.ops.base import Activations
-from gemcut.model.rope import Rotation
+from gemcut.model.ops.base import Activations, Rotations
 
 if TYPE_CHECKING:
     from gemcut.model.gemma import MLP, Attention
@@ -58,9 +57,9 @@ class CpuOps:
         return residual, self._rowwise.add_norm(residual, y, post.scale, following, post.eps)
 
     def attend(
-        self, attention: Attention, x: Activations, rotation: Rotation, kv: KeyValues, wanted: Tensor | None
+        self, attention: Attention, x: Activations, rotations: Rotations, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
-        qkv = attention.qkv_proj(x)
+        qkv, rotation = attention.qkv_proj(x), rotations[attention.layer]
         if kv.host_decode is None:
             mixed = attention.mix(qkv, rotation, kv)
         else:

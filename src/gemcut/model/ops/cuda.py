@@ -25,7 +25,7 @@ from gemcut.kernels.runtime import nvrtc
 from gemcut.model.key_values import DecodeBatch, KeyValues, PagedBatch
 from gemcut.model.linear import Embedding, LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
-from gemcut.model.ops.base import Activations
+from gemcut.model.ops.base import Activations, Rotations
 from gemcut.model.quantized import Int8Embedding
 from gemcut.model.rope import RotaryTable, Rotation
 from gemcut.quantization.weights import Int8Weight
@@ -76,15 +76,15 @@ class CudaOps:
         return residual, norms.norm_add(y, residual, post.scale, pre.scale, post.eps, groups)
 
     def attend(
-        self, attention: Attention, x: Activations, rotation: Rotation, kv: KeyValues, wanted: Tensor | None
+        self, attention: Attention, x: Activations, rotations: Rotations, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
         qkv = product(attention.qkv_proj, x)
         if kv.decode is not None and self._takes(attention, kv.decode):
             mixed = self._attend_decode(attention, qkv, kv.decode)
         elif kv.paged is not None and self.varlen is not None:
-            mixed = self._attend_varlen(attention, qkv, rotation, kv.paged, self.varlen)
+            mixed = self._attend_varlen(attention, qkv, rotations[attention.layer], kv.paged, self.varlen)
         else:
-            mixed = attention.mix(qkv, rotation, kv)
+            mixed = attention.mix(qkv, rotations[attention.layer], kv)
         return product(attention.o_proj, mixed if wanted is None else mixed[wanted])
 
     def mlp(self, mlp: MLP, x: Activations) -> Tensor:

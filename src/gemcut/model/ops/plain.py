@@ -12,8 +12,7 @@ from gemcut.kernels.linear.plain import softcap_in_place
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
-from gemcut.model.ops.base import Activations
-from gemcut.model.rope import Rotation
+from gemcut.model.ops.base import Activations, Rotations
 
 if TYPE_CHECKING:
     from gemcut.model.gemma import MLP, Attention
@@ -45,9 +44,9 @@ class PlainOps:
         return residual, None if pre is None else self.norm(residual, pre)
 
     def attend(
-        self, attention: Attention, x: Activations, rotation: Rotation, kv: KeyValues, wanted: Tensor | None
+        self, attention: Attention, x: Activations, rotations: Rotations, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
-        out: Tensor = attention(x, rotation, kv, wanted)
+        out: Tensor = attention(x, rotations[attention.layer], kv, wanted)
         return out
 
     def mlp(self, mlp: MLP, x: Activations) -> Tensor:
