@@ -114,7 +114,6 @@ def test_bad_request() -> None:
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0"),
         ({"max_batch_size": -1}, "max_batch_size is -1"),
         ({"block_size": 0}, "block_size is 0"),
-        ({"cache_dtype": torch.bfloat16}, "cache_dtype torch.bfloat16 differs"),
     ],
 )
 def test_bad_sizes(sizes: dict[str, Any], message: str) -> None:

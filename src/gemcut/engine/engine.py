@@ -47,7 +47,6 @@ class EngineConfig:
         block_size: tokens a cache block holds.
         kv_memory: bytes for keys and values; None makes room for ``sequences`` whole contexts.
         sequences: how many requests of ``max_context`` the cache holds when ``kv_memory`` is None.
-        cache_dtype: dtype of keys and values; the compute dtype if None.
     """
 
     max_context: int | None = None
@@ -56,7 +55,6 @@ class EngineConfig:
     block_size: int = 16
     kv_memory: int | None = None
     sequences: int = 2
-    cache_dtype: torch.dtype | None = None
 
 
 class Engine:
@@ -73,11 +71,8 @@ class Engine:
         for name in ("max_batch_size", "max_batch_tokens", "block_size", "sequences"):
             if getattr(config, name) < 1:
                 raise ParameterError(f"{name} is {getattr(config, name)}; expected at least 1")
-        dtype = config.cache_dtype or model.dtype
-        if dtype != model.dtype:
-            raise ParameterError(f"cache_dtype {dtype} differs from the compute dtype {model.dtype}; not supported yet")
         self.chunk = min(config.max_batch_tokens, self.max_context)
-        self.cache = PagedCache(model.config, self._cache_shape(dtype), dtype, device)
+        self.cache = PagedCache(model.config, self._cache_shape(model.dtype), model.dtype, device)
         self.scheduler = Scheduler(
             self.cache, max_batch_size=config.max_batch_size, max_batch_tokens=config.max_batch_tokens
         )

@@ -6,7 +6,6 @@ import ctypes
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.kernels.linear.layout import Ordered
@@ -51,9 +50,3 @@ def geglu(gate_up: Tensor, groups: int = 0) -> Tensor | Ordered:
         task = _Geglu(gate_up[start:].data_ptr(), out[start:].data_ptr(), width, m - start, 0)
         kernel.launch((-(-width // 2048), min(_MOST_ROWS, m - start)), 256, 0, (task,))
     return out
-
-
-def geglu_plain(gate_up: Tensor) -> Tensor:
-    """The same in plain torch."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh").mul_(up)

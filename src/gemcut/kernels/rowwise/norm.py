@@ -9,7 +9,6 @@ import ctypes
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.kernels.linear.layout import UNIT, Ordered
@@ -102,9 +101,3 @@ def norm_embed(
     x = _empty(residual, groups)
     _run("norm_embed", residual, eps, pre=pre, x=x, table=(ids, table, absmax, embed_scale))
     return residual, x
-
-
-def norm_add_plain(y: Tensor, residual: Tensor, post: Tensor, pre: Tensor, eps: float) -> Tensor:
-    """The same in plain torch."""
-    residual += F.rms_norm(y.float(), post.shape, post, eps)
-    return F.rms_norm(residual, pre.shape, pre, eps).to(y.dtype)

@@ -6,7 +6,6 @@ import ctypes
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
@@ -67,37 +66,4 @@ def rope_write(
         scale, eps, heads, kv_heads,
     )  # fmt: skip
     _kernel(head_dim, qkv.device.index or 0).launch((rows, 1), 256, 0, (task,))
-    return query, key
-
-
-def rope_write_plain(
-    qkv: Tensor,
-    rope: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    scale: float,
-    *,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, keys always."""
-    kv_heads, head_dim = keys.shape[2:]
-    parts = qkv.view(len(qkv), -1, head_dim)
-    query, key, value = torch.split(parts, [parts.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    if q_norm is not None and k_norm is not None:
-        query, key = (
-            F.rms_norm(x.float(), (head_dim,), norm, eps).to(qkv.dtype) for x, norm in ((query, q_norm), (key, k_norm))
-        )
-    cos, sin = rope[:, None].chunk(2, dim=-1)
-
-    def turned(x: Tensor, factor: float) -> Tensor:
-        first, second = x.float().chunk(2, dim=-1)
-        out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1) * factor
-        return out.to(qkv.dtype)
-
-    query, key = turned(query, scale), turned(key, 1.0)
-    keys.flatten(0, 1).index_copy_(0, slots, key)
-    values.flatten(0, 1).index_copy_(0, slots, value)
     return query, key

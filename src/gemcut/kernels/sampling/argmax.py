@@ -45,8 +45,3 @@ def argmax(logits: Tensor, ids: Tensor, positions: Tensor | None = None, *, soft
         positions.data_ptr() if positions is not None else None, softcap or 0.0, vocabulary,
     )  # fmt: skip
     _kernel(logits.device.index or 0).launch((PARTS, m), 256, 0, (task,))
-
-
-def argmax_plain(logits: Tensor, softcap: float | None = None) -> Tensor:
-    """The same in plain torch: int64 [m]."""
-    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).argmax(dim=-1)
