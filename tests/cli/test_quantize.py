@@ -94,7 +94,7 @@ def test_calibration_reports_what_the_held_out_text_lost(cli: Cli, whole: Path, 
     [
         (("--to", "int4"), ["--to is 'int4'", "nf4, fp4, int8"]),
         (("--head", "nf4"), ["head is 'nf4'", "int8"]),
-        (("--block-size", "100"), ["block_size is 100", "64"]),
+        (("--block-size", "100"), ["--block-size is 100", "64"]),
         (("--block-size", "256"), ["blocks of 256 do not divide", "64"]),
         (("--max-shard-size", "big"), ["max-shard-size is 'big'", "5GB"]),
         (("--to", "int8", "--calibrate", "README.md"), ["--calibrate is for nf4 and fp4"]),

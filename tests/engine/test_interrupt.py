@@ -18,7 +18,7 @@ from gemcut.engine import SamplingParams
 from gemcut.engine.results import TextStream
 from gemcut.gemma import Gemma
 
-WAY = ("/gemcut/engine/", "/gemcut/gemma.py", "/gemcut/results.py", "/gemcut/text/detokenizer.py")
+WAY = ("/gemcut/engine/", "/gemcut/gemma.py", "/gemcut/text/detokenizer.py")
 
 
 #: (prompt, parameters): texts of one prompt beside others, a stop text, penalties, draws, log-probabilities, scoring.

@@ -201,9 +201,9 @@ class _Probe(LinearLayer):
 class _Replay(nn.Module):
     """Stands for a layer's attention once all that it gives is known: [T, d] for each chunk, over and over."""
 
-    def __init__(self, outputs: list[Tensor]) -> None:
+    def __init__(self, layer: int, outputs: list[Tensor]) -> None:
         super().__init__()
-        self.outputs = itertools.cycle(outputs)
+        self.layer, self.outputs = layer, itertools.cycle(outputs)
 
     def forward(self, x: Tensor, rotation: object, kv: object, wanted: Tensor | None = None) -> Tensor:
         outputs = next(self.outputs)
@@ -249,7 +249,7 @@ class _Run:
         attention = module.attention
         for stage, probe in probes.items():
             if stage == "mlp.gate_up_proj":  # attention is settled: compute it once for all passes that follow
-                module.attention = _Replay(self._attention_outputs(model, index))
+                module.attention = _Replay(index, self._attention_outputs(model, index))
             todo = [name for name in parts[stage] if not stays(_module_name(name))]
             if not todo:
                 continue
