@@ -58,8 +58,12 @@ class _KeyValues(KeyValues):
 
     def __init__(self, cache: PagedCache, positions: Tensor, full: Tensor, sliding: Tensor) -> None:
         self.spans: tuple[Span, ...] = ()  # they change from step to step; positions and tables say all
-        self.decode, self.positions, self.block_size = self, positions, cache.block_size
+        self.positions, self.block_size = positions, cache.block_size
         self._layers, self._tables = cache.layers(), {"full": full, "sliding": sliding}
+
+    @property
+    def decode(self) -> _KeyValues:
+        return self
 
     def storage(self, layer: int) -> Tensor:
         return self._layers[layer][1]

@@ -118,12 +118,8 @@ class PagedKeyValues(KeyValues):
         #: The runs of a batch that holds all the keys there are; None: some are in the cache only.
         self.fresh = fresh_runs(spans)
         size = self.block_size = cache.block_size
-        self.paged = self
-        if all(span.length == 1 for span in spans):
-            if cache.full_storage.device.type == "cpu":
-                self.host_decode = self
-            else:
-                self.decode = self
+        self._one_each = all(span.length == 1 for span in spans)
+        self._on_cpu = cache.full_storage.device.type == "cpu"
         self._positions: Tensor | None = None
         full = _Group(cache.full_storage, [t.full for t in tables], [0] * len(tables), spans, size)
         first = [t.first_sliding for t in tables]
@@ -134,6 +130,18 @@ class PagedKeyValues(KeyValues):
             group = full if kind == FULL else sliding
             self._layers.append((group, counts[id(group)]))
             counts[id(group)] += 1
+
+    @property
+    def paged(self) -> PagedKeyValues:
+        return self
+
+    @property
+    def decode(self) -> PagedKeyValues | None:
+        return self if self._one_each and not self._on_cpu else None
+
+    @property
+    def host_decode(self) -> PagedKeyValues | None:
+        return self if self._one_each and self._on_cpu else None
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         group, index = self._layers[layer]

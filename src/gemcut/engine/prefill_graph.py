@@ -71,12 +71,16 @@ class _Shared:
 class _KeyValues(KeyValues):
     """What the layers ask of a batch's keys and values (gemcut.engine.paged), at fixed places."""
 
-    def __init__(self, model: Model, cache: PagedCache, rows: int, inputs: dict[str, Tensor]) -> None:
-        self.spans, self.paged = (Span(0, rows, rows),), self
+    def __init__(self, cache: PagedCache, rows: int, inputs: dict[str, Tensor]) -> None:
+        self.spans = (Span(0, rows, rows),)
         self._layers = cache.layers()
         self._inputs = inputs
         context = len(inputs["full blocks"]) > 0
         self.fresh = None if context else self._tiles("full")
+
+    @property
+    def paged(self) -> _KeyValues:
+        return self
 
     def _tiles(self, group: str) -> Tensor:
         return self._inputs[f"{group} tiles"].view(torch.int32).view(-1, 4)
@@ -101,7 +105,7 @@ class _Graph:
         names = list(sizes)
         self._written = dict(zip(names, torch.split(self._host, list(sizes.values())), strict=True))
         self._inputs = dict(zip(names, torch.split(self._device, list(sizes.values())), strict=True))
-        self._kv = _KeyValues(shared.model, shared.cache, rows, self._inputs)
+        self._kv = _KeyValues(shared.cache, rows, self._inputs)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None

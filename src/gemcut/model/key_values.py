@@ -92,12 +92,21 @@ class KeyValues:
 
     #: The batch's sequences, in row order.
     spans: Sequence[Span]
-    #: None where the batch is not in a paged cache.
-    paged: PagedBatch | None = None
-    #: None where the batch is not in a paged cache on a GPU, or some sequence has several new tokens.
-    decode: DecodeBatch | None = None
-    #: The same on a CPU.
-    host_decode: HostDecodeBatch | None = None
+
+    @property
+    def paged(self) -> PagedBatch | None:
+        """None where the batch is not in a paged cache."""
+        return None
+
+    @property
+    def decode(self) -> DecodeBatch | None:
+        """None where the batch is not in a paged cache on a GPU, or some sequence has several new tokens."""
+        return None
+
+    @property
+    def host_decode(self) -> HostDecodeBatch | None:
+        """The same on a CPU."""
+        return None
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store ``key`` and ``value`` [T, kv_heads, head_dim] of all rows."""
