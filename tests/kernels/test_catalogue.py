@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 
 from gemcut.kernels.catalogue import KERNELS, table
 from support import ROOT
+from test_records import parse
 
 SOURCES = ROOT / "src/gemcut/kernels"
 #: Functions that one row of the table speaks for.
@@ -23,14 +23,12 @@ def test_the_readme_is_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_it_names_exists(name: str) -> None:
+def test_what_it_names_exists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     it = KERNELS[name]
     for path in (it.source, it.test, it.note):
         assert (ROOT / path).is_file(), path
     if it.benchmark:
-        program, script = shlex.split(it.benchmark)[:2]
-        assert program == "python"
-        assert (ROOT / script).is_file()
+        parse(it.benchmark, monkeypatch)  # the benchmark itself takes these options
 
 
 def test_every_cuda_function_is_in_it() -> None:

@@ -141,7 +141,7 @@ def _step(config: GemmaConfig, gpu: Gpu, storage: Storage, rows: int) -> Iterato
 def _where(name: str, options: str | None = None) -> dict[str, str]:
     it = KERNELS[name]
     benchmark = it.benchmark if options is None else f"python benchmarks/gpu_kernels.py {options}"
-    return {"source": it.source, "tested_by": it.test, "timed_by": benchmark or "a whole step", "note": it.note}
+    return {"source": it.source, "tested_by": it.test, "timed_by": benchmark or "nothing of its own", "note": it.note}
 
 
 def words(report: list[dict[str, Any]]) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ class Kernel:
         schedule: the field's term for how the work is laid out.
         source: its file; paths are from the repository's root.
         test: what compares it with float64.
-        benchmark: the command that times it; "" where only a whole step does.
+        benchmark: the command that times it; "" where only a whole step, or a load, does.
         note: the page on its limit and what was tried.
     """
 
@@ -36,8 +36,8 @@ def _gpu(computes: str, schedule: str, source: str, test: str, benchmark: str, n
     return Kernel(computes, schedule, _SOURCE + source, _TESTS + test, command, f"docs/notes/{note}.md")
 
 
-def _cpu(computes: str, schedule: str, source: str, test: str) -> Kernel:
-    benchmark = "python benchmarks/cpu_kernels.py"
+def _cpu(computes: str, schedule: str, source: str, test: str, rows: str = "") -> Kernel:
+    benchmark = f"python benchmarks/cpu_kernels.py --rows {rows}" if rows else ""
     return Kernel(
         computes, schedule, f"{_SOURCE}cpu/src/{source}", f"{_TESTS}cpu/{test}", benchmark, "docs/notes/cpu.md"
     )
@@ -117,7 +117,7 @@ KERNELS: dict[str, Kernel] = {
         "attention/test_varlen_gpu.py", "--kernels rows", "rowwise",
     ),
     "argmax": _gpu(
-        "the likeliest token; NaN is told", "one pass", "sampling/argmax.cu", _OPS, "--kernels rows", "sampling"
+        "the likeliest token; NaN is told", "one pass", "sampling/argmax.cu", _OPS, "", "sampling"
     ),
     "draw": _gpu(
         "a token drawn with top-k, top-p, min-p", "one launch, candidates in shared memory", "sampling/draw.cu",
@@ -128,10 +128,10 @@ KERNELS: dict[str, Kernel] = {
         "megakernel/step.cu", "megakernel/test_decode_step_gpu.py", "", "megakernel",
     ),
     "cpu_gemv": _cpu(
-        "any format times up to 8 rows", "GEMV, threads by rows of W", "variant/linear.cpp", "test_linear.py"
+        "any format times up to 8 rows", "GEMV, threads by rows of W", "variant/linear.cpp", "test_linear.py", "1 8"
     ),
     "cpu_gemm": _cpu(
-        "any format times many rows", "GEMM, panels dequantized once", "variant/gemm.cpp", "test_gemm.py"
+        "any format times many rows", "GEMM, panels dequantized once", "variant/gemm.cpp", "test_gemm.py", "64"
     ),
     "cpu_rowwise": _cpu("norms, gated product, soft-cap", "threads by rows", "variant/step.cpp", "test_rowwise.py"),
     "cpu_decode_attention": _cpu(
@@ -140,7 +140,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "cpu_stack": Kernel(
         "all layers of a decode step in one call", "the kernels above, one after another",
-        f"{_SOURCE}cpu/src/variant/stack.cpp", "tests/model/test_ops.py", "python benchmarks/cpu_kernels.py",
+        f"{_SOURCE}cpu/src/variant/stack.cpp", "tests/model/test_ops.py", "",
         "docs/notes/cpu.md",
     ),
     "cpu_dequantize": _cpu(
@@ -157,17 +157,20 @@ def table() -> str:
         "Made by `python -m gemcut.kernels.catalogue > src/gemcut/kernels/README.md`.",
         "`gemcut info --kernels --gpu a100 --format nf4 --rows 16` says which of them run where, and why not others.",
         "",
-        "| kernel | computes | schedule | source | test | timed by | note |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | computes | schedule |",
+        "|---|---|---|",
+        *(f"| `{name}` | {it.computes} | {it.schedule} |" for name, it in KERNELS.items()),
+        "",
+        "Where each is, what tests it, what times it, and which note says why it is as fast as it is. Sources are",
+        "below this folder, tests below `tests/`, notes in [docs/notes](../../../docs/notes/README.md).",
+        "",
+        "| kernel | source | test | timed by `python benchmarks/…` | note |",
+        "|---|---|---|---|---|",
     ]
     for name, it in KERNELS.items():
-        command = f"`{it.benchmark}`" if it.benchmark else "a whole step"
-        source, note = it.source.removeprefix(_SOURCE), it.note.removeprefix("docs/notes/").removesuffix(".md")
-        cells = (
-            f"`{name}`", it.computes, it.schedule, f"[{source}]({source})", f"`{it.test}`", command,
-            f"[{note}](../../../{it.note})",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        command = f"`{it.benchmark.removeprefix('python benchmarks/')}`" if it.benchmark else "nothing of its own"
+        source, test, note = it.source.removeprefix(_SOURCE), it.test.removeprefix("tests/"), it.note.split("/")[-1]
+        lines.append(f"| `{name}` | `{source}` | `{test}` | {command} | {note.removesuffix('.md')} |")
     return "\n".join(lines) + "\n"
 
 
