@@ -59,9 +59,9 @@ def info(
     Of a hub model only configuration and tokenizer are fetched. --kernels without MODEL describes Gemma 2 27B's shape.
     """
     if gpu is not None and not kernels:
-        raise ParameterError("--gpu NAME goes with --kernels")
+        raise ParameterError("--gpu needs --kernels, as in: gemcut info --kernels --gpu a100")
     if gpu is None and (weights is not None or rows is not None):
-        raise ParameterError("--format and --rows go with --kernels --gpu NAME, which says the GPU they are asked for")
+        raise ParameterError("--format and --rows need --gpu, as in: gemcut info --kernels --gpu a100 --rows 16")
     if gpu is not None:
         from gemcut.cli import kernel_routes
 

@@ -31,6 +31,9 @@ class TargetOptions(QuantizationOptions):
     NAME: ClassVar[str] = "--to"
 
     quantization: Annotated[str | None, option("nf4 (the best 4 bits), fp4 or int8.", "--to", metavar="FORMAT")] = "nf4"
+    head: Annotated[
+        str | None, option("int8: quantize embedding and head when the folder is loaded.", "--head", metavar="FORMAT")
+    ] = None
 
 
 @with_options
