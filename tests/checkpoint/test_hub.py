@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +290,7 @@ def large_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow  # six processes
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_plan_of_a_gguf_file_fetches_its_header(large_gguf: Path, tmp_path: Path, ranges: bool) -> None:
-    """Of each part the first 8 MiB, in which its header ends; everything where the server knows no ranges."""
+    """Of each part the first 8 MiB, in which its header ends. A server that knows no ranges begins to send all."""
     parts = {path.name: path.stat().st_size for path in large_gguf.iterdir()}
     here = planned(tmp_path / "home", "", str(large_gguf / min(parts)))
     with FakeHub({"acme/large": Repository({"main": large_gguf})}, ranges=ranges) as hub:
@@ -349,6 +352,33 @@ def test_a_header_is_fetched_in_steps(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sent <= max(first, 2 * end)
     config = resolve(tmp_path / "to" / "x.gguf").config()
     assert config == resolve(path).config()
+
+
+def test_a_mirror_without_ranges_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terabyte from its beginning, whatever part is asked for: the part comes, and the rest is not waited for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(1 << 40))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader leaves
+                for _ in range(1 << 24):
+                    self.wfile.write(bytes(range(256)) * 256)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/x.gguf"
+            found, size = hub_header._range(url, {}, 300, 70_000)
+        finally:
+            server.shutdown()
+    assert size == 1 << 40
+    assert found == (bytes(range(256)) * 300)[300:70_000]
 
 
 def test_a_damaged_header_on_the_hub_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ fetched by range and kept in a temporary file as long as the whole, with a hole 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +48,42 @@ def _fill(path: Path, tensor: GgufTensor, url: str, headers: dict[str, str]) -> 
     with open(path, "r+b") as file:
         file.seek(tensor.offset)
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _range(url: str, headers: dict[str, str], start: int, stop: int) -> tuple[bytes, int]:
     """(the bytes from ``start`` up to ``stop`` or the file's end, the file's size)."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-    asked = {**headers, "Range": f"bytes={start}-{stop - 1}"}
-    response: Any = http_backoff("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    hf_raise_for_status(response)
-    data = bytes(response.content)
-    if response.status_code != 206:  # a mirror without ranges has sent it all
-        return data[start:], len(data)
-    total = response.headers.get("Content-Range", "").rpartition("/")[2]
-    if not total.isdigit():
-        raise CheckpointError(f"{url} does not say how long it is; download the file and give its path")
-    return data, int(total)
+    asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with _streamed(url, asked) as response:
+        hf_raise_for_status(response)
+        partial = response.status_code == 206
+        size = response.headers.get("Content-Range", "").rpartition("/")[2] if partial else ""
+        size = size or response.headers.get("Content-Length", "")
+        if not size.isdigit():
+            raise CheckpointError(f"{url} does not say how long it is; download the file and give its path")
+        # A mirror without ranges sends the file from its beginning: what stands behind the part is not waited for.
+        first, data = start if partial else 0, bytearray()
+        for piece in response.iter_bytes():
+            data += piece
+            if first + len(data) >= stop:
+                break
+        return bytes(data[start - first : stop - first]), int(size)
+
+
+@contextlib.contextmanager
+def _streamed(url: str, headers: dict[str, str]) -> Iterator[Any]:
+    """The answer to a request, of which no more is read than is asked for."""
+    from huggingface_hub import constants, utils
+
+    if hasattr(utils, "http_stream_backoff"):
+        with utils.http_stream_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as found:
+            yield found
+        return
+    # Before its version 1.0 the library is built on requests.
+    answer: Any = utils.http_backoff(  # type: ignore[attr-defined]
+        "GET", url, headers=headers, stream=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    )
+    answer.iter_bytes = lambda: answer.iter_content(1 << 16)
+    with contextlib.closing(answer):
+        yield answer
