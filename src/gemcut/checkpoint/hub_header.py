@@ -61,7 +61,9 @@ def _range(url: str, headers: dict[str, str], start: int, stop: int) -> tuple[by
         size = response.headers.get("Content-Range", "").rpartition("/")[2] if partial else ""
         size = size or response.headers.get("Content-Length", "")
         if not size.isdigit():
-            raise CheckpointError(f"{url} does not say how long it is; download the file and give its path")
+            raise CheckpointError(
+                f"the server of {url} does not say how long the file is; download the file and give its path"
+            )
         # A mirror without ranges sends the file from its beginning: what stands behind the part is not waited for.
         first, data = start if partial else 0, bytearray()
         for piece in response.iter_bytes():

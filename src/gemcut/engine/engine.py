@@ -234,10 +234,10 @@ class Engine:
             tokens, logprobs = sample(rows, [ready[i] for i in wants], self.runner.explain)
         chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
         self._whole = False
-        without = [ready[i] for i, (token, _) in chosen.items() if isinstance(token, RowError)]
+        failed = [ready[i] for i, (token, _) in chosen.items() if isinstance(token, RowError)]
         for scheduled in batch:
-            # What is no numbers is not published: no other request may begin with it.
-            if scheduled.sequence.failure is None and scheduled.sequence not in without:
+            # Blocks that hold NaN are not published: another request could begin with them.
+            if scheduled.sequence.failure is None and scheduled.sequence not in failed:
                 self.scheduler.computed(scheduled)
         for sequence in [s.sequence for s in batch if s.sequence.failure is not None]:
             self._fail(sequence, sequence.failure or RowError(""))

@@ -121,10 +121,10 @@ class Runner:
         return self.model.head(hidden[[s.completes for s in batch]])
 
     def _check_parts(self, batch: list[Scheduled], hidden: Tensor) -> None:
-        """End the sequences whose part of a prompt is no numbers, given the part's last row, fp32 [n, d].
+        """End the sequences whose prompt chunk gave NaN or infinity. ``hidden`` fp32 [n, d]: each chunk's last row.
 
-        Their logits would say so in the end. But till then the part's blocks could be shared, and attention kernels
-        spread NaN over a tile: to tokens before it, which other prompts may begin with.
+        The logits at the prompt's end would show it, too. But until then other requests could share the chunk's
+        blocks, and attention kernels spread a NaN over its whole tile, to the tokens before it as well.
         """
         for scheduled, finite in zip(batch, hidden.isfinite().all(dim=-1).tolist(), strict=True):
             if not finite and scheduled.sequence.failure is None:

@@ -110,8 +110,8 @@ bool to_digits(const float* x, int64_t step, int8_t* digits, int32_t* sums, floa
 }
 #endif
 
-// Fills call.in from x; which forms are made depends on the segments. False if the rows do not all take the arithmetic
-// that their own numbers allow.
+// Fills call.in from x; which forms are made depends on the segments. Returns false if one row's numbers forbid the
+// integer arithmetic for all of these rows: then each row must be multiplied alone.
 bool prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
     const Plan& plan = *call.plan;
     const int64_t k = plan.k, m = call.m, step = (k + 127) / 128 * 128, count = m * step;
@@ -345,8 +345,7 @@ void multiply(const Plan* plan, const void* x, int64_t m, int64_t x_stride, bool
     Call call;
     call.plan = plan, call.m = m, call.out = out, call.out_stride = out_stride;
     if (!prepare(call, x, x_stride, x_is_bf16) && m > 1) {
-        // One request's NaN, or its numbers of an odd size, must not change another's bits: each row for itself, with
-        // the sums it has alone.
+        // One request's NaN, or its very large numbers, must not change the bits of another: multiply each row alone.
         const int64_t x_bytes = x_stride * (x_is_bf16 ? 2 : 4), out_bytes = out_stride * (plan->out_is_fp32 ? 4 : 2);
         for (int64_t i = 0; i < m; ++i)
             multiply(plan, static_cast<const char*>(x) + i * x_bytes, 1, x_stride, x_is_bf16,
