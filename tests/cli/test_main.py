@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +152,24 @@ def test_an_interrupt_that_an_import_swallowed(cli: Cli, monkeypatch: pytest.Mon
     monkeypatch.setattr("gemcut.checkpoint.resolve.resolve", swallow)
     run = cli("info", "2b")
     assert (run.code, run.error) == (130, "interrupted")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_an_interrupt_that_torchs_import_swallowed(cli: Cli, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """torch's C code loses a KeyboardInterrupt while it starts and goes on: the command must end all the same."""
+    before = builtins.__import__
+
+    def swallow(name: str, *rest: Any, **named: Any) -> Any:
+        if name == "torch":
+            monkeypatch.setattr(builtins, "__import__", before)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return before(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", swallow)
+    run = cli("generate", "-m", str(tiny), "-n", "3", "hi")
+    assert (run.code, run.out, run.error) == (130, "", "interrupted")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -9,6 +9,7 @@ import typer
 
 import gemcut
 from gemcut.cli import output
+from gemcut.cli.interrupt import import_torch
 from gemcut.cli.names import family_member, tuned
 from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, option, with_options
 from gemcut.config import GemmaConfig
@@ -98,6 +99,7 @@ def machine() -> dict[str, Any]:
     """This installation and machine, as --json gives it. Sizes are bytes."""
     import platform
 
+    import_torch()
     import torch
 
     from gemcut.placement.devices import free_memory
@@ -159,6 +161,7 @@ def _machine_words(found: dict[str, Any]) -> dict[str, Any]:
 
 def _kernels(name: str | None, hub: HubOptions) -> dict[str, Any]:
     """The shape's name, and for each device here what computes each part of such a network."""
+    import_torch()
     from gemcut.cli.kernels import kernel_report
 
     shape, config = _shape(name, hub)

@@ -44,30 +44,56 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
+def _noted() -> Iterator[list[int]]:
+    """The list of the Ctrl-C that came inside the block; each of them raises KeyboardInterrupt as it would without."""
+    presses: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        presses.append(number)
+        assert callable(before)
+        before(number, frame)  # Python's own, or that of a block around this one
+
+    ours = threading.current_thread() is threading.main_thread() and callable(before)
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield presses
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def imports_interrupted() -> Iterator[None]:
     """Turn an ImportError that follows Ctrl-C into the interrupt it was.
 
     C code that imports a module may swallow the interrupt; what it then half imported fails later.
     """
-    presses: list[int] = []
+    with _noted() as presses:
+        try:
+            yield
+        except ImportError:
+            if presses:
+                raise KeyboardInterrupt from None
+            raise
 
-    def note(number: int, frame: FrameType | None) -> None:
-        presses.append(number)
-        signal.default_int_handler(number, frame)
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    ours = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    except ImportError:
-        if presses:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+def import_torch() -> None:
+    """Import torch, which every command that computes needs.
+
+    While its C code starts, it may swallow an interrupt and go on, or turn it into an error of another kind. Either is
+    raised here as the interrupt it was.
+    """
+    with _noted() as presses:
+        try:
+            import torch  # noqa: F401
+        except Exception:
+            if presses:
+                raise KeyboardInterrupt from None
+            raise
+    if presses:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_t
 
 import typer
 
+from gemcut.cli.interrupt import import_torch
 from gemcut.errors import ParameterError
 from gemcut.process import check_threads
 from gemcut.settings import read_settings
@@ -150,6 +151,7 @@ class LoadOptions(QuantizationOptions, HubOptions):
         if self.max_context is not None and self.max_context < 1:
             raise ParameterError(f"--max-context is {self.max_context}; expected at least 1")
         quantization = self.specification()
+        import_torch()
         import torch
 
         from gemcut.gemma import Gemma
@@ -214,6 +216,7 @@ class SamplingOptions:
 
     def fields(self, **more: Any) -> dict[str, Any]:
         """Keyword arguments for Gemma.stream and Gemma.chat, None left out, checked. Raises ParameterError."""
+        import_torch()
         from gemcut.engine.sampling import SamplingParams
 
         for text in self.stop or ():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemcut.cli import output
+from gemcut.cli.interrupt import import_torch
 from gemcut.cli.names import family_member
 from gemcut.cli.options import Debug, HubOptions, QuantizationOptions, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
@@ -144,6 +145,7 @@ def _limit(device: str, given: str | None) -> Limit:
             raise ParameterError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
         # Another machine's memory: the larger steps of a GPU are the safe guess.
         return Limit(parse_memory(given), given.strip(), "cpu" if device == "cpu" else "cuda", "")
+    import_torch()
     from gemcut.placement.devices import free_memory, parse_device
 
     try:

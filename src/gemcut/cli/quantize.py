@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 import typer
 
 from gemcut.cli import output
+from gemcut.cli.interrupt import import_torch
 from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, QuantizationOptions, flag, option, with_options
 from gemcut.cli.plan import parse_memory
 from gemcut.errors import ParameterError
@@ -68,6 +69,7 @@ def quantize(
         raise ParameterError(
             f"max-shard-size is {max_shard_size[:60]!r}; expected a size such as 5GB or 500MB"
         ) from None
+    import_torch()
     from gemcut.checkpoint.quantize import quantize_checkpoint
     from gemcut.checkpoint.working import can_go_on, check_out, working_folder
     from gemcut.progress import LoadProgress
