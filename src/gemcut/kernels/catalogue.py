@@ -125,7 +125,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "decode_step": _gpu(
         "all layers of one sequence's step", "megakernel: persistent, flagged words (LL protocol) between SMs",
-        "megakernel/step.cu", "megakernel/test_decode_step_gpu.py", "", "megakernel",
+        "megakernel/decode_step.cu", "megakernel/test_decode_step_gpu.py", "", "megakernel",
     ),
     "cpu_gemv": _cpu(
         "any format times up to 8 rows", "GEMV, threads by rows of W", "variant/linear.cpp", "test_linear.py", "1 8"

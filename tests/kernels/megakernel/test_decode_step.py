@@ -13,7 +13,7 @@ from gemcut.kernels.linear.gemv import Storage
 from gemcut.kernels.megakernel import decode_step
 from gemcut.kernels.megakernel.decode_step import StepShape
 
-H100 = 132, 232448  # processors, bytes of shared memory a block can have
+H100 = 132, 232448  # sms, bytes of shared memory a block can have
 SHAPES = {
     "2b": StepShape(26, 2304, 9216, 8, 4, 256, 1 / 16, 50.0, 1e-6, 4096),
     "9b": StepShape(42, 3584, 14336, 16, 8, 256, 1 / 16, 50.0, 1e-6, 4096),
@@ -29,15 +29,15 @@ def test_every_block_has_a_part_of_every_product(size: str, storage: Storage) ->
     shape = SHAPES[size]
     assert decode_step.supports(shape, storage, 16, *H100) is None
     plan = decode_step._plan(shape, storage, *H100)
-    stages = [t * s for t, s in zip(plan.tiles, plan.steps, strict=True)]
+    stages = [t * s for t, s in zip(plan.tiles, plan.k_blocks, strict=True)]
     # Else a block could be left behind, and words be written again before it has read them.
     assert plan.blocks <= min(plan.tiles[0], stages[1], plan.tiles[2] // 2, stages[3])
     assert plan.blocks == 132 or size == "270m"
     assert plan.shared_bytes + decode_step._static_bytes(shape, plan.slots, plan.most_tiles) <= H100[1]
-    assert plan.pieces <= 15
+    assert plan.partials <= 15
     assert plan.most_tiles * plan.blocks >= max(plan.tiles)
-    assert all(steps * storage.step >= k for steps, (_, k) in zip(plan.steps, shape.products, strict=True))
-    assert plan.x_bytes >= 2 * max(k for _, k in shape.products)
+    assert all(k_blocks * storage.step >= k for k_blocks, (_, k) in zip(plan.k_blocks, shape.matrices, strict=True))
+    assert plan.x_bytes >= 2 * max(k for _, k in shape.matrices)
 
 
 def test_what_it_refuses_and_why() -> None:

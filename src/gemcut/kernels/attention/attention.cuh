@@ -1,8 +1,12 @@
-// Attention of one new token, by warps that read the cache: what decode_attention.cu and step_attention.cuh share.
+// Computes: a warp's online softmax over keys and values that it reads from the cache, for one new token a sequence
+// Shapes: queries fp32 [GROUP, HEAD_DIM]; keys and values bf16 rows [HEAD_DIM]; sums fp32 [GROUP, HEAD_DIM] a warp
+// Runs: attention/decode.cu and megakernel/attention.cuh, one warp for a unit of TOKENS * LOADS tokens at a time
+// Schedule: flash-decoding's inner loop: online softmax (arXiv 1805.02867), grouped-query heads side by side
+// Invariants: the order of every sum is fixed; tokens outside [first, last] weigh nothing; nor does an idle warp
 //
-// LANES lanes hold a row of a head between them (8 values, 16 bytes each), so a warp reads TOKENS tokens at a time, and LOADS
-// such groups of keys and of values make its unit. Each warp keeps one running softmax of each of the GROUP query heads that
-// share the key head. The order of every sum is fixed.
+// LANES lanes hold a row of a head between them (8 values, 16 bytes each), so a warp reads TOKENS tokens at a time. LOADS such
+// groups of keys and of values are its unit. Each warp keeps one running softmax for each of the GROUP query heads that share the
+// key head.
 //
 // Compiled after launch.cuh and rope.cuh.
 
@@ -14,11 +18,11 @@ __device__ __forceinline__ float capped(float score, float softcap, float factor
 }
 __device__ __forceinline__ float weight_of(float score, float top) { return score == MINUS_INFINITY ? 0.f : __expf(score - top); }
 
-// Sums each of `v` over the lanes that differ in the bits FROM, FROM / 2, … TO of their number, and deals the sums out: at each
-// bit lanes keep half of what they have (the upper half where it is set) and give the other half away, one shuffle a value.
-// Once a lane has one value left, both sides keep it.
+// Butterfly reduce-scatter: sums each of `v` over the lanes that differ in the bits FROM, FROM / 2, … TO of their number, and
+// scatters the sums. At each bit a lane keeps half of its values (the upper half where the bit is set) and sends the other half to
+// its partner, one shuffle a value. Once a lane has one value left, both partners keep it (an all-reduce).
 template <int FROM, int TO, int COUNT>
-__device__ __forceinline__ void deal_sums(float (&v)[COUNT], int lane) {
+__device__ __forceinline__ void reduce_scatter(float (&v)[COUNT], int lane) {
   int count = COUNT;
 #pragma unroll
   for (int bit = FROM; bit >= TO; bit /= 2) {
@@ -37,8 +41,8 @@ __device__ __forceinline__ void deal_sums(float (&v)[COUNT], int lane) {
   }
 }
 
-// A warp's running softmax. Of a unit's SCORES scores, query head by query head, a lane works out HELD (of HEADS query heads),
-// which lanes of the same number of their row's share have too where there are fewer scores than lanes.
+// A warp's online softmax. A unit has SCORES scores, query head by query head. A lane computes HELD of them (of HEADS query heads).
+// Where there are fewer scores than lanes, SPREAD neighbouring lanes compute the same ones.
 struct Softmax {
   static constexpr int SCORES = GROUP * LOADS;
   static constexpr int HOLDERS = SCORES < LANES ? SCORES : LANES, HELD = SCORES / HOLDERS;
@@ -48,14 +52,14 @@ struct Softmax {
   static constexpr int VALUES = GROUP * 8, KEEPERS = VALUES < TOKENS ? VALUES : TOKENS, KEPT = VALUES / KEEPERS;
 
   float sum[GROUP][8] = {};          // values, weighted: of this lane's columns and tokens
-  float top[HEADS], total[HEADS] = {};   // the warp's largest score; the weights this lane worked out
+  float top[HEADS], total[HEADS] = {};   // the running maximum of the scores; the sum of the weights that this lane computed
 
   __device__ __forceinline__ Softmax() {
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) top[h] = MINUS_INFINITY;
   }
 
-  // This lane's share of the scores of its row of each of the unit's keys.
+  // This lane's partial sums of the scores: its 8 columns of each of the unit's keys.
   __device__ __forceinline__ static void multiply(const float (&query)[GROUP][8], const uint4 (&keys)[LOADS], float (&score)[SCORES]) {
 #pragma unroll
     for (int j = 0; j < LOADS; ++j) {
@@ -71,10 +75,10 @@ struct Softmax {
     }
   }
 
-  // From shares of scores to weights: of key j and query head g at g * LOADS + j. `token0` is the token of this lane's first key;
+  // From partial sums of scores to weights: of key j and query head g at g * LOADS + j. `token0` is the token of this lane's first key;
   // those outside [first, last] weigh nothing.
   __device__ __forceinline__ void weigh(float (&score)[SCORES], int token0, int first, int last, float softcap, float factor, int lane) {
-    deal_sums<LANES / 2, 1>(score, lane);
+    reduce_scatter<LANES / 2, 1>(score, lane);
     const int holder = lane % LANES / SPREAD;
     float best[HEADS], keep[HEADS], weight[HELD];
 #pragma unroll
@@ -130,7 +134,7 @@ struct Softmax {
     float flat[VALUES];
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) flat[i] = sum[i / 8][i % 8];
-    deal_sums<16, LANES>(flat, lane);
+    reduce_scatter<16, LANES>(flat, lane);
     if (sub % (TOKENS / KEEPERS) == 0) {
       const int first = sub / (TOKENS / KEEPERS) * KEPT;
       if constexpr (KEPT % 4 == 0) {
@@ -156,10 +160,10 @@ struct Softmax {
   }
 };
 
-// Four neighbouring columns d of query head g, summed over WARP_COUNT stored warps: `score` is the largest score, `weights` the
-// sum of weights relative to it, as the values' are. WARP_COUNT is a multiple of four, `tops` and `totals` stand at such ones.
+// Combines the stored softmaxes of WARP_COUNT warps: four neighbouring columns d of query head g. `score` is the largest score,
+// `weights` the sum of weights relative to it, as the values are. WARP_COUNT is a multiple of four, `tops` and `totals` stand at such ones.
 template <int WARP_COUNT>
-__device__ __forceinline__ float4 joined_warps(const float* values, const float* tops, const float* totals, int g, int d, float& score,
+__device__ __forceinline__ float4 combine_warps(const float* values, const float* tops, const float* totals, int g, int d, float& score,
                                                float& weights) {
   float top[WARP_COUNT], total[WARP_COUNT];
 #pragma unroll

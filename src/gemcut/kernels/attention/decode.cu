@@ -1,8 +1,12 @@
-// One new token of each sequence: rotation, the write of its key and value, and attention over the paged cache, in one launch.
+// Computes: attention of one new token of each sequence over the paged cache; rotation and the cache write are inside
+// Shapes: qkv bf16 [m, (heads + 2 kv_heads) D]; cache bf16 [blocks, block size, kv_heads, D]; out bf16 [m, heads D]
+// Runs: attention/decode.py; grid [splits, key heads, sequences], a block for one split of one key head
+// Schedule: flash-decoding (split-KV, Dao et al. 2023) over a paged cache (arXiv 2309.06180), in one launch
+// Invariants: fixed order of sums; arrivals are zero between launches; a negative position leaves its row unwritten
 //
-// A block owns one key head of one sequence and a run of its tokens; GROUP query heads share the key head. Its warps' softmaxes
-// (attention.cuh) are joined in the block, then by the last block of the head over all runs, always in the same order.
-// The new token never passes through memory: the warp that has its unit puts it there, from registers.
+// GROUP query heads share the key head. A block's warps each keep an online softmax (attention.cuh); the block combines them, and
+// the last block of a head to finish combines the splits. The new token never passes through memory: the warp that has its unit
+// takes it from registers.
 //
 // Compiled after launch.cuh, rope.cuh and attention.cuh.
 
@@ -11,26 +15,26 @@ struct Attention {
   u16* out;              // bf16 [m, GROUP * kv_heads * HEAD_DIM]
   u16* keys;             // this layer's: [blocks, block size, kv_heads, HEAD_DIM]
   u16* values;
-  const int* table;      // [m, table_stride]: the cache block of each run of block-size tokens
+  const int* table;      // [m, table_stride]: the block table, a cache block for each block-size tokens
   const int* positions;  // [m]: the new token's; negative: no sequence in this row
   const float* rope;     // [positions, HEAD_DIM]
   const float* q_norm;   // [HEAD_DIM] or null, k_norm too
   const float* k_norm;
-  float* partial;        // [m, kv_heads, runs, GROUP, HEAD_DIM + 2]
+  float* partial;        // [m, kv_heads, splits, GROUP, HEAD_DIM + 2]
   u32* arrivals;         // [m, kv_heads], zero between launches
   float scale, softcap, eps;   // softcap 0: none
   int kv_heads, table_stride, block_shift, window;   // window 0: the whole context
 };
 
-constexpr int MOST_RUNS = 64, STATE = HEAD_DIM + 2;
+constexpr int MAX_SPLITS = 64, STATE = HEAD_DIM + 2;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 decode_attention(Attention p) {
   __shared__ __align__(16) float states[WARPS * GROUP * HEAD_DIM];
   __shared__ __align__(16) float tops[GROUP * WARPS], totals[GROUP * WARPS];
-  __shared__ float run_weight[GROUP][MOST_RUNS];
+  __shared__ float split_weight[GROUP][MAX_SPLITS];
   __shared__ bool is_last;
-  const int run = blockIdx.x, kv = blockIdx.y, row = blockIdx.z;
+  const int split = blockIdx.x, kv = blockIdx.y, row = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, sub = lane / LANES;
 
   next_kernel_may_start();
@@ -43,30 +47,30 @@ decode_attention(Attention p) {
   const int first = p.window > 0 ? max(0, position - p.window + 1) : 0;
   const int origin = first / UNIT * UNIT;
   const int units = (position - origin) / UNIT + 1;
-  const int per_run = max((units + (int)gridDim.x - 1) / (int)gridDim.x, WARPS);
-  const int runs = max(1, (units + per_run - 1) / per_run);
-  if (run >= runs) return;
-  const int unit_end = min(units, (run + 1) * per_run);
+  const int per_split = max((units + (int)gridDim.x - 1) / (int)gridDim.x, WARPS);
+  const int splits = max(1, (units + per_split - 1) / per_split);
+  if (split >= splits) return;
+  const int unit_end = min(units, (split + 1) * per_split);
   const int* const table = p.table + (size_t)row * p.table_stride;
   const size_t token_stride = (size_t)p.kv_heads * HEAD_DIM, lane_at = (size_t)kv * HEAD_DIM + part * 8;
   const int block_mask = (1 << p.block_shift) - 1;
 
-  // A unit's keys are fetched as soon as the scores of the unit before are known, its values as soon as that unit's are added
-  // up, so that loads are always on their way; places in the cache are looked up a unit earlier still.
+  // Software pipeline: a unit's keys are loaded as soon as the scores of the unit before are known, its values as soon as that
+  // unit's are added up, so that loads are always in flight. Slots in the cache are looked up a unit earlier still.
   uint4 k[LOADS], v[LOADS];
-  u32 places[LOADS];
+  u32 slots[LOADS];
   auto find = [&](int unit) {
 #pragma unroll
     for (int j = 0; j < LOADS; ++j) {
       const int token = min(max(origin + unit * UNIT + j * TOKENS + sub, first), position);   // a real one; masked below
-      places[j] = ((u32)table[token >> p.block_shift] << p.block_shift) + (token & block_mask);
+      slots[j] = ((u32)table[token >> p.block_shift] << p.block_shift) + (token & block_mask);
     }
   };
   auto fetch = [&](const u16* from, uint4 (&to)[LOADS]) {
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) to[j] = __ldcg(reinterpret_cast<const uint4*>(from + places[j] * token_stride + lane_at));
+    for (int j = 0; j < LOADS; ++j) to[j] = __ldcg(reinterpret_cast<const uint4*>(from + slots[j] * token_stride + lane_at));
   };
-  int unit = run * per_run + warp;
+  int unit = split * per_split + warp;
   if (unit < unit_end) find(unit), fetch(p.keys, k), fetch(p.values, v);
   if (unit + WARPS < unit_end) find(unit + WARPS);
 
@@ -82,7 +86,7 @@ decode_attention(Attention p) {
     for (int i = 0; i < 8; ++i) query[g][i] *= p.scale;
   }
 
-  Softmax mixture;
+  Softmax softmax;
   while (unit < unit_end) {
     const int token0 = origin + unit * UNIT + sub;
     if (unit == units - 1) {   // the new token
@@ -104,71 +108,71 @@ decode_attention(Attention p) {
     Softmax::multiply(query, k, score);
     const bool more = unit + WARPS < unit_end;
     if (more) fetch(p.keys, k);
-    mixture.weigh(score, token0, first, position, p.softcap, cap_factor, lane);
-    mixture.add(score, v);
+    softmax.weigh(score, token0, first, position, p.softcap, cap_factor, lane);
+    softmax.add(score, v);
     if (more) fetch(p.values, v);
     unit += WARPS;
     if (unit + WARPS < unit_end) find(unit + WARPS);
   }
 
-  mixture.store(states + warp * GROUP * HEAD_DIM, tops + warp, totals + warp, WARPS, lane);
+  softmax.store(states + warp * GROUP * HEAD_DIM, tops + warp, totals + warp, WARPS, lane);
   __syncthreads();
 
   u16* const out = p.out + ((size_t)row * p.kv_heads + kv) * GROUP * HEAD_DIM;
   float* const partial = p.partial + ((size_t)row * p.kv_heads + kv) * gridDim.x * GROUP * STATE;
-  for (int i = threadIdx.x * 4; i < GROUP * HEAD_DIM; i += WARPS * 128) {   // join the block's warps
+  for (int i = threadIdx.x * 4; i < GROUP * HEAD_DIM; i += WARPS * 128) {   // combine the block's warps
     const int g = i / HEAD_DIM, d = i % HEAD_DIM;
     float best, weights;
-    const float4 value = joined_warps<WARPS>(states, tops, totals, g, d, best, weights);
-    if (runs == 1) {
+    const float4 value = combine_warps<WARPS>(states, tops, totals, g, d, best, weights);
+    if (splits == 1) {
       const float share = 1.f / weights;
       *reinterpret_cast<uint2*>(out + i) =
           make_uint2(pack_bf16(value.x * share, value.y * share), pack_bf16(value.z * share, value.w * share));
     } else {
-      float* const to = partial + (run * GROUP + g) * STATE;
+      float* const to = partial + (split * GROUP + g) * STATE;
       *reinterpret_cast<float2*>(to + d) = make_float2(value.x, value.y);
       *reinterpret_cast<float2*>(to + d + 2) = make_float2(value.z, value.w);
       if (d == 0) to[HEAD_DIM] = best, to[HEAD_DIM + 1] = weights;
     }
   }
-  if (runs == 1) return;
+  if (splits == 1) return;
   __syncthreads();
   u32* const arrivals = p.arrivals + row * p.kv_heads + kv;
-  if (threadIdx.x == 0) {   // after the barrier above this releases the whole block's results, and gets the other blocks'
+  if (threadIdx.x == 0) {   // after the barrier above this releases the whole block's results and acquires the other blocks'
     u32 before;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
-    is_last = before == runs - 1;
+    is_last = before == splits - 1;
   }
   __syncthreads();
   if (!is_last) return;
   constexpr int EACH = (GROUP * HEAD_DIM + WARPS * 32 - 1) / (WARPS * 32), AHEAD = EACH > 4 ? 4 : 8;
-  float early[EACH][AHEAD];   // the first runs' sums, on their way while their weights are found
+  float early[EACH][AHEAD];   // the first splits' sums, loading while the splits' weights are computed
 #pragma unroll
   for (int e = 0; e < EACH; ++e) {
     const int i = threadIdx.x + e * WARPS * 32, g = i / HEAD_DIM, d = i % HEAD_DIM;
 #pragma unroll
     for (int r = 0; r < AHEAD; ++r) {
-      early[e][r] = r < runs && g < GROUP ? __ldcg(partial + (r * GROUP + g) * STATE + d) : 0.f;
+      early[e][r] = r < splits && g < GROUP ? __ldcg(partial + (r * GROUP + g) * STATE + d) : 0.f;
     }
   }
-  if (warp < GROUP) {   // each run's share, one query head a warp
+  if (warp < GROUP) {   // each split's weight, one query head a warp
     for (int g = warp; g < GROUP; g += WARPS) {
-      float run_top[MOST_RUNS / 32], run_total[MOST_RUNS / 32], best = MINUS_INFINITY, weights = 0.f;
+      float split_top[MAX_SPLITS / 32], split_total[MAX_SPLITS / 32], best = MINUS_INFINITY, weights = 0.f;
 #pragma unroll
-      for (int j = 0; j < MOST_RUNS / 32; ++j) {
+      for (int j = 0; j < MAX_SPLITS / 32; ++j) {
         const int r = lane + j * 32;
         const float* const state = partial + (r * GROUP + g) * STATE + HEAD_DIM;
-        run_top[j] = r < runs ? __ldcg(state) : MINUS_INFINITY;
-        run_total[j] = r < runs ? __ldcg(state + 1) : 0.f;
-        best = fmaxf(best, run_top[j]);
+        split_top[j] = r < splits ? __ldcg(state) : MINUS_INFINITY;
+        split_total[j] = r < splits ? __ldcg(state + 1) : 0.f;
+        best = fmaxf(best, split_top[j]);
       }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, lanes));
 #pragma unroll
-      for (int j = 0; j < MOST_RUNS / 32; ++j) weights += weight_of(run_top[j], best) * run_total[j];
+      for (int j = 0; j < MAX_SPLITS / 32; ++j) weights += weight_of(split_top[j], best) * split_total[j];
       weights = sum_lanes<32>(weights);
 #pragma unroll
-      for (int j = 0; j < MOST_RUNS / 32; ++j) run_weight[g][lane + j * 32] = weight_of(run_top[j], best) / weights;
+      for (int j = 0; j < MAX_SPLITS / 32; ++j) split_weight[g][lane + j * 32] = weight_of(split_top[j], best) / weights;
     }
   }
   __syncthreads();
@@ -178,9 +182,9 @@ decode_attention(Attention p) {
     if (g >= GROUP) break;
     float value = 0.f;
 #pragma unroll
-    for (int r = 0; r < AHEAD; ++r) value += run_weight[g][r] * early[e][r];   // beyond the last run both are 0
+    for (int r = 0; r < AHEAD; ++r) value += split_weight[g][r] * early[e][r];   // beyond the last split both are 0
 #pragma unroll 8
-    for (int r = AHEAD; r < runs; ++r) value += run_weight[g][r] * __ldcg(partial + (r * GROUP + g) * STATE + d);
+    for (int r = AHEAD; r < splits; ++r) value += split_weight[g][r] * __ldcg(partial + (r * GROUP + g) * STATE + d);
     out[i] = (u16)pack_bf16(value, 0.f);
   }
   if (threadIdx.x == 0) *arrivals = 0;

@@ -1,5 +1,11 @@
 """Attention of one new token of each sequence over the paged cache, on an NVIDIA GPU, in one launch.
 
+Computes: the launch of decode.cu: one new token of each sequence over the paged cache
+Shapes: qkv bf16 [m, (heads + 2 · kv_heads) · D], cache bf16 [2, blocks, block size, kv_heads, D] -> [m, heads · D]
+Runs: model/ops/cuda.py in every decode step of several sequences, or of one where no megakernel serves
+Schedule: flash-decoding; `splits_of` chooses the number of splits so that waves of blocks are full
+Invariants: arrivals are zero between launches; no host synchronization, so that CUDA graphs can capture it
+
 Rotation, norms of queries and keys (Gemma 3) and the write of the new key and value are inside.
 """
 

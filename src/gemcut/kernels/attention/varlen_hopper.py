@@ -1,5 +1,11 @@
 """Attention of many queries with a soft-cap on Hopper GPUs, heads of 128 or 256: kernels/attention/varlen_hopper.cu.
 
+Computes: the launch of varlen_hopper.cu: causal attention of packed prompts with a soft-cap of up to 60
+Shapes: as `triton_varlen`: query [T, heads, D], keys and values [L, kv_heads, D] bf16, D 128 or 256 -> [T, heads · D]
+Runs: model/attention.py chooses it on Hopper; `supports` says for which heads
+Schedule: FlashAttention-3 (arXiv 2407.08608); one thread block for a key head and a tile of queries
+Invariants: rows at multiples of 16 bytes, heads side by side: what a TMA tensor map describes
+
 `hopper_varlen` computes what `gemcut.kernels.attention.varlen.triton_varlen` does, for fewer cases and faster.
 """
 

@@ -1,11 +1,16 @@
 """Attention of many queries in Triton: soft-cap, causal, window, grouped heads, sequences of any lengths.
 
-A program takes one key head and a tile of one sequence's queries; the query heads that share the key head are further
-rows of its matrix products. Keys the tile cannot see are never read; only blocks at the edges of what it sees are
-masked.
+Computes: causal attention of packed prompts with an optional soft-cap and window, in Triton
+Shapes: query [T, heads, D], keys and values [L, kv_heads, D], bf16 or fp16; tiles int32 [n, 4] -> [T, heads, D]
+Runs: attention/varlen.py (triton_varlen); grid [key heads, tiles], BLOCK_M rows: queries times heads of the key head
+Schedule: FlashAttention-2 (arXiv 2307.08691), varlen, TMA descriptors; only blocks at the edges are masked
+Invariants: sums are of the weights as rounded; with a soft-cap of up to 60 in bf16 no running maximum is needed
+
+A program takes one key head and a tile of one sequence's queries. The query heads that share the key head are further
+rows of its matrices. Keys that the tile cannot see are never read.
 
 With a soft-cap no running maximum is needed in bf16: scores lie within ±cap, so exp(score) stays far inside the range
-bf16 shares with fp32, and so do the sums.
+that bf16 shares with fp32, and so do the sums.
 
 This module needs the triton package; `gemcut.kernels.attention.varlen` imports it when it is used.
 """

@@ -1,5 +1,11 @@
 """Products on an NVIDIA GPU for dispatch: GEMV, fused GEMM, dequantization and cuBLAS, by the rows of x.
 
+Computes: y = x W^T on an NVIDIA GPU, by the rows of x: GEMV, fused GEMM, or dequantization and cuBLAS
+Shapes: x bf16 [m, k], a LinearCase's weights -> bf16 or fp32 [m, n]
+Runs: linear/dispatch.py prepares a kernel for each linear layer
+Schedule: linear/routes.py says up to how many rows each kernel serves; here are also the launches of *_dequant.cu
+Invariants: W is read packed up to the last route; beyond it, it is dequantized into one buffer that all layers share
+
 `gemcut.kernels.linear.routes` says up to how many rows each serves. Beyond the last the weights are dequantized to
 bf16, as many rows at a time as fit a buffer that all layers share, for cuBLAS.
 

@@ -1,5 +1,11 @@
 """Products of packed weights with 9 to some hundred rows of x on Hopper: decoded in registers, multiplied by wgmma.
 
+Computes: the launch of the fused GEMM: packed weights times 9 to some hundred rows, dequantized in registers
+Shapes: x bf16 [m, k] or in the layout of linear/layout.py, packed weight [n, k] -> bf16 or fp32 [m, n]
+Runs: linear/cuda.py on Hopper; linear/routes.py says for how many rows
+Schedule: persistent Stream-K, at most one thread block an SM; `choose_variant` takes the tile size
+Invariants: the packed layout is that of the GEMV kernels: one tensor serves both
+
 The kernel is in gemm.cuh; what a format adds to it in four_bit_gemm.cu and int8_gemm.cu. The packed order is that of
 the matrix-vector kernels: one tensor serves both.
 """
@@ -108,9 +114,9 @@ def _kernel(storage: Storage, variant: Variant, float_output: bool, device: int)
         ("GEMM_ROWS", variant.rows),
         ("GEMM_WARPGROUPS", variant.warpgroups),
         ("GEMM_X_UNITS", variant.x_units),
-        ("GEMM_TWO_HALVES", int(variant.two_halves)),
+        ("GEMM_DOUBLE_BUFFER", int(variant.two_halves)),
         ("GEMM_W_STAGES", variant.w_stages),
-        ("GEMM_PATIENCE", variant.patience),
+        ("GEMM_MAX_WAIT", variant.patience),
     )
     name = storage.kernel.replace("gemv", "gemm")
     frame = read_sources("runtime/launch.cuh", "runtime/hopper.cuh", "linear/gemv.cuh", f"linear/{storage.kernel}.cu")

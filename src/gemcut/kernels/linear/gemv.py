@@ -1,5 +1,11 @@
 """What the matrix-vector kernels share: how the work is split over the GPU, and the launch.
 
+Computes: the launch of the GEMV kernels: up to 8 (fixed columns: 16) rows of x against a weight read once
+Shapes: x bf16 [m, k], a format's packed weight [n, k] -> bf16 or fp32 [m, n]
+Runs: linear/four_bit.py, int8.py, bf16.py and linear/cuda.py; `plan` chooses the layout for a GPU
+Schedule: persistent GEMV; `plan_split`: split-K so that the busiest block has least to do
+Invariants: the same plan for the same sizes: results do not depend on timing
+
 The frame is in gemv.cuh: up to eight rows of x against a weight read exactly once. Small four-bit matrices have kernels
 for up to 16 (fixed.cuh).
 """
@@ -177,7 +183,7 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
         ("BLOCK_WARPS", layout.warps),
         ("BLOCK_STAGES", layout.stages),
         ("BLOCK_RESIDENT", layout.resident),
-        ("FIXED_STEPS", layout.fixed),
+        ("FIXED_K_BLOCKS", layout.fixed),
         ("FIXED_ROWS", layout.rows),
     )
     files, name = ["runtime/launch.cuh", "linear/gemv.cuh", f"linear/{storage.kernel}.cu"], storage.kernel

@@ -1,13 +1,17 @@
-// int8 rows to the bf16 matrix they stand for: code times (row's largest magnitude / 127) in fp32, rounded once.
+// Computes: int8 weights to the bf16 matrix they stand for: code times (row's largest magnitude / 127), rounded once
+// Shapes: int8 [n, k], scales fp32 [n] -> bf16 [n, k]; k a multiple of 8, n at most 65535
+// Runs: linear/cuda.py, before cuBLAS or gated_gemm multiplies many rows
+// Schedule: elementwise, one block row a row of W, 16 values a thread
+// Invariants: the product is fp32 and is rounded once
 
-struct Decode {
+struct Dequant {
   const u8* codes;        // [n, k]
   const float* scales;    // [n]: largest magnitude / 127
   u16* out;               // [n, k]
   int k;
 };
 
-extern "C" __global__ void __launch_bounds__(256) int8_dequant(Decode p) {
+extern "C" __global__ void __launch_bounds__(256) int8_dequant(Dequant p) {
   const int column = (blockIdx.x * 512 + threadIdx.x) * 8;   // and 2048 columns further on
   const size_t row = blockIdx.y;
   previous_kernels_done();

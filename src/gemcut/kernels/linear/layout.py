@@ -1,5 +1,11 @@
 """Rows of x in the order that products of many rows by packed weights read (kernels/linear/gemm.py, Hopper only).
 
+Computes: rows of x in the layout that the fused GEMM reads (linear/layout.cuh), and the launch that copies them there
+Shapes: x bf16 [m, k] -> bf16 [blocks of 64 columns, groups of 8 rows, 8, 8, 8]
+Runs: linear/gemm.py; rowwise/norm.py and rowwise/geglu.py write the layout themselves
+Schedule: elementwise
+Invariants: k is padded with zeros to a multiple of 256; rows from m on may hold anything
+
 Norms and the gated product can write their results so; `order_x` does it for rows that come from elsewhere.
 """
 

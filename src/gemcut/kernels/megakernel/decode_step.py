@@ -1,7 +1,10 @@
-"""All layers of the network for one new token of one sequence, in one launch, on an NVIDIA GPU.
+"""All layers of the network for one new token of one sequence, in one launch (a megakernel), on an NVIDIA GPU.
 
-One block a processor stays for the whole step; weights of the next product arrive while blocks wait for the last one's
-result, which they hand each other as tagged words in device memory. See kernels/megakernel/step.cu.
+Computes: the bf16 row that the head multiplies, from a token id and a position; keys and values go into the cache
+Shapes: StepShape and StepLayer: any Gemma network whose sizes `supports` takes, one sequence, one token
+Runs: model/ops/cuda_megakernel.py builds a DecodeStep, which the engine's CUDA graph of one sequence captures
+Schedule: a cooperative launch of one persistent block an SM; megakernel/decode_step.cu says the rest
+Invariants: every block has a part of every GEMV; a DecodeStep keeps all tensors alive whose addresses the kernel has
 """
 
 from __future__ import annotations
@@ -17,9 +20,7 @@ from torch import Tensor
 
 from gemcut.errors import UnsupportedError
 from gemcut.kernels.gpu import gpu_of
-from gemcut.kernels.linear import bf16 as bf16_matvec
-from gemcut.kernels.linear import four_bit as nf4_matvec
-from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear import bf16, four_bit, int8
 from gemcut.kernels.linear.cuda import Rows
 from gemcut.kernels.linear.four_bit import PackedFourBit
 from gemcut.kernels.linear.gemv import TILE, Storage
@@ -27,18 +28,18 @@ from gemcut.kernels.linear.int8 import Int8Rows
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 12  # 168 registers a thread, which the kernel needs
-MOST_STAGES = 3  # a warp's ring; more only make what is waited for arrive behind more weights
-_MOST_PIECES = 16  # of a row's sum: step.cu keeps their number, less one, in four bits
-_KINDS = 4  # qkv, o, gate and up, down
+MAX_STAGES = 3  # a warp's ring; with more, what is waited for arrives behind more weights
+_MAX_PARTIALS = 16  # partial sums of a row: decode_step.cu keeps their number, less one, in four bits
+_KINDS = 4  # matrices of a layer: qkv, o, gate and up, down
 _GATE_UP = 2
-FEW_RUNS = 4  # of a head, whose results stand side by side
+FEW_SPLITS = 4  # splits of a head's keys whose results stand side by side
 _FORMATS: dict[str, type[ctypes.Structure]] = {
-    "four_bit_gemv": nf4_matvec.Format,
-    "int8_gemv": int8_matvec.Format,
-    "bf16_gemv": bf16_matvec.Format,
+    "four_bit_gemv": four_bit.Format,
+    "int8_gemv": int8.Format,
+    "bf16_gemv": bf16.Format,
 }
-_MOST_FOURS = 12  # words in flight, in fours, of a thread that gathers
-_SPINS = 1 << 23  # rounds of about half a microsecond before a wait becomes an error
+_MAX_FLOAT4S = 12  # loads of four words that a gathering thread has in flight
+_SPIN_LIMIT = 1 << 23  # rounds of about half a microsecond before a wait becomes an error
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class StepShape:
     window: int
 
     @property
-    def products(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of a layer's four products."""
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of a layer's four weight matrices."""
         query, qkv = self.heads * self.head_dim, (self.heads + 2 * self.kv_heads) * self.head_dim
         return (qkv, self.hidden), (self.hidden, query), (2 * self.width, self.hidden), (self.hidden, self.width)
 
@@ -68,14 +69,14 @@ class StepLayer:
     """One layer's tensors.
 
     Attributes:
-        products: qkv, o, gate and up, down.
+        matrices: qkv, o, gate and up, down.
         norms: fp32 [hidden] after attention, before and after the MLP, and of what follows the layer.
         head_norms: fp32 [head_dim] of queries and of keys, or None.
         storage: keys and values, bf16 [2, blocks, block size, kv_heads, head_dim].
         sliding: whether it attends to the window only.
     """
 
-    products: tuple[Rows, ...]
+    matrices: tuple[Rows, ...]
     norms: tuple[Tensor, Tensor, Tensor, Tensor]
     head_norms: tuple[Tensor, Tensor] | None
     storage: Tensor
@@ -92,43 +93,43 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("absmax", "ids", "positions")),
         ("block_tables", ctypes.c_void_p * 2),
         ("ropes", ctypes.c_void_p * 2),
-        *((name, ctypes.c_void_p) for name in ("qkv", "attended", "shares", "activated")),
-        ("pieces", ctypes.c_void_p * 2),
+        *((name, ctypes.c_void_p) for name in ("qkv", "attended", "lse", "activated")),
+        ("partials", ctypes.c_void_p * 2),
         *((name, ctypes.c_void_p) for name in ("partial", "residual", "epoch", "x")),
         *((name, ctypes.c_float) for name in ("embed_scale", "eps", "scale", "softcap")),
         *((name, ctypes.c_int) for name in ("layer_count", "hidden", "kv_heads", "block_shift", "x_bytes")),
         ("windows", ctypes.c_int * 2),
         ("tiles", ctypes.c_int * _KINDS),
-        ("steps", ctypes.c_int * _KINDS),
+        ("k_blocks", ctypes.c_int * _KINDS),
     )
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the work is dealt out; names as in step_shares.cuh and step.cu."""
+    """How the work is split; names as in work_split.cuh and decode_step.cu."""
 
     blocks: int
     tiles: tuple[int, ...]
-    steps: tuple[int, ...]
+    k_blocks: tuple[int, ...]
     stages: int
-    fours: int
-    run_fours: int
-    width_fours: int
+    hidden_float4s: int
+    split_float4s: int
+    width_float4s: int
     slots: int
     most_tiles: int
-    pieces: int
+    partials: int
     x_bytes: int
     shared_bytes: int
 
 
 def storage_of(rows: Rows) -> Storage:
-    """The format of a product's weight."""
+    """The storage format of a weight."""
     if isinstance(rows, PackedFourBit):
-        return nf4_matvec.NESTED if rows.nested else nf4_matvec.FLAT
-    return int8_matvec.STORAGE if isinstance(rows, Int8Rows) else bf16_matvec.STORAGE
+        return four_bit.NESTED if rows.nested else four_bit.FLAT
+    return int8.STORAGE if isinstance(rows, Int8Rows) else bf16.STORAGE
 
 
-def supports(shape: StepShape, storage: Storage, block_size: int, processors: int, shared_limit: int) -> str | None:
+def supports(shape: StepShape, storage: Storage, block_size: int, sms: int, shared_limit: int) -> str | None:
     """None where the launch serves this network, else one line that says why not."""
     if shape.head_dim not in (16, 32, 64, 128, 256) or shape.heads // shape.kv_heads not in (1, 2, 4):
         return (
@@ -141,49 +142,48 @@ def supports(shape: StepShape, storage: Storage, block_size: int, processors: in
         return f"one launch a step needs cache blocks of a power of two tokens, not {block_size}"
     if shape.hidden > WARPS * 32 * 4 * 8:
         return f"one launch a step takes at most {WARPS * 32 * 4 * 8} values a row, not {shape.hidden}"
-    plan = _plan(shape, storage, processors, shared_limit)
+    plan = _plan(shape, storage, sms, shared_limit)
     if plan.stages < 2:
         return f"one launch a step needs more than the {shared_limit >> 10} KB of shared memory a block has here"
-    if plan.pieces > _MOST_PIECES:
-        return (
-            f"one launch a step shares rows between {_MOST_PIECES} blocks at most, and would between {plan.pieces} here"
-        )
+    if plan.partials > _MAX_PARTIALS:
+        would = plan.partials
+        return f"one launch a step shares rows between {_MAX_PARTIALS} blocks at most, and would between {would} here"
     if plan.blocks < shape.kv_heads:
         return f"one launch a step needs a block for each of the {shape.kv_heads} key heads and has {plan.blocks}"
     return None
 
 
 def limits(device: torch.device) -> tuple[int, int]:
-    """(processors, bytes of shared memory a block can have) of ``device``."""
+    """(SMs, bytes of shared memory a block can have) of ``device``."""
     index = device.index or 0
     gpu = gpu_of(index)
     return gpu.sms, gpu.shared_memory
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(shape: StepShape, storage: Storage, processors: int, shared_limit: int) -> _Plan:
-    tiles = tuple(-(-rows // TILE) for rows, _ in shape.products)
-    steps = tuple(-(-columns // storage.step) for _, columns in shape.products)
+def _plan(shape: StepShape, storage: Storage, sms: int, shared_limit: int) -> _Plan:
+    tiles = tuple(-(-rows // TILE) for rows, _ in shape.matrices)
+    k_blocks = tuple(-(-columns // storage.step) for _, columns in shape.matrices)
     units = tuple(  # what a block takes whole: tiles of qkv, pairs of gate and up, single stages
         t if kind == 0 else t // 2 if kind == _GATE_UP else t * s
-        for kind, (t, s) in enumerate(zip(tiles, steps, strict=True))
+        for kind, (t, s) in enumerate(zip(tiles, k_blocks, strict=True))
     )
-    blocks = min(processors, *units)  # every block has a part of every product
-    slots = most_tiles = pieces = 1
+    blocks = min(sms, *units)  # every block has a part of every GEMV
+    slots = most_tiles = partials = 1
     for kind in range(_KINDS):
-        unit = tiles[kind] * steps[kind] // units[kind]
-        shares = [(b * units[kind] // blocks * unit, (b + 1) * units[kind] // blocks * unit) for b in range(blocks)]
+        unit = tiles[kind] * k_blocks[kind] // units[kind]
+        ranges = [(b * units[kind] // blocks * unit, (b + 1) * units[kind] // blocks * unit) for b in range(blocks)]
         owners = [0] * tiles[kind]
-        for begin, end in shares:
-            most_tiles = max(most_tiles, (end - 1) // steps[kind] - begin // steps[kind] + 1)
-            for tile in range(begin // steps[kind], (end - 1) // steps[kind] + 1):
+        for begin, end in ranges:
+            most_tiles = max(most_tiles, (end - 1) // k_blocks[kind] - begin // k_blocks[kind] + 1)
+            for tile in range(begin // k_blocks[kind], (end - 1) // k_blocks[kind] + 1):
                 owners[tile] += 1
-            run = -(-(end - begin) // WARPS)
-            slots = max(slots, (run + steps[kind] - 2) // steps[kind] + 1)
-        pieces = max(pieces, *owners)
+            per_warp = -(-(end - begin) // WARPS)
+            slots = max(slots, (per_warp + k_blocks[kind] - 2) // k_blocks[kind] + 1)
+        partials = max(partials, *owners)
     group = shape.heads // shape.kv_heads
     states = 4 * ((WARPS + 1) * group * shape.head_dim + shape.head_dim + 2 * group * WARPS) + 16 * WARPS * 32 + 16
-    x_bytes = -(-max(states, *(2 * s * storage.step for s in steps)) // 128) * 128
+    x_bytes = -(-max(states, *(2 * s * storage.step for s in k_blocks)) // 128) * 128
     fixed = (
         storage.table_bytes
         + x_bytes
@@ -191,23 +191,24 @@ def _plan(shape: StepShape, storage: Storage, processors: int, shared_limit: int
     )
     slots = 1 << (slots - 1).bit_length()
     room = shared_limit - _static_bytes(shape, slots, most_tiles) - fixed
-    stages = min(room // (WARPS * storage.stage_bytes), MOST_STAGES)
-    fours, run_fours, width_fours = (
+    stages = min(room // (WARPS * storage.stage_bytes), MAX_STAGES)
+    hidden_float4s, split_float4s, width_float4s = (
         -(-n // (WARPS * 128)) for n in (shape.hidden, shape.heads * shape.head_dim, shape.width)
     )
     return _Plan(
-        blocks, tiles, steps, stages, fours, min(run_fours, _MOST_FOURS // FEW_RUNS), min(width_fours, _MOST_FOURS),
-        slots, most_tiles, pieces, x_bytes, fixed + stages * WARPS * storage.stage_bytes,
+        blocks, tiles, k_blocks, stages, hidden_float4s, min(split_float4s, _MAX_FLOAT4S // FEW_SPLITS),
+        min(width_float4s, _MAX_FLOAT4S), slots, most_tiles, partials, x_bytes,
+        fixed + stages * WARPS * storage.stage_bytes,
     )  # fmt: skip
 
 
 def _static_bytes(shape: StepShape, slots: int, most_tiles: int) -> int:
-    """What struct Shared of step_shares.cuh takes at most."""
+    """What struct Shared of work_split.cuh takes at most."""
     group = shape.heads // shape.kv_heads
     unit = 32 // (shape.head_dim // 8) * _loads(group)  # tokens a warp reads at a time
-    run = 48 + 4 * shape.head_dim + 4 * WARPS * unit
-    shares = 1024 + _KINDS * (12 * WARPS + 2 * most_tiles)  # sums and the like are less than 1 KB
-    return shares + WARPS * slots * TILE * 4 + 2 * run
+    split = 48 + 4 * shape.head_dim + 4 * WARPS * unit
+    work = 1024 + _KINDS * (12 * WARPS + 2 * most_tiles)  # sums and the like are less than 1 KB
+    return work + WARPS * slots * TILE * 4 + 2 * split
 
 
 def _loads(group: int) -> int:
@@ -221,38 +222,39 @@ def _kernel(storage: Storage, plan: _Plan, head_dim: int, group: int, device: in
         *storage.defines,
         ("BLOCK_WARPS", WARPS),
         ("BLOCK_STAGES", plan.stages),
-        ("FOURS", plan.fours),
-        ("FEW_RUNS", FEW_RUNS),
-        ("RUN_FOURS", plan.run_fours),
-        ("WIDTH_FOURS", plan.width_fours),
+        ("HIDDEN_FLOAT4S", plan.hidden_float4s),
+        ("FEW_SPLITS", FEW_SPLITS),
+        ("SPLIT_FLOAT4S", plan.split_float4s),
+        ("WIDTH_FLOAT4S", plan.width_float4s),
         ("SLOTS", plan.slots),
         ("MOST_TILES", plan.most_tiles),
         ("HEAD_DIM", head_dim),
         ("GROUP", group),
         ("LOADS", _loads(group)),
-        ("SPIN_LIMIT", _SPINS),
+        ("SPIN_LIMIT", _SPIN_LIMIT),
     )
-    before = (
+    sources = read_sources(
         "runtime/launch.cuh",
         "linear/gemv.cuh",
         f"linear/{storage.kernel}.cu",
         "rowwise/rope.cuh",
         "attention/attention.cuh",
         "megakernel/flags.cuh",
-    )
-    sources = read_sources(
-        *before, "megakernel/attention.cuh", "megakernel/shares.cuh", "megakernel/stream.cuh", "megakernel/step.cu"
+        "megakernel/attention.cuh",
+        "megakernel/work_split.cuh",
+        "megakernel/residual.cuh",
+        "megakernel/decode_step.cu",
     )
     return compile_kernel(sources, "decode_step", defines, device)
 
 
 def _format(rows: Rows) -> ctypes.Structure:
-    """The kernel's struct Format of a product's weight."""
+    """The kernel's struct Format of a weight."""
     if isinstance(rows, PackedFourBit):
         return rows.argument
     if isinstance(rows, Int8Rows):
-        return int8_matvec.Format(rows.values.data_ptr(), rows.scales.data_ptr(), *rows.values.shape)
-    return bf16_matvec.Format(rows.data_ptr(), *rows.shape)
+        return int8.Format(rows.values.data_ptr(), rows.scales.data_ptr(), *rows.values.shape)
+    return bf16.Format(rows.data_ptr(), *rows.shape)
 
 
 class DecodeStep:
@@ -283,13 +285,13 @@ class DecodeStep:
         ropes: tuple[Tensor, Tensor],
     ) -> None:
         device = ids.device
-        (storage,) = {storage_of(rows) for layer in layers for rows in layer.products}
+        (storage,) = {storage_of(rows) for layer in layers for rows in layer.matrices}
         block_size = layers[0].storage.shape[2]
-        processors, shared_limit = limits(device)
-        reason = supports(shape, storage, block_size, processors, shared_limit)
+        sms, shared_limit = limits(device)
+        reason = supports(shape, storage, block_size, sms, shared_limit)
         if reason is not None:
             raise UnsupportedError(reason)
-        plan = self._plan = _plan(shape, storage, processors, shared_limit)
+        plan = self._plan = _plan(shape, storage, sms, shared_limit)
         group = shape.heads // shape.kv_heads
         self._kernel = _kernel(storage, plan, shape.head_dim, group, device.index or 0)
 
@@ -299,7 +301,7 @@ class DecodeStep:
         def on_device(structures: Any) -> Tensor:
             return torch.frombuffer(bytearray(structures), dtype=torch.uint8).to(device)
 
-        formats = [_format(rows) for layer in layers for rows in layer.products]
+        formats = [_format(rows) for layer in layers for rows in layer.matrices]
         kind = type(formats[0])
         places = (_Layer * len(layers))(
             *(_Layer(la.storage[0].data_ptr(), la.storage[1].data_ptr(), int(la.sliding)) for la in layers)
@@ -316,9 +318,9 @@ class DecodeStep:
             "absmax": absmax,
             "ids": ids,
             "positions": positions,
-            "qkv": words(shape.products[0][0]),
-            "attended": words(FEW_RUNS * shape.heads * shape.head_dim),
-            "shares": words(32 * shape.heads * max(1, shape.head_dim // 128)),
+            "qkv": words(shape.matrices[0][0]),
+            "attended": words(FEW_SPLITS * shape.heads * shape.head_dim),
+            "lse": words(32 * shape.heads * max(1, shape.head_dim // 128)),
             "activated": words(shape.width),
             "partial": words(plan.blocks // shape.kv_heads * shape.heads * (shape.head_dim + 1), torch.int64),
             "residual": torch.zeros((plan.blocks, shape.hidden), device=device),
@@ -326,8 +328,8 @@ class DecodeStep:
         }
         #: bf16 [1, hidden]: the layers' result, normalised for the head.
         self.x = torch.zeros((1, shape.hidden), dtype=torch.bfloat16, device=device)
-        pieces = words(2 * plan.pieces * shape.hidden).view(2, -1)
-        self._kept = (tensors, pieces, tuple(layers), block_tables, ropes)  # the kernel has only their addresses
+        partials = words(2 * plan.partials * shape.hidden).view(2, -1)
+        self._kept = (tensors, partials, tuple(layers), block_tables, ropes)  # the kernel has only their addresses
         self._argument = _Step(
             x=self.x.data_ptr(), embed_scale=embed_scale, eps=shape.eps, scale=shape.scale,
             softcap=shape.softcap or 0.0, layer_count=len(layers), hidden=shape.hidden, kv_heads=shape.kv_heads,
@@ -337,10 +339,10 @@ class DecodeStep:
         for i in range(2):
             self._argument.block_tables[i] = block_tables[i].data_ptr()
             self._argument.ropes[i] = ropes[i].data_ptr()
-            self._argument.pieces[i] = pieces[i].data_ptr()
+            self._argument.partials[i] = partials[i].data_ptr()
         self._argument.windows[1] = shape.window
         self._argument.tiles[:] = plan.tiles
-        self._argument.steps[:] = plan.steps
+        self._argument.k_blocks[:] = plan.k_blocks
 
     def __call__(self) -> Tensor:
         """Queues a step on torch's current stream; ``x`` holds its result then."""

@@ -1,8 +1,12 @@
-// gelu(gate) * up with the tanh approximation of GELU, in fp32, rounded once: bf16 [m, 2 * width] -> bf16 [m, width].
+// Computes: gelu(gate) * up with the tanh approximation of GELU (GEGLU, arXiv 2002.05202), in fp32, rounded once
+// Shapes: bf16 [m, 2 width], gate before up -> bf16 [m, width], as rows or in the layout of linear/layout.cuh
+// Runs: rowwise/geglu.py, between gate+up and down wherever gated_gemm does not compute both in one launch
+// Schedule: elementwise; geglu: eight columns a thread; geglu_ordered: a warp has 64 columns of eight rows
+// Invariants: the result is right where exp overflows or vanishes; padding columns of the layout are zeros
 
 struct Geglu {
   const u16* gate_up;
-  void* out;             // rows, or the order of ordered.cuh in `groups` groups
+  void* out;             // rows, or the layout of layout.cuh in `groups` groups
   int width, m, groups;
 };
 
@@ -30,8 +34,8 @@ extern "C" __global__ void __launch_bounds__(256) geglu(Geglu p) {
   *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + (size_t)blockIdx.y * p.width + column) = gated8(gates, ups);
 }
 
-// A warp has 64 columns of eight rows, in two halves of four rows whose lines it reads whole; neighbouring warps and blocks
-// have neighbouring columns. (Halves of a sector at a time, marked as read once, are fetched from memory twice.)
+// A warp reads two halves of four rows, whole lines at a time. Neighbouring warps and blocks have neighbouring columns. (Reading half
+// a sector at a time with __ldcs fetches it from memory twice.)
 extern "C" __global__ void __launch_bounds__(256) geglu_ordered(Geglu p) {
   const int blocks = (p.width + 255) / 256 * 4, wide = (blocks + 7) / 8, lane = threadIdx.x % 32;
   const int block = blockIdx.x % wide * 8 + threadIdx.x / 32, column = block * 64 + lane % 8 * 8;

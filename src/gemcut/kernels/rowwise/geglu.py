@@ -1,4 +1,11 @@
-"""``gelu(gate) · up`` on an NVIDIA GPU in one launch, with the tanh approximation of GELU."""
+"""``gelu(gate) · up`` on an NVIDIA GPU in one launch, with the tanh approximation of GELU.
+
+Computes: the launch of geglu.cu: gelu(gate) · up
+Shapes: bf16 [m, 2 · width], gate before up -> bf16 [m, width], or the same in the fused GEMM's layout
+Runs: model/ops/cuda.py, between gate+up and down
+Schedule: elementwise; at most 65535 rows a launch
+Invariants: fp32 inside, rounded once; width is a multiple of 8
+"""
 
 from __future__ import annotations
 

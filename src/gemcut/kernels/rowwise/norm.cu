@@ -1,15 +1,19 @@
-// The residual stream's kernels: one block a row, eight values a thread, fp32 throughout.
+// Computes: RMSNorm (arXiv 1910.07467) and the residual stream: embedding, and a sublayer's way back with the next norm
+// Shapes: residual fp32 [m, d]; y, x bf16 [m, d]; post, pre fp32 [d]; table bf16 or int8 [vocabulary, d]; ids [m]
+// Runs: rowwise/norm.py; one block a row, eight values a thread, d at most 8192
+// Schedule: fused rowwise reduction: one pass over the row, held in registers
+// Invariants: fp32 throughout; x is rounded to bf16 once; residual is updated in place
 //
 //   residual = embedding row * scale          (norm_embed)
-//   residual = residual + rms(y) * post       (norm_add: a sublayer's output comes back; y null: it does not)
-//   x        = rms(residual) * pre            (both: the next sublayer's input, bf16; x null: not wanted)
+//   residual = residual + rms(y) * post       (norm_add; y null: nothing is added)
+//   x        = rms(residual) * pre            (both: the next sublayer's input, bf16; x null: not computed)
 
 struct Norm {
   const u16* y;          // norm_add: bf16 [m, d] or null
   float* residual;       // [m, d]
   const float* post;     // [d]
   const float* pre;      // [d]
-  void* x;               // bf16 [m, d] or null; with `groups`, in the order of ordered.cuh
+  void* x;               // bf16 [m, d] or null; with `groups`, in the layout of layout.cuh
   const int* ids;        // norm_embed: [m]
   const u8* table;       // norm_embed: bf16 or int8 [vocabulary, d]
   const float* absmax;   // int8 tables: [vocabulary]
@@ -26,7 +30,7 @@ __device__ __forceinline__ void write_normed(const Norm& p, const float (&residu
   float x[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = residual[i] * scale * pre[i];
-  // Threads past the row's end hold zeros, which the order is padded with.
+  // Threads past the row's end hold zeros: the layout's padding.
   if (p.groups > 0) store_ordered(static_cast<u32*>(p.x), p.groups, blockIdx.x, threadIdx.x * 8, pack8(x));
   else if (mine) *reinterpret_cast<uint4*>(static_cast<u16*>(p.x) + at) = pack8(x);
 }

@@ -1,4 +1,8 @@
-// Eight neighbouring values of a head, normalised where wanted and rotated; LANES lanes hold a whole head between them.
+// Computes: rotary embedding (RoPE, arXiv 2104.09864) of a head, after its norm where there is one (Gemma 3)
+// Shapes: eight neighbouring values a lane; LANES lanes hold a whole head; rope [cosines, then sines], 4 * LANES each
+// Runs: rowwise/rope_write.cu, attention/decode.cu and the megakernel
+// Schedule: elementwise in registers; pairs are (i, i + half of the head), exchanged between lanes or read twice
+// Invariants: a normalised value is rounded to bf16 before it is rotated; all lanes of a head take part
 
 template <int LANES>
 __device__ __forceinline__ float sum_lanes(float value) {
@@ -16,8 +20,7 @@ __device__ __forceinline__ void load_angles(const float* rope, int part, float (
   load8(rope + (HALF + pair) * 8, sine);
 }
 
-// `own` and `other` are the lane's eight values and those half a head away; `weight` null: no norm. A normalised value is
-// rounded to bf16 before it is rotated.
+// `own` and `other` are the lane's eight values and those half a head away. `weight` null: no norm.
 template <int LANES>
 __device__ __forceinline__ void rotate8(float (&own)[8], float (&other)[8], const float* weight, float eps, const float (&cosine)[8],
                                         const float (&sine)[8], int part, float (&to)[8]) {

@@ -1,12 +1,16 @@
-// Rotates the queries and keys of many tokens and writes keys and values to their places in the cache.
+// Computes: rotation of many tokens' queries and keys, and the write of keys and values into the paged cache
+// Shapes: qkv bf16 [t, (heads + 2 kv_heads) D] -> query [t, heads D], key [t, kv_heads D]; cache [slots, kv_heads, D]
+// Runs: rowwise/rope_write.py in prefill; one block a token, LANES lanes a head
+// Schedule: elementwise; the next head is loaded while this one is rotated; partners exchange by warp shuffle
+// Invariants: a negative slot: nothing is written to the cache; values are copied as they are
 
 struct RopeWrite {
   const u16* qkv;        // bf16 [t, (heads + 2 * kv_heads) * HEAD_DIM]
   u16* query;            // bf16 [t, heads * HEAD_DIM]: normalised where wanted, rotated, scaled
   u16* key;              // bf16 [t, kv_heads * HEAD_DIM]: what goes to `keys`, in order of the rows; null: not wanted
-  u16* keys;             // [places, kv_heads, HEAD_DIM]
+  u16* keys;             // [slots, kv_heads, HEAD_DIM]
   u16* values;
-  const long long* slots;   // [t]: each token's place; negative: it has none
+  const long long* slots;   // [t]: each token's slot in the cache; negative: it has none
   const float* rope;     // [t, HEAD_DIM]: each token's cosines, then its sines
   const float* q_norm;   // [HEAD_DIM] or null, k_norm too
   const float* k_norm;
@@ -33,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(256) rope_write(RopeWrite p) {
   const long long slot = p.slots[row];
   for (; head < heads_up; head += TOGETHER) {
     const uint4 own = next;
-    if (head + TOGETHER < heads_up) next = read(head + TOGETHER);   // on its way while this one is rotated and stored
+    if (head + TOGETHER < heads_up) next = read(head + TOGETHER);   // loaded while this one is rotated and stored
     uint4 partner;
     partner.x = __shfl_xor_sync(0xffffffffu, own.x, LANES / 2), partner.y = __shfl_xor_sync(0xffffffffu, own.y, LANES / 2);
     partner.z = __shfl_xor_sync(0xffffffffu, own.z, LANES / 2), partner.w = __shfl_xor_sync(0xffffffffu, own.w, LANES / 2);

@@ -1,4 +1,11 @@
-"""Rotation of many tokens' queries and keys and the write into the paged cache, on an NVIDIA GPU, in one launch."""
+"""Rotation of many tokens' queries and keys and the write into the paged cache, on an NVIDIA GPU, in one launch.
+
+Computes: the launch of rope_write.cu: rotation of many tokens' queries and keys, and the cache write
+Shapes: qkv bf16 [T, (heads + 2 · kv_heads) · D] -> queries [T, heads, D], keys [T, kv_heads, D]; cache slots int64 [T]
+Runs: model/ops/cuda.py in prefill
+Schedule: elementwise, one block a token
+Invariants: a negative slot is not written; D is a power of two from 16 to 256
+"""
 
 from __future__ import annotations
 

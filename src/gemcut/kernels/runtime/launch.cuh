@@ -1,4 +1,8 @@
-// What all kernels here share: short names, launches that overlap, bf16, sums over a block.
+// Computes: what all kernels share: short type names, overlapping launches, bf16 packing, block-wide sums
+// Shapes: bf16 pairs are u32, low half first; eight values are one uint4 (bf16) or two float4 (fp32)
+// Runs: every CUDA source: it stands first in each of them (runtime/nvrtc.py, read_sources)
+// Schedule: programmatic dependent launch (PDL, CUDA guide): the next kernel's prologue overlaps with this one
+// Invariants: no kernel touches what another wrote before previous_kernels_done(), and every kernel calls it
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -7,9 +11,8 @@ typedef unsigned long long u64;
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
-// Programmatic launch (Hopper): the next kernel may start (and read weights) while this one runs. It touches nothing that
-// another kernel wrote before previous_kernels_done(), which every kernel calls; so when one kernel has passed it, all
-// kernels before its predecessor are done too.
+// Programmatic dependent launch (Hopper and newer): the next kernel may start, and read weights, while this one runs. Since every
+// kernel calls previous_kernels_done(), all kernels before its predecessor are done too when it returns.
 __device__ __forceinline__ void next_kernel_may_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -46,8 +49,8 @@ __device__ __forceinline__ void store8(float* to, const float (&v)[8]) {
   reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-// The sum of `value` over a block of whole warps, the same in every thread. `scratch` holds a float for each warp and must
-// not be one that an unfinished sum uses.
+// The sum of `value` over a block of whole warps, the same in every thread. `scratch` holds a float for each warp. It must not be
+// the scratch of a sum that other threads may still be reading.
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);

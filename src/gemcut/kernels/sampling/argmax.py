@@ -1,4 +1,11 @@
-"""The likeliest token of each row of logits on an NVIDIA GPU; the first of equal ones."""
+"""The likeliest token of each row of logits on an NVIDIA GPU; the first of equal ones.
+
+Computes: the launch of argmax.cu: the likeliest token of each row
+Shapes: logits fp32 [m, V] -> ids int32 [m]; positions int32 [m] advance by one
+Runs: engine/decode_graph.py, captured at a decode step's end, for greedy requests
+Schedule: two-stage reduction, 64 parts a row
+Invariants: a row with a logit that is not finite gets position -1 and id 0
+"""
 
 from __future__ import annotations
 

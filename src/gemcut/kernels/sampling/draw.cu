@@ -1,35 +1,40 @@
-// One token drawn from each row of logits, as gemcut.engine.draw does with PyTorch's operations. With a top_k each block sorts
-// its part of the row and passes on the LIST likeliest; the row's last block sorts the beginnings of those lists, or all of
-// them. What a part holds back is no likelier than the last that is taken of its list, so of all as likely as the likeliest of
-// these lasts none is missing but such as are equal to it: as many as that are `complete`.
+// Computes: one token drawn from each row of logits, with temperature, top-k, top-p and min-p
+// Shapes: logits fp32 [m, vocabulary]; params fp64 [m, 4] (see struct Draw) -> ids, exact int32 [m]
+// Runs: sampling/draw.py, for gemcut.engine.draw_graphs; grid [parts of 2048 tokens, rows]
+// Schedule: one launch; bitonic sort of parts (Batcher 1968), a row's last block merges and samples by prefix sums
+// Invariants: draws what gemcut.engine.draw draws; exact = 0 where logits are not numbers: the token is then any
+//
+// With a top_k each block passes on a list of its LIST likeliest tokens. The row's last block sorts the beginnings of those lists,
+// or all of them. A token that a part does not pass on is no likelier than the last one taken of its list. So every token that is
+// at least as likely as the likeliest of these last ones is there, but for ties: their number is `complete`.
 
 constexpr int THREADS = 1024, PART = 2 * THREADS, LIST = 64, MOST_PARTS = 128, CANDIDATES = MOST_PARTS * LIST, EACH = CANDIDATES / THREADS;
 
 struct Draw {
   const float* logits;     // [m, vocabulary]
-  const double* numbers;   // [m, 4]: 1 / temperature, top_p, min_p, a uniform number
+  const double* params;    // [m, 4]: 1 / temperature, top_p, min_p, a uniform number
   u64* lists;              // [m, parts, LIST]: see entry_of
   float2* sums;            // [m, parts]: the largest logit; the sum of exp((logit - largest) / temperature)
   u32* arrivals;           // [m], zero between launches
   int* ids;                // [m]: the token
-  int* sure;               // [m]: 0 where logits are not numbers; `ids` then gets any token
+  int* exact;              // [m]: 0 where logits are not numbers; `ids` then gets any token
   float softcap;           // 0: none
   int vocabulary;
   int top_k;               // at most LIST; 0: any token may be drawn
 };
 
-// A logit and its place as one number, likelier ones larger, the first of equal ones largest; 0 is none.
-__device__ __forceinline__ u64 entry_of(float logit, u32 place) {
+// A logit and its index as one number, likelier ones larger, the first of equal ones largest; 0 is none.
+__device__ __forceinline__ u64 entry_of(float logit, u32 index) {
   const u32 bits = __float_as_uint(logit), key = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return (u64)key << 32 | (0xffffffffu - place);
+  return (u64)key << 32 | (0xffffffffu - index);
 }
 __device__ __forceinline__ float logit_of(u64 entry) {
   const u32 key = entry >> 32;
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
-__device__ __forceinline__ int place_of(u64 entry) { return 0xffffffffu - (u32)entry; }
+__device__ __forceinline__ int token_of(u64 entry) { return 0xffffffffu - (u32)entry; }
 
-// Bitonic: the largest come first. The entries are sorted already, in runs of `sorted`, every second run backwards. A warp has
+// Bitonic: the largest come first. The entries are sorted already, in sequences of `sorted`, every second one backwards. A warp has
 // the same 64 entries in all exchanges of up to 32 places, which need no barrier of the block.
 __device__ __forceinline__ void sort_entries(u64* entries, int count, int sorted) {
   __syncthreads();
@@ -140,15 +145,15 @@ __device__ __forceinline__ void draw_any(const Draw& p, Scratch& s, const float2
 
 // Only the top_k likeliest may be drawn. From the first `take` of each list; whether those were enough.
 __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* entries, float largest, float inverse,
-                                               const double* numbers, int take) {
+                                               const double* params, int take) {
   const int row = blockIdx.y, parts = gridDim.x, thread = threadIdx.x;
   const u64* const lists = p.lists + (size_t)row * parts * LIST;
   auto listed = [&](int part, int i) { return __ldcg(lists + part * LIST + (part % 2 ? LIST - 1 - i : i)); };
   const int size = max(2 * take, 1 << (32 - __clz(parts * take - 1)));
 #pragma unroll 1
-  for (int i = thread; i < size; i += THREADS) {   // every second run backwards, as the sort wants them
-    const int part = i / take, place = i % take;
-    entries[i] = part < parts ? listed(part, part % 2 ? take - 1 - place : place) : 0;
+  for (int i = thread; i < size; i += THREADS) {   // every second sequence backwards, as the sort wants them
+    const int part = i / take, index = i % take;
+    entries[i] = part < parts ? listed(part, part % 2 ? take - 1 - index : index) : 0;
   }
   // Of the parts that hold tokens back, the likeliest last one that is here.
   float held_back = MINUS_INFINITY;
@@ -172,7 +177,7 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
   sum_before(kept_mass, s.doubles, mass);
   const int limit = min(p.top_k, p.vocabulary);
   if (limit > (int)whole) return false;
-  const float total = (float)mass, floor = (float)numbers[2] * (weight_of(logit_of(entries[0]), largest, inverse) / total);
+  const float total = (float)mass, floor = (float)params[2] * (weight_of(logit_of(entries[0]), largest, inverse) / total);
 
   double sum = 0.0, unused;
 #pragma unroll
@@ -186,7 +191,7 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {   // kept is a beginning: both conditions fail for good
     const int at = thread * EACH + i;
-    const bool kept = at == 0 || (at < limit && sum < numbers[1] && weights[i] >= floor);
+    const bool kept = at == 0 || (at < limit && sum < params[1] && weights[i] >= floor);
     sum += weights[i];
     if (kept) last = at, last_sum = sum;
   }
@@ -195,7 +200,7 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
   const int end = s.last;
   if (last == end) s.doubles[0] = last_sum;
   __syncthreads();
-  const double point = numbers[3] * s.doubles[0];
+  const double point = params[3] * s.doubles[0];
   sum = before;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
@@ -203,7 +208,7 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
     if (thread * EACH + i <= end && sum > point) atomicMin(&s.first, thread * EACH + i);
   }
   __syncthreads();
-  if (thread == 0) p.ids[row] = place_of(entries[min(s.first, end)]);
+  if (thread == 0) p.ids[row] = token_of(entries[min(s.first, end)]);
   return true;
 }
 
@@ -214,8 +219,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(Draw p) {
   const int row = blockIdx.y, parts = gridDim.x, part = blockIdx.x, thread = threadIdx.x;
   next_kernel_may_start();
   previous_kernels_done();
-  const double* const numbers = p.numbers + row * 4;
-  const float inverse = (float)numbers[0];
+  const double* const params = p.params + row * 4;
+  const float inverse = (float)params[0];
   const float* const logits = p.logits + (size_t)row * p.vocabulary;
   float values[2];
 #pragma unroll
@@ -241,19 +246,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(Draw p) {
   __threadfence();
   const float2* const sums = p.sums + row * parts;
   largest = block_max(thread < parts ? __ldcg(sums + thread).x : MINUS_INFINITY, s.floats);
-  bool sure = true;
+  bool exact = true;
   if (p.top_k > 0) {
-    sure = false;   // few are mostly enough, and much sooner sorted
+    exact = false;   // few are mostly enough, and much sooner sorted
 #pragma unroll 1
-    for (int take = LIST / 8; take <= LIST && !sure; take *= 8) {
+    for (int take = LIST / 8; take <= LIST && !exact; take *= 8) {
       __syncthreads();
-      sure = draw_likeliest(p, s, entries, largest, inverse, numbers, take);
+      exact = draw_likeliest(p, s, entries, largest, inverse, params, take);
     }
   } else {
-    draw_any(p, s, sums, largest, inverse, numbers[3]);
+    draw_any(p, s, sums, largest, inverse, params[3]);
   }
   if (thread == 0) {
-    if (!sure) p.ids[row] = place_of(entries[0]);
-    p.sure[row] = sure, p.arrivals[row] = 0;
+    if (!exact) p.ids[row] = token_of(entries[0]);
+    p.exact[row] = exact, p.arrivals[row] = 0;
   }
 }

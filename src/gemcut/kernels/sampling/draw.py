@@ -1,4 +1,11 @@
-"""One token drawn from each row of logits on an NVIDIA GPU, in one launch: gemcut.engine.draw is its plain twin."""
+"""One token drawn from each row of logits on an NVIDIA GPU, in one launch: gemcut.engine.draw is its plain twin.
+
+Computes: the launch of draw.cu: one token drawn from each row of logits
+Shapes: logits fp32 [m, V], params fp64 [m, 4] -> ids, exact int32 [m]
+Runs: engine/draw_graphs.py where `supports` takes the draw; gemcut.engine.draw is its plain twin
+Schedule: one launch, a block for 2048 tokens of a row
+Invariants: m at most 1024; top_k at most 64; exact = 0 where logits are not numbers
+"""
 
 from __future__ import annotations
 

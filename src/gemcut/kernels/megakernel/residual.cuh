@@ -1,12 +1,15 @@
-// How the decode step (step.cu) makes the x of a product from other blocks' words: the residual stream and its norms, or a
-// plain gathering. Every block does it for itself.
+// Computes: the x of a GEMV from other blocks' words: the residual stream and its norms, or a plain gather
+// Shapes: residual fp32 [hidden] a block; x bf16 [columns] in shared memory; partials: flagged words [PARTIALS, hidden]
+// Runs: all threads of every block of decode_step.cu
+// Schedule: every block computes every norm itself, redundantly, so that there is no barrier over the grid
+// Invariants: the same order of sums in every block: all have the same residual stream, bit for bit
 
-// Four sums over the block at once; `scratch` holds one of each warp.
+// Four sums over the block at once. `scratch` holds one float4 a warp.
 __device__ __forceinline__ float4 block_sums(const float4& v, float4* scratch) {
-  __syncwarp();   // lanes come from a wait one by one; a shuffle of a warp that is not together costs a hundred cycles
+  __syncwarp();   // lanes leave a wait one by one; a shuffle in a diverged warp costs a hundred cycles
   const int thread = this_thread(), lane = thread % 32;
   float parts[4] = {v.x, v.y, v.z, v.w};
-  deal_sums<16, 1>(parts, lane);
+  reduce_scatter<16, 1>(parts, lane);
   if (lane % 8 == 0) reinterpret_cast<float*>(scratch + thread / 32)[lane / 8] = parts[0];
   __syncthreads();
   float4 sum = scratch[0];
@@ -18,9 +21,9 @@ __device__ __forceinline__ float4 block_sums(const float4& v, float4* scratch) {
   return sum;
 }
 
-// A thread has fours of a row of the residual stream.
-struct Stream {
-  float4 v[FOURS] = {};
+// A thread's float4s of a row of the residual stream.
+struct Residual {
+  float4 v[HIDDEN_FLOAT4S] = {};
 };
 __device__ __forceinline__ int column_of(int thread, int i) { return (thread + i * THREADS) * 4; }
 
@@ -28,10 +31,10 @@ __device__ __forceinline__ int column_of(int thread, int i) { return (thread + i
 __device__ __forceinline__ void embed(const Step& p, Shared& s, u8* xs, float* residual) {
   const int thread = this_thread();
   const size_t row = p.ids[0];
-  Stream r;
+  Residual r;
   float squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < FOURS; ++i) {
+  for (int i = 0; i < HIDDEN_FLOAT4S; ++i) {
     const int column = column_of(thread, i);
     if (column >= p.hidden) continue;
     uint2 pairs;
@@ -49,23 +52,23 @@ __device__ __forceinline__ void embed(const Step& p, Shared& s, u8* xs, float* r
   }
   const float scale = rsqrtf(block_sums(make_float4(squares, 0.f, 0.f, 0.f), s.sums).x / p.hidden + p.eps);
 #pragma unroll
-  for (int i = 0; i < FOURS; ++i) {
+  for (int i = 0; i < HIDDEN_FLOAT4S; ++i) {
     const int column = column_of(thread, i);
-    if (column < p.hidden) *reinterpret_cast<uint2*>(xs + column * 2) = pack4(scaled4(product4(r.v[i], read4(p.norms + column)), scale));
+    if (column < p.hidden) *reinterpret_cast<uint2*>(xs + column * 2) = pack4(scaled4(multiply4(r.v[i], read4(p.norms + column)), scale));
   }
 }
 
-// residual += rms(y) * norm[0] for the sum y of the pieces; x = rms(residual) * norm[1]. `more` has, four bits for each of a
-// thread's fours, how many pieces there are beyond the first.
-__device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* residual, const u32* pieces, u32 more, const float* norm,
+// residual += rms(y) * norm[0] for the sum y of the partials; x = rms(residual) * norm[1]. `more` has, four bits for each of a
+// thread's float4s, how many partials there are beyond the first.
+__device__ __forceinline__ void add_norm(const Step& p, Shared& s, u8* xs, float* residual, const u32* partials, u32 more, const float* norm,
                                        u32 tag) {
   const int thread = this_thread();
-  Stream r, post, pre, y;
-  uint4 words[2 * FOURS] = {};
+  Residual r, post, pre, y;
+  uint4 words[2 * HIDDEN_FLOAT4S] = {};
   u32 wanted = 0;
-  auto at = [&](int i) { return pieces + (i & 1) * p.hidden + column_of(thread, i / 2); };
+  auto at = [&](int i) { return partials + (i & 1) * p.hidden + column_of(thread, i / 2); };
 #pragma unroll
-  for (int i = 0; i < FOURS; ++i) {
+  for (int i = 0; i < HIDDEN_FLOAT4S; ++i) {
     const int column = column_of(thread, i);
     if (column >= p.hidden) continue;
     wanted |= ((more >> 4 * i & 15) > 0 ? 3 : 1) << 2 * i;
@@ -77,26 +80,26 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
   // With t = y * norm[0] and f the norm's factor, the new residual's squares are r.r + 2 f r.t + f f t.t: one round of sums.
   float4 sums = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-  for (int i = 0; i < FOURS; ++i) {
+  for (int i = 0; i < HIDDEN_FLOAT4S; ++i) {
     if (column_of(thread, i) >= p.hidden) continue;
     y.v[i] = value4(words[2 * i]);
     const int count = more >> 4 * i & 15;
 #pragma unroll 1
-    for (int piece = 1; piece <= count; ++piece) {
+    for (int partial = 1; partial <= count; ++partial) {
       uint4 other[1] = {words[2 * i + 1]};
-      if (piece > 1) {
-        auto there = [&](int) { return pieces + piece * p.hidden + column_of(thread, i); };
-        Patience patience;
+      if (partial > 1) {
+        auto there = [&](int) { return partials + partial * p.hidden + column_of(thread, i); };
+        SpinGuard guard;
         do {
           other[0] = load_words(there(0));
-          patience.tick();
-        } while (!are_here(other[0], tag));
+          guard.tick();
+        } while (!have_arrived(other[0], tag));
       }
       const float4 v = value4(other[0]);
       y.v[i] = make_float4(y.v[i].x + v.x, y.v[i].y + v.y, y.v[i].z + v.z, y.v[i].w + v.w);
     }
     sums.x += dot4(y.v[i], y.v[i]);
-    y.v[i] = product4(y.v[i], post.v[i]);
+    y.v[i] = multiply4(y.v[i], post.v[i]);
     sums.y += dot4(r.v[i], r.v[i]), sums.z += dot4(r.v[i], y.v[i]), sums.w += dot4(y.v[i], y.v[i]);
   }
   sums = block_sums(sums, s.sums);
@@ -104,19 +107,19 @@ __device__ __forceinline__ void rejoin(const Step& p, Shared& s, u8* xs, float* 
   const float squares = fmaxf(sums.y + 2.f * factor * sums.z + factor * factor * sums.w, 0.f);
   const float scale = rsqrtf(squares / p.hidden + p.eps);
 #pragma unroll
-  for (int i = 0; i < FOURS; ++i) {
+  for (int i = 0; i < HIDDEN_FLOAT4S; ++i) {
     const int column = column_of(thread, i);
     if (column >= p.hidden) continue;
     const float4 t = scaled4(y.v[i], factor);
     r.v[i] = make_float4(r.v[i].x + t.x, r.v[i].y + t.y, r.v[i].z + t.z, r.v[i].w + t.w);
     *reinterpret_cast<float4*>(residual + column) = r.v[i];
-    *reinterpret_cast<uint2*>(xs + column * 2) = pack4(scaled4(product4(r.v[i], pre.v[i]), scale));
+    *reinterpret_cast<uint2*>(xs + column * 2) = pack4(scaled4(multiply4(r.v[i], pre.v[i]), scale));
   }
 }
 
 // x = `count` words, rounded.
 __device__ __forceinline__ void gather(u8* xs, const u32* from, int count, u32 tag) {
-  constexpr int BATCH = WIDTH_FOURS;
+  constexpr int BATCH = WIDTH_FLOAT4S;
   const int thread = this_thread();
 #pragma unroll 1
   for (int first = 0; first * 4 < count; first += THREADS * BATCH) {
