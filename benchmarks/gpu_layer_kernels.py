@@ -63,13 +63,13 @@ def prefill_attention(repetitions: int) -> Iterator[Timed]:
     for (heads, kv_heads, head_dim), tokens, cap, window in cases:
         query, keys, values = bf16(tokens, heads, head_dim), *(bf16(tokens, kv_heads, head_dim) for _ in range(2))
         query *= head_dim**-0.5
-        spec, runs = VarlenSpec(cap, window), ((0, tokens, 0, 0),)
+        spec, segments = VarlenSpec(cap, window), ((0, tokens, 0, 0),)
 
         hopper = hopper_attention.supports(heads, kv_heads, head_dim, cap, gpu_of(query.device.index or 0)) is None
         varlen = hopper_attention.hopper_varlen if hopper else triton_varlen
 
         def ours(
-            q: Tensor = query, k: Tensor = keys, v: Tensor = values, s: VarlenSpec = spec, r=runs, f=varlen
+            q: Tensor = query, k: Tensor = keys, v: Tensor = values, s: VarlenSpec = spec, r=segments, f=varlen
         ) -> Tensor:
             return f(q, k, v, r, s)
 

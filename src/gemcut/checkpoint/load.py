@@ -248,7 +248,7 @@ def _plain_copy(target: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 class _PinnedCopier:
-    """Copy to a GPU through two page-locked buffers: one is filled from the file while the other is on its way."""
+    """Copy to a GPU through two pinned buffers: one is filled from the file while the other is on its way."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.current_stream(device)

@@ -140,7 +140,7 @@ class DecodeGraph:
     def load(self, ids: Sequence[int], positions: Sequence[int], tables: Sequence[Tables]) -> None:
         """Set the next step's inputs; what was launched ahead and not taken is thrown away."""
         self._taken = self._launched
-        self._copied.synchronize()  # the last upload has left the page-locked memory
+        self._copied.synchronize()  # the last upload has left the pinned memory
         rows, blocks = self.rows, self.rows * self.most_blocks
         host = self._host.view(-1).numpy()
         host[:rows] = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, ceil_div
-from gemcut.kernels.attention.varlen import Run, fresh_runs
+from gemcut.kernels.attention.varlen import VarlenSegment, fresh_segments
 from gemcut.model.key_values import KeyValues, Pages, Span
 
 
@@ -25,13 +25,15 @@ def live_blocks(table: list[int], first: int, span: Span, size: int) -> list[int
     return table[first : ceil_div(span.context_length, size)]
 
 
-def gathered_runs(spans: Sequence[Span], lives: Sequence[list[int]], first: list[int], size: int) -> tuple[Run, ...]:
-    """The runs of a batch whose sequences' live blocks, from their ``first`` on, stand one after another."""
-    runs, start = [], 0
+def gathered_segments(
+    spans: Sequence[Span], lives: Sequence[list[int]], first: list[int], size: int
+) -> tuple[VarlenSegment, ...]:
+    """The segments of a batch whose sequences' live blocks, from their ``first`` on, stand one after another."""
+    segments, start = [], 0
     for span, live, block in zip(spans, lives, first, strict=True):
-        runs.append((span.start, span.length, start, span.context_length - span.length - block * size))
+        segments.append((span.start, span.length, start, span.context_length - span.length - block * size))
         start += len(live) * size
-    return tuple(runs)
+    return tuple(segments)
 
 
 def gather(storage: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +53,7 @@ class _Group:
         self.first_positions = [block * size for block in first]
         live = [live_blocks(*each, size) for each in zip(tables, first, spans, strict=True)]
         slots = [token_slots(table, span, size) for table, span in zip(tables, spans, strict=True)]
-        self._runs = gathered_runs(spans, live, first, size)
+        self._segments = gathered_segments(spans, live, first, size)
         self.slots = torch.from_numpy(np.concatenate(slots)).to(device)
         self.blocks = [torch.tensor(blocks, dtype=torch.long, device=device) for blocks in live]
         self.lengths = [span.context_length - start for span, start in zip(spans, self.first_positions, strict=True)]
@@ -96,10 +98,10 @@ class _Group:
             self._table = torch.tensor(rows, dtype=torch.int32, device=self.storage.device)
         return self._table
 
-    def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[Run, ...]]:
+    def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[VarlenSegment, ...]]:
         if self._all is None:
             self._all = torch.cat(self.blocks)
-        return *gather(self.storage[layer], self._all), self._runs
+        return *gather(self.storage[layer], self._all), self._segments
 
     def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         padded, lengths, longest = self._padded()
@@ -115,8 +117,8 @@ class PagedKeyValues(KeyValues):
 
     def __init__(self, config: GemmaConfig, cache: PagedCache, tables: list[Tables], spans: Sequence[Span]) -> None:
         self.spans: Sequence[Span] = spans
-        #: The runs of a batch that holds all the keys there are; None: some are in the cache only.
-        self.fresh = fresh_runs(spans)
+        #: The segments of a batch that holds all the keys there are; None: some are in the cache only.
+        self.fresh = fresh_segments(spans)
         size = self.block_size = cache.block_size
         self._one_each = all(span.length == 1 for span in spans)
         self._on_cpu = cache.full_storage.device.type == "cpu"
@@ -184,7 +186,7 @@ class PagedKeyValues(KeyValues):
         """
         return self._layers[layer][0].block_table()
 
-    def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[Run, ...]]:
-        """(keys, values [L, kv_heads, head_dim], runs): all sequences' live blocks one after another, copied."""
+    def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[VarlenSegment, ...]]:
+        """(keys, values [L, kv_heads, head_dim], segments): all sequences' live blocks one after another, copied."""
         group, index = self._layers[layer]
         return group.gathered(index)

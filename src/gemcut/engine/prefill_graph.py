@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.cache import PagedCache, Tables
-from gemcut.engine.paged import gather, gathered_runs, live_blocks, token_slots
+from gemcut.engine.paged import gather, gathered_segments, live_blocks, token_slots
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
-from gemcut.kernels.attention.varlen import VarlenAttention, fresh_runs, tiles, triton_varlen
+from gemcut.kernels.attention.varlen import VarlenAttention, fresh_segments, tiles, triton_varlen
 from gemcut.kernels.attention.varlen_hopper import hopper_varlen
 from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Pages, Span
@@ -125,13 +125,13 @@ class _Graph:
         return self._hidden
 
     def _load(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> None:
-        self._copied.synchronize()  # the last upload has left the page-locked memory
+        self._copied.synchronize()  # the last upload has left the pinned memory
         size, used = self._shared.cache.block_size, len(ids)
         self._host.zero_()
         host = {name: part.numpy() for name, part in self._written.items()}
         host["ids"][:used], host["positions"][:used] = ids, positions
         rest = [(used, self.rows - used, 0 if self.context else used, 0)] if used < self.rows else []
-        fresh = fresh_runs(spans)
+        fresh = fresh_segments(spans)
         firsts = [0] * len(tables), [table.first_sliding for table in tables]
         for group, first in zip(_GROUPS, firsts, strict=True):
             lists = [getattr(table, group) for table in tables]
@@ -144,9 +144,9 @@ class _Graph:
                 if self.context:
                     host[f"{group} blocks"][at : at + len(lives[-1])] = lives[-1]
                     at += len(lives[-1])
-            runs = gathered_runs(spans, lives, first, size) if self.context or fresh is None else fresh
-            cut = tiles([*runs, *rest], self._shared.queries)
-            self._written[f"{group} tiles"].view(torch.int32)[: len(cut) * 4] = torch.tensor(cut).flatten()
+            segments = gathered_segments(spans, lives, first, size) if self.context or fresh is None else fresh
+            found = tiles([*segments, *rest], self._shared.queries)
+            self._written[f"{group} tiles"].view(torch.int32)[: len(found) * 4] = torch.tensor(found).flatten()
         self._device.copy_(self._host, non_blocking=True)
         self._copied.record()
 
@@ -212,7 +212,7 @@ class PrefillGraphs:
         """
         size = self._shared.cache.block_size
         context = 0
-        if fresh_runs(spans) is None:
+        if fresh_segments(spans) is None:
             context = sum(-(-span.context_length // size) * size for span in spans)
         rows = next((rows for rows in SIZES if rows >= len(ids)), None)
         room = next((room for room in CONTEXTS if room >= context), None)

@@ -18,7 +18,7 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
-from gemcut.kernels.attention.varlen import VarlenAttention, VarlenSpec, fresh_runs
+from gemcut.kernels.attention.varlen import VarlenAttention, VarlenSpec, fresh_segments
 from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.runtime import nvrtc
 from gemcut.model.key_values import KeyValues
@@ -172,16 +172,16 @@ def varlen_attention(
 ) -> Tensor:
     """Attention over any batch in one call of ``varlen``; arguments as in ``eager_attention``."""
     kv.write(layer, key, value)
-    runs = fresh_runs(kv.spans)
-    if runs is None:
+    segments = fresh_segments(kv.spans)
+    if segments is None:
         parts = [kv.read(layer, index) for index in range(len(kv.spans))]
         key, value = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         before, found = 0, []
         for span, (keys, _, first) in zip(kv.spans, parts, strict=True):
             found.append((span.start, span.length, before, span.context_length - span.length - first))
             before += len(keys)
-        runs = tuple(found)
-    return varlen(query, key, value, runs, VarlenSpec(spec.softcap, spec.window))
+        segments = tuple(found)
+    return varlen(query, key, value, segments, VarlenSpec(spec.softcap, spec.window))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gemcut.kernels.attention.varlen import Run
+from gemcut.kernels.attention.varlen import VarlenSegment
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class PagedBatch(Protocol):
     """A batch of any spans over a paged cache, as varlen kernels take it."""
 
     @property
-    def fresh(self) -> Sequence[Run] | Tensor | None:
-        """The runs of a batch that holds all the keys there are; None: some are in the cache only."""
+    def fresh(self) -> Sequence[VarlenSegment] | Tensor | None:
+        """The segments of a batch that holds all the keys there are; None: some are in the cache only."""
 
     def pages(self, layer: int) -> Pages:
         """The layer's place in the cache."""
 
-    def gathered(self, layer: int) -> tuple[Tensor, Tensor, Sequence[Run] | Tensor]:
-        """(keys, values [L, kv_heads, head_dim], runs): all sequences' live blocks one after another, copied."""
+    def gathered(self, layer: int) -> tuple[Tensor, Tensor, Sequence[VarlenSegment] | Tensor]:
+        """(keys, values [L, kv_heads, head_dim], segments): all sequences' live blocks one after another, copied."""
 
 
 class DecodeBatch(Protocol):

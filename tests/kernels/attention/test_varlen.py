@@ -1,4 +1,4 @@
-"""The prefill attention without a GPU: runs, gathered keys, who is chosen, and the kernel in Triton's interpreter."""
+"""Prefill attention without a GPU: segments, gathered keys, who is chosen, the kernel in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from gemcut.engine.paged import PagedKeyValues
 from gemcut.errors import UnsupportedError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
-from gemcut.kernels.attention.varlen import Run, VarlenSpec, flash_attn_varlen, fresh_runs, plain_varlen, tiles
+from gemcut.kernels.attention.varlen import (
+    VarlenSegment,
+    VarlenSpec,
+    flash_attn_varlen,
+    fresh_segments,
+    plain_varlen,
+    tiles,
+)
 from gemcut.kernels.gpu import PRESETS
 from gemcut.model.attention import AttentionSpec, attend, choose_attention, eager_attention, varlen_attention
 from gemcut.model.key_values import Span
 from support import tiny_config
 
 CPU = torch.device("cpu")
-RUNS: tuple[Run, ...] = ((0, 30, 0, 0), (30, 1, 32, 17), (31, 12, 64, 40))
+SEGMENTS: tuple[VarlenSegment, ...] = ((0, 30, 0, 0), (30, 1, 32, 17), (31, 12, 64, 40))
 
 
 def reference(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: tuple[Run, ...], spec: VarlenSpec
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: tuple[VarlenSegment, ...], spec: VarlenSpec
 ) -> torch.Tensor:
     """The network's own attention, one sequence at a time."""
     parts = []
-    for row, count, first, offset in runs:
+    for row, count, first, offset in segments:
         part = slice(first, first + offset + count)
         own = AttentionSpec(spec.softcap, spec.window)
         parts.append(attend(query[row : row + count], keys[part], values[part], offset, own).flatten(1))
@@ -52,19 +59,19 @@ def test_the_twin_and_the_flash_attn_package(spec: VarlenSpec, monkeypatch: pyte
         assert window_size[1] == (-1 if window_size[0] < 0 else 0)
         assert k.shape[0] == ends[-1]
         bounds = zip(rows, rows[1:], ends, ends[1:], strict=False)
-        runs = tuple((row, end - row, key, key_end - key - (end - row)) for row, end, key, key_end in bounds)
-        assert max_seqlen_q == max(run[1] for run in runs)
-        assert max_seqlen_k == max(run[1] + run[3] for run in runs)
+        segments = tuple((row, end - row, key, key_end - key - (end - row)) for row, end, key, key_end in bounds)
+        assert max_seqlen_q == max(segment[1] for segment in segments)
+        assert max_seqlen_k == max(segment[1] + segment[3] for segment in segments)
         window = None if window_size[0] < 0 else window_size[0] + 1
-        return reference(q, k, v, runs, VarlenSpec(softcap or None, window)).view(q.shape)
+        return reference(q, k, v, segments, VarlenSpec(softcap or None, window)).view(q.shape)
 
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     query, (keys, values) = torch.randn(43, 4, 16), torch.randn(2, 120, 2, 16)
-    want = reference(query, keys, values, RUNS, spec)
-    assert (plain_varlen(query, keys, values, RUNS, spec) - want).abs().max() < 1e-5
-    assert (flash_attn_varlen(query, keys, values, RUNS, spec) - want).abs().max() < 1e-5
+    want = reference(query, keys, values, SEGMENTS, spec)
+    assert (plain_varlen(query, keys, values, SEGMENTS, spec) - want).abs().max() < 1e-5
+    assert (flash_attn_varlen(query, keys, values, SEGMENTS, spec) - want).abs().max() < 1e-5
 
 
 def test_varlen_attention_over_the_paged_cache() -> None:
@@ -81,7 +88,7 @@ def test_varlen_attention_over_the_paged_cache() -> None:
             caches[0].extend(table, start, count)
             spans.append(Span(rows, count, start + count))
             rows += count
-        assert (fresh_runs(spans) is None) == (chunks[0][0] > 0)
+        assert (fresh_segments(spans) is None) == (chunks[0][0] > 0)
         for layer in range(config.num_hidden_layers):
             spec = AttentionSpec(5.0, config.sliding_window if layer not in config.full_layers else None)
             query = torch.randn(rows, heads, head_dim)
@@ -89,8 +96,8 @@ def test_varlen_attention_over_the_paged_cache() -> None:
             kvs = [PagedKeyValues(config, cache, tables, spans) for cache in caches]
             want = eager_attention(query, key, value, layer, kvs[0], spec)
             assert (varlen(query, key, value, layer, kvs[1], spec) - want).abs().max() < 1e-5
-            keys, values, runs = kvs[0].gathered(layer)
-            got = plain_varlen(query, keys, values, runs, VarlenSpec(spec.softcap, spec.window))
+            keys, values, segments = kvs[0].gathered(layer)
+            got = plain_varlen(query, keys, values, segments, VarlenSpec(spec.softcap, spec.window))
             assert (got - want).abs().max() < 1e-5
             table = kvs[0].block_table(layer)
             group = [t.full if layer in config.full_layers else t.sliding for t in tables]
@@ -137,7 +144,7 @@ def test_flash_attention_2_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> No
 INTERPRETED = """
 import torch
 from gemcut.kernels.attention.varlen import Tiling, VarlenSpec, plain_varlen, tiles, triton_varlen
-runs = ((0, 37, 0, 0), (37, 1, 40, 20), (38, 21, 70, 64))
+segments = ((0, 37, 0, 0), (37, 1, 40, 20), (38, 21, 70, 64))
 for heads, kv_heads, head_dim in ((4, 2, 16), (3, 1, 32)):
     for window in (None, 1, 5, 33):
         for softcap in (None, 5.0, 50.0, 100.0):
@@ -145,23 +152,23 @@ for heads, kv_heads, head_dim in ((4, 2, 16), (3, 1, 32)):
             both = torch.randn(160, 2 * kv_heads, head_dim)
             keys, values = both[:, :kv_heads], both[:, kv_heads:]
             spec = VarlenSpec(softcap, window)
-            out = triton_varlen(query, keys, values, runs, spec, shape=Tiling(16 if heads == 4 else 32, 16, 4, 1))
-            want = plain_varlen(query.double(), keys.double(), values.double(), runs, spec)
+            out = triton_varlen(query, keys, values, segments, spec, shape=Tiling(16 if heads == 4 else 32, 16, 4, 1))
+            want = plain_varlen(query.double(), keys.double(), values.double(), segments, spec)
             assert (out - want).abs().max() < 1e-4, (heads, window, softcap)
             rows = 16 if heads == 4 else 32
-            cut = torch.tensor([*tiles(runs, rows // (heads // kv_heads)), (0, 0, 0, 0)], dtype=torch.int32)
-            again = triton_varlen(query, keys, values, cut, spec, shape=Tiling(rows, 16, 4, 1))
+            found = torch.tensor([*tiles(segments, rows // (heads // kv_heads)), (0, 0, 0, 0)], dtype=torch.int32)
+            again = triton_varlen(query, keys, values, found, spec, shape=Tiling(rows, 16, 4, 1))
             assert torch.equal(again, out)
 """
 
 
 def test_tiles_hold_every_query_once_and_those_that_see_most_come_first() -> None:
-    runs = ((0, 37, 0, 0), (37, 1, 40, 20), (38, 21, 70, 64))
-    cut = tiles(runs, 8)
-    assert all(1 <= count <= 8 for _, count, _, _ in cut)
-    assert [offset for *_, offset in cut] == sorted((offset for *_, offset in cut), reverse=True)
-    queries = sorted((row + i, key, offset + i) for row, count, key, offset in cut for i in range(count))
-    assert queries == [(row + i, key, offset + i) for row, count, key, offset in runs for i in range(count)]
+    segments = ((0, 37, 0, 0), (37, 1, 40, 20), (38, 21, 70, 64))
+    found = tiles(segments, 8)
+    assert all(1 <= count <= 8 for _, count, _, _ in found)
+    assert [offset for *_, offset in found] == sorted((offset for *_, offset in found), reverse=True)
+    queries = sorted((row + i, key, offset + i) for row, count, key, offset in found for i in range(count))
+    assert queries == [(row + i, key, offset + i) for row, count, key, offset in segments for i in range(count)]
 
 
 def test_the_kernel_in_tritons_interpreter() -> None:

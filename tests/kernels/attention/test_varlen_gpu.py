@@ -13,8 +13,8 @@ from gemcut.errors import ParameterError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
 from gemcut.kernels.attention.varlen import (
-    Run,
     VarlenAttention,
+    VarlenSegment,
     VarlenSpec,
     flash_attn_varlen,
     plain_varlen,
@@ -43,12 +43,12 @@ def poison(*shape: int) -> None:
 
 
 def exact(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: tuple[Run, ...], spec: VarlenSpec
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: tuple[VarlenSegment, ...], spec: VarlenSpec
 ) -> torch.Tensor:
     """One sequence and one head at a time, in float64."""
     out = torch.full(query.shape, torch.nan, dtype=torch.float64, device=query.device)
     group = query.shape[1] // keys.shape[1]
-    for row, count, first, offset in runs:
+    for row, count, first, offset in segments:
         for head in range(query.shape[1]):
             key, value = (x[first : first + offset + count, head // group].double() for x in (keys, values))
             scores = query[row : row + count, head].double() @ key.T
@@ -67,7 +67,7 @@ def kernels(heads: int, kv_heads: int, head_dim: int, spec: VarlenSpec) -> list[
     return [triton_varlen, hopper_varlen] if hopper else [triton_varlen]
 
 
-RUNS: tuple[Run, ...] = (
+SEGMENTS: tuple[VarlenSegment, ...] = (
     (0, 300, 0, 0),
     (300, 1, 300, 77),
     (301, 129, 380, 1000),
@@ -84,7 +84,7 @@ def test_nothing_behind_the_end_of_a_sequence_is_seen(
     heads: int, kv_heads: int, head_dim: int, softcap: float | None, window: int | None
 ) -> None:
     """NaN or infinity behind each sequence's keys gives what zeros there give: bit for bit, and near float64."""
-    runs: tuple[Run, ...] = (
+    segments: tuple[VarlenSegment, ...] = (
         (0, 300, 0, 0),
         (300, 1, 500, 77),
         (301, 129, 800, 40),
@@ -94,15 +94,15 @@ def test_nothing_behind_the_end_of_a_sequence_is_seen(
     query = (torch.randn(497, heads, head_dim, device=CUDA) * head_dim**-0.5).bfloat16()
     keys, values = torch.randn(2, 1700, kv_heads, head_dim, device=CUDA).bfloat16()
     own = torch.zeros(1700, dtype=torch.bool, device=CUDA)
-    for _, count, first, offset in runs:
+    for _, count, first, offset in segments:
         own[first : first + offset + count] = True
     spec = VarlenSpec(softcap, window)
-    want = exact(query, keys, values, runs, spec)
+    want = exact(query, keys, values, segments, spec)
     for kernel in kernels(heads, kv_heads, head_dim, spec):
         found = []
         for behind in (0.0, torch.nan, -torch.inf):
             keys[~own], values[~own] = behind, behind
-            found.append(kernel(query, keys, values, runs, spec))
+            found.append(kernel(query, keys, values, segments, spec))
         assert torch.equal(found[0], found[1]), kernel.__name__
         assert torch.equal(found[0], found[2]), kernel.__name__
         assert relative_error(found[0], want) < 0.01
@@ -122,13 +122,13 @@ def test_attention(
     both = torch.randn(KEYS, 2 * kv_heads, head_dim, device=CUDA).bfloat16()
     keys, values = both.split([kv_heads, kv_heads], dim=1)
     spec = VarlenSpec(softcap, window)
-    want = exact(query, keys, values, RUNS, spec)
-    twin = relative_error(plain_varlen(query, keys, values, RUNS, spec), want)
+    want = exact(query, keys, values, SEGMENTS, spec)
+    twin = relative_error(plain_varlen(query, keys, values, SEGMENTS, spec), want)
     for varlen in kernels(heads, kv_heads, head_dim, spec):
         poison(ROWS, heads * head_dim)
-        out = varlen(query, keys, values, RUNS, spec)
+        out = varlen(query, keys, values, SEGMENTS, spec)
         assert relative_error(out, want) <= max(1.05 * twin, 1e-9), varlen
-        assert torch.equal(out, varlen(query, keys, values, RUNS, spec)), varlen
+        assert torch.equal(out, varlen(query, keys, values, SEGMENTS, spec)), varlen
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
@@ -138,21 +138,21 @@ def test_attention_at_every_edge_of_a_block(length: int, head_dim: int) -> None:
         for offset in (0, 1, 63, 64, 128):
             keys, values = torch.randn(2, length + offset, 2, head_dim, device=CUDA).bfloat16()
             query = torch.randn(length, 4, head_dim, device=CUDA).bfloat16() / 11
-            runs, spec = ((0, length, 0, offset),), VarlenSpec(50.0, window)
-            want = exact(query, keys, values, runs, spec)
+            segments, spec = ((0, length, 0, offset),), VarlenSpec(50.0, window)
+            want = exact(query, keys, values, segments, spec)
             for varlen in kernels(4, 2, head_dim, spec):
                 poison(length, 4 * head_dim)
-                out = varlen(query, keys, values, runs, spec)
+                out = varlen(query, keys, values, segments, spec)
                 assert relative_error(out, want) < 5e-3, (varlen, window, offset)
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_a_row_that_looks_at_one_key_gets_its_value_and_rows_of_no_run_stay_as_they_are(head_dim: int) -> None:
     query, keys, values = (torch.randn(200, n, head_dim, device=CUDA).bfloat16() for n in (4, 2, 2))
-    spec, runs = VarlenSpec(50.0, 1), ((3, 150, 20, 0),)
+    spec, segments = VarlenSpec(50.0, 1), ((3, 150, 20, 0),)
     for varlen in kernels(4, 2, head_dim, spec):
         poison(200, 4 * head_dim)
-        out = varlen(query, keys, values, runs, spec)
+        out = varlen(query, keys, values, segments, spec)
         assert torch.equal(out[3:153].view(150, 4, head_dim), values[20:170].repeat_interleave(2, dim=1)), varlen
         assert bool(out[:3].isnan().all() & out[153:].isnan().all()), varlen
 
@@ -161,7 +161,7 @@ def test_the_kernel_for_hopper_names_what_it_does_not_take() -> None:
     query, keys = torch.randn(9, 4, 128, device=CUDA).bfloat16(), torch.randn(9, 2, 128, device=CUDA).bfloat16()
     if hopper_attention.supports(4, 2, 128, 50.0, gpu_of(0)) is not None:
         pytest.skip("needs a Hopper GPU")
-    runs, spec = ((0, 9, 0, 0),), VarlenSpec(50.0, None)
+    segments, spec = ((0, 9, 0, 0),), VarlenSpec(50.0, None)
     for wrong, given, text in (
         ((query, keys, keys), VarlenSpec(None, None), "soft-cap"),
         ((query, keys, keys), VarlenSpec(61.0, None), "soft-cap"),
@@ -171,7 +171,7 @@ def test_the_kernel_for_hopper_names_what_it_does_not_take() -> None:
         ((query, keys.transpose(1, 2).contiguous().transpose(1, 2), keys), spec, "keys must be"),
     ):
         with pytest.raises(ParameterError, match=text):
-            hopper_varlen(*wrong, runs, given)
+            hopper_varlen(*wrong, segments, given)
     room = torch.tensor([0, 0, 9, 0, 0, 0], dtype=torch.int32, device=CUDA)
     for tiles in (room[:4].long()[None], room[2:][None], room[:4].expand(3, 4)[:, ::2]):
         with pytest.raises(ParameterError, match="tiles must be int32"):

@@ -22,7 +22,7 @@ from gemcut.kernels.gpu import gpu_of
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 4
-MOST_RUNS = 64
+MAX_SPLITS = 64
 
 
 class _Attention(ctypes.Structure):
@@ -67,18 +67,18 @@ def _loads(group: int) -> int:
 
 
 def _resident(group: int) -> int:
-    """Blocks that a processor's registers hold."""
+    """Blocks that an SM's registers hold."""
     return 4 if group <= 2 else 2
 
 
 @functools.cache
-def runs_of(heads: int, places: int) -> int:
-    """Into how many runs each of ``heads`` cached heads (of all sequences) is cut, ``places`` blocks running at once.
+def splits_of(heads: int, resident: int) -> int:
+    """Splits of each of ``heads`` cached heads (of all sequences) where ``resident`` blocks run at once.
 
-    Blocks take equally long, so what counts is rounds a run: two heads of three in a second round cost as much as all.
-    A round costs something by itself, so few are better.
+    Blocks take equally long, so what counts is waves of blocks: two heads of three in a second wave cost as much
+    as all. A wave has a cost of its own, so few splits are better.
     """
-    cost = {runs: -(-heads * runs // places) * (1 / runs + 0.08) for runs in range(1, MOST_RUNS + 1)}
+    cost = {splits: -(-heads * splits // resident) * (1 / splits + 0.08) for splits in range(1, MAX_SPLITS + 1)}
     return min(cost, key=cost.__getitem__)
 
 
@@ -116,8 +116,8 @@ def decode_attention(
     Args:
         qkv: bf16 [m, (heads + 2 · kv_heads) · head_dim], contiguous.
         storage: this layer's keys and values, bf16 [2, blocks, block size, kv_heads, head_dim]; gets the new ones.
-        table: int32 [m, most blocks]: the cache block of each run of block-size tokens; those before the window are
-            never read.
+        table: int32 [m, most blocks]: the block table, a cache block for each block-size tokens; those before
+            the window are never read.
         positions: int32 [m], the new token's; a negative one marks a row without a sequence, left unwritten.
         rope: fp32 [positions, head_dim], cosines then sines.
         spec: the layer's.
@@ -125,9 +125,9 @@ def decode_attention(
     """
     m, device = qkv.shape[0], qkv.device
     group, index = spec.heads // spec.kv_heads, device.index or 0
-    runs = runs_of(m * spec.kv_heads, _resident(group) * gpu_of(index).sms)
+    splits = splits_of(m * spec.kv_heads, _resident(group) * gpu_of(index).sms)
     out = torch.empty((m, spec.heads * spec.head_dim), dtype=qkv.dtype, device=device)
-    partial = torch.empty(m * spec.heads * runs * (spec.head_dim + 2), dtype=torch.float32, device=device)
+    partial = torch.empty(m * spec.heads * splits * (spec.head_dim + 2), dtype=torch.float32, device=device)
     task = _Attention(
         qkv.data_ptr(), out.data_ptr(), storage[0].data_ptr(), storage[1].data_ptr(), table.data_ptr(),
         positions.data_ptr(), rope.data_ptr(), q_norm.data_ptr() if q_norm is not None else None,
@@ -136,5 +136,5 @@ def decode_attention(
         spec.window or 0,
     )  # fmt: skip
     kernel = _kernel(spec.head_dim, group, index)
-    kernel.launch((runs, spec.kv_heads, m), WARPS * 32, 0, (task,))
+    kernel.launch((splits, spec.kv_heads, m), WARPS * 32, 0, (task,))
     return out

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: (first row of the batch, queries, first row of the keys, index of the first query among the sequence's keys).
-Run = tuple[int, int, int, int]
+#: One sequence of a batch: (its first row in the batch, queries, its first row in the keys, index of the first query
+#: among its keys).
+VarlenSegment = tuple[int, int, int, int]
 
 LOG2E = math.log2(math.e)
 #: With a cap of up to this, exp(score) and sums of 2^17 of them times values stay far inside fp32's and bf16's range.
@@ -34,12 +35,12 @@ class VarlenSpec:
     window: int | None
 
 
-#: (query [T, heads, D], keys [L, kv_heads, D], values [L, kv_heads, D], runs, spec) -> [T, heads · D].
-VarlenAttention = Callable[[Tensor, Tensor, Tensor, Sequence[Run] | Tensor, VarlenSpec], Tensor]
+#: (query [T, heads, D], keys [L, kv_heads, D], values [L, kv_heads, D], segments, spec) -> [T, heads · D].
+VarlenAttention = Callable[[Tensor, Tensor, Tensor, Sequence[VarlenSegment] | Tensor, VarlenSpec], Tensor]
 
 
-def fresh_runs(spans: Sequence[Any]) -> tuple[Run, ...] | None:
-    """The runs of a batch whose rows hold all keys there are; None where a sequence has older ones.
+def fresh_segments(spans: Sequence[Any]) -> tuple[VarlenSegment, ...] | None:
+    """The segments of a batch whose rows hold all keys there are; None where a sequence has older ones.
 
     ``spans``: gemcut.model.attention.Span.
     """
@@ -50,7 +51,7 @@ def fresh_runs(spans: Sequence[Any]) -> tuple[Run, ...] | None:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernel cuts its work: rows (queries times heads that share a key head), keys at a time."""
+    """How the kernel splits its work: rows (queries times heads that share a key head), keys at a time."""
 
     rows: int
     keys: int
@@ -89,7 +90,7 @@ def triton_varlen(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    runs: Sequence[Run] | Tensor,
+    segments: Sequence[VarlenSegment] | Tensor,
     spec: VarlenSpec,
     *,
     shape: Tiling | None = None,
@@ -99,14 +100,14 @@ def triton_varlen(
     Args:
         query: bf16 or fp16 [T, heads, D], scaled; rows in any stride.
         keys, values: [L, kv_heads, D], heads side by side; rows in any stride that is a multiple of 16 bytes.
-        runs: the sequences. Query i of one sits at index ``offset + i`` of its keys and sees none after it. Or, where
-            they are to change from replay to replay of a graph, int32 [n, 4] what ``tiles`` made of them; tiles
-            without queries may stand among them.
+        segments: the sequences. Query i of one sits at index ``offset + i`` of its keys and sees none after it. Where
+            they change from replay to replay of a graph: int32 [n, 4], what ``tiles`` made of them; tiles without
+            queries may be among them.
         spec: soft-cap and window.
-        shape: how to cut the work; None takes what suits the GPU.
+        shape: how to split the work; None takes what suits the GPU.
 
     Returns:
-        [T, heads · D] in the query's dtype; rows that no run covers are unwritten.
+        [T, heads · D] in the query's dtype; rows that no segment covers are unwritten.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -116,15 +117,15 @@ def triton_varlen(
     kv_heads, on_gpu = keys.shape[1], query.is_cuda
     shape = shape or tiling(head_dim, torch.cuda.get_device_capability(query.device)[0] if on_gpu else 9)
     group = heads // kv_heads
-    cut = runs if isinstance(runs, Tensor) else tile_table(tuple(runs), shape.rows // group, query.device)
+    table = segments if isinstance(segments, Tensor) else tile_table(tuple(segments), shape.rows // group, query.device)
     out = torch.empty((query.shape[0], heads * head_dim), dtype=query.dtype, device=query.device)
     block = [shape.keys, head_dim]
     cap = spec.softcap
-    prefill[(kv_heads, len(cut))](
+    prefill[(kv_heads, len(table))](
         query,
         out,
         *(TensorDescriptor.from_tensor(part.flatten(1), block) for part in (keys, values)),
-        cut,
+        table,
         query.stride(0),
         out.stride(0),
         spec.window or 0,
@@ -150,19 +151,19 @@ def tile_queries(heads: int, kv_heads: int, head_dim: int, device: torch.device)
     return tiling(head_dim, torch.cuda.get_device_capability(device)[0]).rows // (heads // kv_heads)
 
 
-def tiles(runs: Sequence[Run], queries: int) -> list[Run]:
-    """Each run cut into runs of up to ``queries``; those that see most come first, to end together."""
-    cut = [
+def tiles(segments: Sequence[VarlenSegment], queries: int) -> list[VarlenSegment]:
+    """Each segment cut into pieces of up to ``queries``; those that see most come first, to end together."""
+    found = [
         (row + start, min(queries, count - start), first_key, offset + start)
-        for row, count, first_key, offset in runs
+        for row, count, first_key, offset in segments
         for start in range(0, count, queries)
     ]
-    return sorted(cut, key=lambda tile: -tile[3])
+    return sorted(found, key=lambda tile: -tile[3])
 
 
 @functools.lru_cache(maxsize=16)
-def tile_table(runs: tuple[Run, ...], queries: int, device: torch.device) -> Tensor:
-    return torch.tensor(tiles(runs, queries), dtype=torch.int32, device=device)
+def tile_table(segments: tuple[VarlenSegment, ...], queries: int, device: torch.device) -> Tensor:
+    return torch.tensor(tiles(segments, queries), dtype=torch.int32, device=device)
 
 
 def flash_attn_reason() -> str | None:
@@ -178,7 +179,7 @@ def flash_attn_reason() -> str | None:
 
 
 def flash_attn_varlen(
-    query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run] | Tensor, spec: VarlenSpec
+    query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[VarlenSegment] | Tensor, spec: VarlenSpec
 ) -> Tensor:
     """Attention through the flash-attn package; arguments as in ``triton_varlen``.
 
@@ -186,12 +187,13 @@ def flash_attn_varlen(
     """
     from flash_attn import flash_attn_varlen_func
 
-    assert not isinstance(runs, Tensor)  # tables of tiles are for gemcut's own kernels
-    lengths = [offset + count for _, count, _, offset in runs]
-    if [key for _, _, key, _ in runs] != [sum(lengths[:i]) for i in range(len(runs))]:  # gathered blocks have gaps
-        parts = [slice(key, key + length) for (_, _, key, _), length in zip(runs, lengths, strict=True)]
+    assert not isinstance(segments, Tensor)  # tables of tiles are for gemcut's own kernels
+    lengths = [offset + count for _, count, _, offset in segments]
+    starts = [sum(lengths[:i]) for i in range(len(segments))]
+    if [key for _, _, key, _ in segments] != starts:  # gathered blocks have gaps
+        parts = [slice(key, key + length) for (_, _, key, _), length in zip(segments, lengths, strict=True)]
         keys, values = torch.cat([keys[part] for part in parts]), torch.cat([values[part] for part in parts])
-    counts = tuple(count for _, count, _, _ in runs)
+    counts = tuple(count for _, count, _, _ in segments)
     rows, ends = _offsets(counts, query.device), _offsets(tuple(lengths), query.device)
     options: dict[str, Any] = {"softcap": spec.softcap or 0.0, "causal": True, "softmax_scale": 1.0}
     if spec.window is not None:
@@ -206,11 +208,13 @@ def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32, device=device)
 
 
-def plain_varlen(query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run], spec: VarlenSpec) -> Tensor:
+def plain_varlen(
+    query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[VarlenSegment], spec: VarlenSpec
+) -> Tensor:
     """The same in plain torch, whole score matrices at a time."""
     out = torch.empty((query.shape[0], query.shape[1] * query.shape[2]), dtype=query.dtype, device=query.device)
     group = query.shape[1] // keys.shape[1]
-    for row, count, first_key, offset in runs:
+    for row, count, first_key, offset in segments:
         part = slice(first_key, first_key + offset + count)
         key, value = (x[part].repeat_interleave(group, dim=1).transpose(0, 1) for x in (keys, values))
         scores = torch.bmm(query[row : row + count].transpose(0, 1), key.transpose(1, 2)).float()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.attention.varlen import FIXED_CAP, LOG2E, Run, VarlenSpec, tile_table
+from gemcut.kernels.attention.varlen import FIXED_CAP, LOG2E, VarlenSegment, VarlenSpec, tile_table
 from gemcut.kernels.gpu import Gpu, gpu_of
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.runtime.wgmma import wgmma_source
@@ -80,7 +80,7 @@ def _shared_bytes(head_dim: int) -> int:
 
 
 def hopper_varlen(
-    query: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run] | Tensor, spec: VarlenSpec
+    query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[VarlenSegment] | Tensor, spec: VarlenSpec
 ) -> Tensor:
     """Attention; arguments and result as those of ``triton_varlen``. Tiles hold up to ``tile_queries``.
 
@@ -95,11 +95,15 @@ def hopper_varlen(
         row, head, value = part.stride()
         if part.dtype != torch.bfloat16 or value != 1 or head != head_dim or row % 8 or part.data_ptr() % 16:
             raise ParameterError(f"{name} must be bf16 heads side by side, in rows at multiples of 16 bytes")
-    if isinstance(runs, Tensor) and (runs.dtype != torch.int32 or not runs.is_contiguous() or runs.data_ptr() % 16):
+    if isinstance(segments, Tensor) and (
+        segments.dtype != torch.int32 or not segments.is_contiguous() or segments.data_ptr() % 16
+    ):
         raise ParameterError("tiles must be int32 [n, 4] that begin at a multiple of 16 bytes")
     assert spec.softcap is not None
     group = heads // kv_heads
-    tiles = runs if isinstance(runs, Tensor) else tile_table(tuple(runs), tile_queries(heads, kv_heads), device)
+    tiles = (
+        segments if isinstance(segments, Tensor) else tile_table(tuple(segments), tile_queries(heads, kv_heads), device)
+    )
     out = torch.empty((rows, heads * head_dim), dtype=query.dtype, device=device)
     maps = (
         tensor_map(part.data_ptr(), len(part), kv_heads * head_dim, part.stride(0) * 2, _KEYS, 64)

@@ -72,7 +72,7 @@ def prefill(
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr, FIXED: tl.constexpr, WINDOW: tl.constexpr,
     NATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one key head; see ``prefill_attention.prefill_attention`` for what the arguments hold.
+    """One tile of one key head; see ``varlen.triton_varlen`` for what the arguments hold.
 
     ``keys`` and ``values`` are tensor descriptors of [L, kv_heads · HEAD_DIM] in blocks [BLOCK_N, HEAD_DIM]; ``tiles``
     int32 [tiles, 4]: first row of the batch, queries, first key, index of the first query among its keys. ``scale``

@@ -114,18 +114,18 @@ class CudaOps:
         """bf16 [T, heads · head_dim] of spans of any length; the cache gets the new keys and values."""
         spec, decode_spec, layer = attention.spec, attention.decode_spec, attention.layer
         q_norm, k_norm = head_norms(attention)
-        runs, pages = batch.fresh, batch.pages(layer)
+        segments, pages = batch.fresh, batch.pages(layer)
         cos, _ = rotation  # a view of rows that hold cosines, then sines
         query, key = rope_write.rope_write(
             qkv, cos, pages.keys, pages.values, pages.slots, attention.scale,
-            q_norm=q_norm, k_norm=k_norm, eps=decode_spec.eps, want_key=runs is not None,
+            q_norm=q_norm, k_norm=k_norm, eps=decode_spec.eps, want_key=segments is not None,
         )  # fmt: skip
-        if runs is not None and key is not None:  # nothing older: the batch itself has all keys and values
+        if segments is not None and key is not None:  # nothing older: the batch itself has all keys and values
             before = (decode_spec.heads + decode_spec.kv_heads) * decode_spec.head_dim
             value = qkv[:, before:].view(len(qkv), decode_spec.kv_heads, decode_spec.head_dim)
-            return varlen(query, key, value, runs, VarlenSpec(spec.softcap, spec.window))
-        keys, values, runs = batch.gathered(layer)
-        return varlen(query, keys, values, runs, VarlenSpec(spec.softcap, spec.window))
+            return varlen(query, key, value, segments, VarlenSpec(spec.softcap, spec.window))
+        keys, values, segments = batch.gathered(layer)
+        return varlen(query, keys, values, segments, VarlenSpec(spec.softcap, spec.window))
 
 
 def table_of(table: TokenTable) -> tuple[Tensor, Tensor | None]:
