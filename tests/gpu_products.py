@@ -14,6 +14,7 @@ from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import gemm as packed_gemm
 from gemcut.kernels.linear import gemv as matvec
 from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.quantization.weights import Int8Weight
 
 PACKED = ["int8", "nf4", "nf4-nested", "fp4", "fp4-nested"]
 FORMATS = ["bf16", *PACKED]
@@ -39,11 +40,12 @@ def case(name: str, n: int, k: int) -> Case:
             lambda x: bf16_matvec.bf16_matvec_plain(x, bf16),
         )
     if name == "int8":
-        scales = weight.abs().amax(dim=1) / 127
-        int8 = int8_matvec.Int8Rows((weight / scales[:, None]).round().to(torch.int8), scales)
-        int8.values.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
+        absmax = weight.abs().amax(dim=1)
+        codes = (weight / (absmax / 127)[:, None]).round().to(torch.int8)
+        codes.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
+        int8 = int8_matvec.PackedInt8.of([Int8Weight(codes, absmax, torch.bfloat16)])
         return Case(
-            int8.values.double() * scales.double()[:, None],
+            int8.codes.double() * int8.scales.double()[:, None],
             lambda x, **kw: int8_matvec.int8_matvec(x, int8, **kw),
             lambda x, **kw: packed_gemm.gemm(int8_matvec.STORAGE, int8_matvec.argument(int8), x, n, **kw),
             lambda x: int8_matvec.int8_matvec_plain(x, int8),

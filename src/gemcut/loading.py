@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -18,11 +19,17 @@ from gemcut.kernels.cpu.dequantize import dequantize
 from gemcut.kernels.cpu.memory import huge_empty
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
-from gemcut.model.quantized import Int8Embedding, QuantizedLinear, quantized_embedding, quantized_linear
+from gemcut.model.quantized import (
+    Int8Embedding,
+    QuantizedLinear,
+    QuantizedOwner,
+    quantized_embedding,
+    quantized_linear,
+)
 from gemcut.quantization.decode import decode
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_table, quantize_tensors
-from gemcut.quantization.weights import Incoming, Weight, move_weight
+from gemcut.quantization.weights import CheckpointWeight, Incoming, move_weight
 
 
 def load_network(
@@ -110,26 +117,34 @@ def move_network(model: Model, device: torch.device, kernels: str = "auto") -> M
     for name, parameter in list(model.named_parameters()):
         moved.load_state_dict({name: parameter.to(device)}, strict=False, assign=True)
     for old, new in zip(model.modules(), moved.modules(), strict=True):
-        if isinstance(old, (QuantizedLinear, Int8Embedding)) and isinstance(new, (QuantizedLinear, Int8Embedding)):
-            new.fill([move_weight(weight, device) for weight in old.weights])
+        if isinstance(old, QuantizedOwner) and isinstance(new, QuantizedOwner):
+            new.fill([move_weight(weight, device) for weight in old.unpacked()])
     bind_kernels(moved, device, kernels)
     return moved
 
 
-def export_network(model: Model) -> Iterator[tuple[str, Weight]]:
+def export_network(model: Model) -> Iterator[tuple[str, CheckpointWeight]]:
     """A network's weights under Hugging Face names, cut ones as they are; a table in 8 bits is decoded.
 
     bitsandbytes has no stored form for a cut table; decoded to bf16 or fp32 it gives the same 8-bit codes again.
     """
-    packed: dict[str, Weight] = {}
+    packed: dict[str, Callable[[], CheckpointWeight]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Int8Embedding):
-            packed[f"{name}.weight"] = decode(module.weights[0], model.dtype)
+            packed[f"{name}.weight"] = partial(_decoded, module, model.dtype)
         elif isinstance(module, QuantizedLinear):
             prefix, inner = split_layer(f"{name}.weight")
-            parts = FUSED.get(inner, (inner,))
-            packed |= {prefix + part: weight for part, weight in zip(parts, module.weights, strict=True)}
+            for index, part in enumerate(FUSED.get(inner, (inner,))):
+                packed[prefix + part] = partial(_matrix, module, index)
     return export_tensors(dict(model.named_parameters()), model.config, packed=packed)
+
+
+def _decoded(embedding: Int8Embedding, dtype: torch.dtype) -> CheckpointWeight:
+    return decode(embedding.table, dtype)
+
+
+def _matrix(linear: QuantizedLinear, index: int) -> CheckpointWeight:
+    return linear.unpacked()[index]
 
 
 def effective_quantization(source: Source, asked: Quantization | None) -> Quantization | None:

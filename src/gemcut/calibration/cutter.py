@@ -9,7 +9,7 @@ from gemcut.calibration.layerwise import CalibrationState, calibrate
 from gemcut.checkpoint.names import expected_shapes, split_layer
 from gemcut.checkpoint.source import Source
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 
 
 class CalibratedCutter:
@@ -28,7 +28,7 @@ class CalibratedCutter:
         self._work: Path | None = None
         self._missing = set(expected_shapes(source.config()))
 
-    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, Weight]]:
+    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, CheckpointWeight]]:
         """(our name, weight) of the layers that are still to do; earlier ones' outputs are read from ``work``."""
         self._work = work
         self._missing &= wanted

@@ -24,16 +24,16 @@ from gemcut.calibration.samples import read_calibration_text
 from gemcut.checkpoint.names import FUSED, expected_shapes, split_layer, to_hf
 from gemcut.checkpoint.source import Source
 from gemcut.errors import CheckpointError, ParameterError
-from gemcut.kernels.linear.dispatch import LinearCase, LinearKernel, choose_linear
+from gemcut.kernels.linear.dispatch import choose_linear
 from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Span
-from gemcut.model.linear import LinearLayer
+from gemcut.model.quantized import QuantizedLinear
 from gemcut.quantization.calibrate import Method, quantize_4bit_calibrated
 from gemcut.quantization.decode import decode
 from gemcut.quantization.moments import Moments, block_width
 from gemcut.quantization.spec import Quantization, skip_matcher
 from gemcut.quantization.stream import EMBEDDING, check_finite, quantize_tensors
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 
 __all__ = ["MEMORY", "CalibrationState", "calibrate", "read_calibration_text"]
 
@@ -103,7 +103,7 @@ def calibrate(
     state: CalibrationState | None = None,
     memory: int = MEMORY,
     method: Method | None = None,
-) -> Iterator[tuple[str, Weight]]:
+) -> Iterator[tuple[str, CheckpointWeight]]:
     """Cut a checkpoint to NF4 or FP4 with calibration, streaming.
 
     Args:
@@ -132,7 +132,7 @@ def calibrate(
     compute = dtype or source.stored_dtype or torch.bfloat16
     state = state or CalibrationState()
     with torch.device("meta"):
-        model = Model(config, dtype=compute, linear=lambda name, size, rows: _Probe(name))
+        model = Model(config, dtype=compute, linear=lambda name, size, rows: _Probe(name, size, rows, compute, compute))
     run = _Run(source, spec, compute, memory, method or Method(), _chunks(documents), state)
     shapes = expected_shapes(config)
     done, total = 0, sum(math.prod(shape) for shape in shapes.values())
@@ -166,24 +166,16 @@ def calibrate(
     yield from source.tensors(only={"norm.scale"})
 
 
-class _Probe(LinearLayer):
-    """Stands for a linear layer; shows its inputs to an observer instead of computing, if there is one."""
+class _Probe(QuantizedLinear):
+    """A linear layer that shows its inputs to an observer instead of computing, if there is one."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.weights: list[Tensor] = []
-        self.observe: Callable[[Tensor], None] | None = None
-        self.product: LinearKernel | None = None
+    #: Hears the inputs, and ends the pass there.
+    observe: Callable[[Tensor], None] | None = None
 
-    def fill(self, weights: list[Tensor]) -> None:
+    def fill(self, weights: Sequence[CheckpointWeight]) -> None:
         """Take the matrices, all in the compute dtype, and the kernel that a loaded network would take for them."""
-        self.weights = weights
-        case = LinearCase(tuple(weights), weights[0].dtype, weights[0].dtype)
-        self.product = choose_linear(case, weights[0].device).kernel
-
-    def empty(self) -> None:
-        """Let the matrices go."""
-        self.weights, self.product = [], None
+        super().fill(weights)
+        self.bind(choose_linear(self.case, torch.device("cpu")).kernel if weights else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
@@ -194,8 +186,7 @@ class _Probe(LinearLayer):
 
     def outputs(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out], whoever observes."""
-        assert self.product is not None
-        return self.product(x)
+        return super().forward(x)
 
 
 class _Replay(nn.Module):
@@ -226,12 +217,12 @@ class _Run:
     chunks: list[list[int]]  # lengths of the documents that go through together
     state: CalibrationState
 
-    def layer(self, model: Model, index: int) -> Iterator[tuple[str, Weight]]:
+    def layer(self, model: Model, index: int) -> Iterator[tuple[str, CheckpointWeight]]:
         """Cut one layer and take the hidden states through it."""
         prefix = f"layers.{index}."
         module, stays = model.layers[index], skip_matcher(self.spec.skip)
         names = [name for name in expected_shapes(model.config) if name.startswith(prefix)]
-        tensors: dict[str, Weight] = {}
+        tensors: dict[str, CheckpointWeight] = {}
         for name, tensor in self.source.tensors(dtype=self.dtype, only=set(names)):
             if not isinstance(tensor, Tensor):
                 raise CheckpointError(f"tensor {name} is quantized already; calibrate from the whole weights")
@@ -260,12 +251,12 @@ class _Run:
         self._advance(model, index)
         module.attention = attention
         for probe in probes.values():  # this layer's memory goes before the next one's comes
-            probe.empty()
+            probe.fill(())
         self.state.layer = index + 1
         for name in names:
             yield name, tensors.pop(name)
 
-    def _cut(self, name: str, weight: Weight, moments: Moments) -> Weight:
+    def _cut(self, name: str, weight: CheckpointWeight, moments: Moments) -> CheckpointWeight:
         assert isinstance(weight, Tensor)
         assert self.spec.format != "int8"
         self.state.methods[name] = "all correlations" if moments.whole else f"blocks of {moments.sizes[0]} inputs"
@@ -281,7 +272,7 @@ class _Run:
     @torch.inference_mode()
     def _moments(self, model: Model, index: int, probe: _Probe, *, normed: bool) -> Moments:
         """Second moments of what ``probe`` gets, over all documents."""
-        size = probe.weights[0].shape[1]
+        size = probe.part_shapes[0][1]
         moments = Moments(size, block_width(size, self.memory, self.spec.block_size))
 
         def observe(x: Tensor) -> None:

@@ -27,7 +27,7 @@ from gemcut.model.norm import RMSNorm
 from gemcut.quantization.decode import decode
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 
 _TABLE = "embed.weight"
 
@@ -44,7 +44,7 @@ class Weights(Protocol):
 
     def tensors(
         self, *, dtype: torch.dtype | None = None, only: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Weight]]:
+    ) -> Iterator[tuple[str, CheckpointWeight]]:
         """(our name, weight) of the tensors in ``only``."""
 
 
@@ -65,7 +65,7 @@ class Rounded:
 
     def tensors(
         self, *, dtype: torch.dtype | None = None, only: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Weight]]:
+    ) -> Iterator[tuple[str, CheckpointWeight]]:
         """(our name, weight) of the tensors in ``only``."""
         return quantize_tensors(self.whole.tensors(dtype=dtype, only=only), self.spec, module_name=hf_module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from gemcut.checkpoint.names import FUSED, split_layer
 from gemcut.errors import CheckpointError
-from gemcut.quantization.weights import FourBitWeight, Incoming, Int8Weight, StoredWeight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Incoming, Int8Weight, StoredWeight
 
 _STAGE_BYTES = 64 << 20
 
@@ -23,12 +23,12 @@ Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 class PackedModule(Protocol):
-    """A module whose matrices arrive packed, each as a Weight, all at once."""
+    """A module whose matrices arrive one by one, packed or not, and are taken all at once."""
 
     part_shapes: tuple[tuple[int, int], ...]
     compute_dtype: torch.dtype
 
-    def fill(self, weights: list[Weight]) -> None:
+    def fill(self, weights: Sequence[CheckpointWeight]) -> None:
         """Take the matrices, top to bottom."""
 
 
@@ -87,7 +87,7 @@ class _Builder:
     ) -> None:
         self.targets, self.packed, self.dtype, self.allocate = targets, packed, dtype, allocate
         self.built: dict[str, torch.Tensor] = {}
-        self.parts: dict[str, dict[int, Weight]] = {name: {} for name in packed}
+        self.parts: dict[str, dict[int, CheckpointWeight]] = {name: {} for name in packed}
         self.filled: dict[str, list[tuple[int, int, str]]] = {}  # parameter -> row ranges and what filled them
         self.ranges: list[tuple[str, Ends, torch.dtype]] = []  # of what is on a GPU
         self.done = 0
@@ -133,7 +133,7 @@ class _Builder:
         self.parts[target][index] = self._stored(name, weight, self.packed[target].compute_dtype)
         self.done += math.prod(wanted) * self.dtype.itemsize
 
-    def _stored(self, name: str, weight: Incoming, whole_dtype: torch.dtype) -> Weight:
+    def _stored(self, name: str, weight: Incoming, whole_dtype: torch.dtype) -> CheckpointWeight:
         """A copy of ``weight`` where weights live; a whole one in ``whole_dtype``."""
 
         def keep(tensor: torch.Tensor | StoredWeight, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -6,7 +6,7 @@ Ours hold ``scale = 1 + w`` of every norm in fp32. A Hugging Face file stores ``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from gemcut.config import GemmaConfig
@@ -15,7 +15,7 @@ from gemcut.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from gemcut.quantization.weights import Weight
+    from gemcut.quantization.weights import CheckpointWeight
 
 #: (ours, Hugging Face's, GGUF's) for tensors outside the layers.
 _OUTER = [
@@ -160,23 +160,26 @@ def export_tensors(
     config: GemmaConfig,
     *,
     dtype: torch.dtype | None = None,
-    packed: Mapping[str, Weight] | None = None,
-) -> Iterator[tuple[str, Weight]]:
+    packed: Mapping[str, Callable[[], CheckpointWeight]] | None = None,
+) -> Iterator[tuple[str, CheckpointWeight]]:
     """The network's parameters under Hugging Face names: fused rows apart, norms as ``w = scale - 1``.
 
     ``dtype`` of every whole tensor; None keeps the weights' own and gives norms the embedding's. Weights that need no
-    conversion are views. ``packed`` holds what is not in ``state``, by our unfused names. A norm read from a bf16
-    (fp16) file comes back exactly where ``|w| >= 2**-16`` (``2**-13``) or ``w == 0``; a smaller one, and any fp32
-    ``w``, to within the rounding of ``1 + w`` in fp32, which is what every implementation computes with.
+    conversion are views. ``packed`` gives what is not in ``state``, by our unfused names, when it is its turn. A norm
+    read from a bf16 (fp16) file comes back exactly where ``|w| >= 2**-16`` (``2**-13``) or ``w == 0``; a smaller one,
+    and any fp32 ``w``, to within the rounding of ``1 + w`` in fp32, which is what every implementation computes with.
     """
     packed = packed or {}
-    table = state["embed.weight"] if "embed.weight" in state else packed["embed.weight"]
-    norm_dtype = dtype or table.dtype
-    for name in expected_shapes(config):
+    norm_dtype = dtype
+    for name in expected_shapes(config):  # the embedding first
         if name in packed:
-            yield to_hf(name), packed[name]
+            weight = packed[name]()
+            norm_dtype = norm_dtype or weight.dtype
+            yield to_hf(name), weight
+            del weight  # before the next one is made
             continue
         tensor = _unfused(state, name, config)
+        norm_dtype = norm_dtype or tensor.dtype
         if name.endswith(".scale"):
             yield to_hf(name), (tensor.float() - 1.0).to(norm_dtype)
         else:

@@ -38,7 +38,7 @@ from gemcut.quantization.error import relative_error
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.state import to_stored
 from gemcut.quantization.stream import quantize_tensors
-from gemcut.quantization.weights import FourBitWeight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight
 
 REPORT = "gemcut_quantization.json"
 # Files of a folder that travel with the weights.
@@ -64,7 +64,7 @@ _ENTRY_BYTES = 300
 class Cutter(Protocol):
     """How tensors are cut: the cut stream, and where in it a run can go on."""
 
-    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, Weight]]:
+    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, CheckpointWeight]]:
         """(our name, weight) of the tensors that no finished file holds; ``work`` is the working folder."""
 
     def ends_file(self, name: str) -> bool:
@@ -83,7 +83,7 @@ class NearestCutter:
     def __init__(self, source: Source, spec: Quantization) -> None:
         self.source, self.spec = source, spec.replace(head=None)
 
-    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, Weight]]:
+    def stream(self, wanted: Set[str], work: Path) -> Iterator[tuple[str, CheckpointWeight]]:
         """(our name, weight) in the order of the source's files."""
         whole = self.source.tensors(dtype=_dtype(self.source), only=wanted)
         return quantize_tensors(whole, self.spec, module_name=names.hf_module)
@@ -273,7 +273,7 @@ def _cut_all(
             item = next(stream, None)
 
 
-def _as_stored(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
+def _as_stored(name: str, weight: CheckpointWeight, dtype: torch.dtype) -> CheckpointWeight:
     """Norms as files hold them: ``w = scale - 1`` in the weights' dtype."""
     return (weight - 1.0).to(dtype) if isinstance(weight, Tensor) and name.endswith(".scale") else weight
 
@@ -284,7 +284,7 @@ class _Originals:
     def __init__(self, source: Source, dtype: torch.dtype) -> None:
         self.source, self.dtype = source, dtype
 
-    def error(self, name: str, weight: Weight) -> dict[str, Any]:
+    def error(self, name: str, weight: CheckpointWeight) -> dict[str, Any]:
         """{"format", "relative_error"} of a cut weight; nothing of a whole one."""
         if isinstance(weight, Tensor):
             return {}

@@ -22,7 +22,7 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
 from gemcut.files import read_json, shown
 from gemcut.quantization.state import check_statistics, from_stored
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -154,7 +154,7 @@ class SafetensorsFolder:
 
     def tensors(
         self, progress: Callable[[int, int], None] | None = None, only: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Weight]]:
+    ) -> Iterator[tuple[str, CheckpointWeight]]:
         """Stream (our name, tensor) in file order; norms come as ``1 + w`` in fp32, weights as stored.
 
         ``only`` names the tensors wanted; None: all.

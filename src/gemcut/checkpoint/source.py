@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemcut.checkpoint.gguf_weight import Dequantize
     from gemcut.checkpoint.safetensors_reader import SafetensorsFolder
     from gemcut.quantization.spec import Quantization
-    from gemcut.quantization.weights import Incoming, Weight
+    from gemcut.quantization.weights import CheckpointWeight, Incoming
     from gemcut.text.special import SpecialTokens
     from gemcut.text.tokenizer import Tokenizer
 
@@ -134,7 +134,7 @@ class Source:
         *,
         dtype: torch.dtype | None = None,
         only: Collection[str] | None = None,
-    ) -> Iterator[tuple[str, Weight]]:
+    ) -> Iterator[tuple[str, CheckpointWeight]]:
         """Stream every tensor once, on the CPU: (our name, tensor). See gemcut.checkpoint.names for the names.
 
         Norms come as ``scale = 1 + w`` in fp32. A folder's weights come as stored; a GGUF file's are dequantized to

@@ -18,7 +18,7 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.state import to_stored
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 
 if TYPE_CHECKING:
     from gemcut.text.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 def save_folder(
     path: str | Path,
     config: GemmaConfig,
-    tensors: Iterable[tuple[str, Weight]],
+    tensors: Iterable[tuple[str, CheckpointWeight]],
     tokenizer: Tokenizer | None,
     max_shard_bytes: int = 5_000_000_000,
     *,
@@ -104,7 +104,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     return end
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Weight]], limit: int) -> str:
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, CheckpointWeight]], limit: int) -> str:
     """Write the weights as they come, starting a new file before one would pass ``limit``; return the main dtype.
 
     The main dtype is that of most bytes of whole tensors. What stands for one cut weight lies in one file.

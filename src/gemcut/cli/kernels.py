@@ -21,7 +21,7 @@ from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
 from gemcut.model.ops import cpu as cpu_ops
 from gemcut.model.ops import cuda as cuda_ops
 from gemcut.model.ops import cuda_megakernel
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight, Nested
 
 DTYPE = torch.bfloat16
 BLOCK_SIZE = 16  # of the cache, as the engine has it by default
@@ -115,11 +115,11 @@ def _where(device: torch.device) -> torch.device:
     return device if device.type == "cpu" else torch.device("meta")
 
 
-def _whole(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[Weight, ...]:
+def _whole(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[CheckpointWeight, ...]:
     return (torch.empty((sum(rows), k), dtype=DTYPE, device=_where(device)),)
 
 
-def _int8(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[Weight, ...]:
+def _int8(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[CheckpointWeight, ...]:
     where = _where(device)
     return tuple(
         Int8Weight(torch.empty((n, k), dtype=torch.int8, device=where), torch.empty(n, device=where), DTYPE)
@@ -127,7 +127,7 @@ def _int8(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[Weight, 
     )
 
 
-def _nf4(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[Weight, ...]:
+def _nf4(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[CheckpointWeight, ...]:
     where = _where(device)
 
     def cut(n: int) -> FourBitWeight:
@@ -139,7 +139,7 @@ def _nf4(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[Weight, .
     return tuple(cut(n) for n in rows)
 
 
-_FORMATS: dict[str, Callable[[int, tuple[int, ...], torch.device], tuple[Weight, ...]]] = {
+_FORMATS: dict[str, Callable[[int, tuple[int, ...], torch.device], tuple[CheckpointWeight, ...]]] = {
     "whole": _whole,
     "int8": _int8,
     "nf4": _nf4,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemcut.model import Model
+from gemcut.model.quantized import QuantizedOwner
 from gemcut.quantization.weights import FourBitWeight, Int8Weight
 
 _START = "the logits of this request hold NaN or infinity: "
@@ -36,8 +37,8 @@ def first_bad_weight(model: Model) -> str | None:
         for name, parameter in module.named_parameters(recurse=False):
             if not finite(parameter):
                 return _joined(prefix, name)
-        weights = getattr(module, "weights", None)
-        if isinstance(module, nn.Module) and isinstance(weights, list):
+        if isinstance(module, QuantizedOwner):
+            weights = module.unpacked()
             for index, weight in enumerate(weights):
                 tensors = weight.tensors if isinstance(weight, (FourBitWeight, Int8Weight)) else (weight,)
                 if not all(map(finite, tensors)):

@@ -20,7 +20,7 @@ from gemcut.hf.options import FIXED, HONOURED, GenerationConfig, merge_options
 from gemcut.hf.outputs import CausalLMOutput, GenerateOutput
 from gemcut.hf.public_names import MODEL
 from gemcut.hf.quantization_config import BitsAndBytesConfig
-from gemcut.model.quantized import Int8Embedding, QuantizedLinear
+from gemcut.model.quantized import QuantizedOwner
 from gemcut.placement.devices import parse_dtype
 
 
@@ -124,7 +124,7 @@ class GemmaForCausalLM(ModuleAccess):
         packed = sum(
             weight.nbytes
             for module in network.modules()
-            if isinstance(module, (QuantizedLinear, Int8Embedding))
+            if isinstance(module, QuantizedOwner)
             for weight in module.weights
         )
         return packed + sum(parameter.nbytes for parameter in network.parameters())

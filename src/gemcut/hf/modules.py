@@ -21,7 +21,7 @@ from gemcut.gemma import Gemma
 from gemcut.hf.public_names import MODEL
 from gemcut.loading import export_network
 from gemcut.quantization.state import to_stored
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
 Backbone = Callable[..., Any]
 
@@ -158,7 +158,7 @@ class CausalLM(Part):
 def module_tree(gemma: Gemma, run: Backbone) -> CausalLM:
     """The tree of a loaded model. ``run`` computes what calling ``model.model`` gives."""
     config, dtype = gemma.config, gemma.dtype
-    weights: dict[str, Weight] = dict(export_network(gemma.model))
+    weights: dict[str, CheckpointWeight] = dict(export_network(gemma.model))
     root, decoder = CausalLM(), Decoder(run)
     root.add_module("model", decoder)
     table = weights["model.embed_tokens.weight"]
@@ -176,7 +176,7 @@ def module_tree(gemma: Gemma, run: Backbone) -> CausalLM:
     return root
 
 
-def _layers(config: GemmaConfig, weights: dict[str, Weight], dtype: torch.dtype) -> nn.ModuleList:
+def _layers(config: GemmaConfig, weights: dict[str, CheckpointWeight], dtype: torch.dtype) -> nn.ModuleList:
     layers = nn.ModuleList()
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
@@ -202,11 +202,11 @@ def _layers(config: GemmaConfig, weights: dict[str, Weight], dtype: torch.dtype)
     return layers
 
 
-def _linear(weight: Weight) -> nn.Module:
+def _linear(weight: CheckpointWeight) -> nn.Module:
     return QuantizedLinear(weight) if isinstance(weight, (FourBitWeight, Int8Weight)) else Linear(weight)
 
 
-def _norm(config: GemmaConfig, weights: dict[str, Weight], name: str) -> Norm:
+def _norm(config: GemmaConfig, weights: dict[str, CheckpointWeight], name: str) -> Norm:
     weight = weights[name]
     assert isinstance(weight, Tensor)
     return Norm(weight, config.rms_norm_eps)

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from gemcut.kernels.linear.dispatch import Choice, choose_linear
-from gemcut.model.linear import Embedding, Linear
+from gemcut.model.linear import WeightOwner
 from gemcut.model.ops import cpu, cuda
 from gemcut.model.ops.cpu_stack import LayerStack
 from gemcut.model.ops.plain import PlainOps
-from gemcut.model.quantized import Int8Embedding, QuantizedLinear
 
 if TYPE_CHECKING:
     from gemcut.model.gemma import Model
@@ -46,17 +45,14 @@ def bind_products(part: nn.Module, device: torch.device, kernels: str = "auto") 
     """Choose a kernel for each matrix in ``part`` of a network, a layer for one, as ``bind_kernels`` does for all."""
     chosen = {}
     for name, module in part.named_modules():
-        if isinstance(module, (Linear, QuantizedLinear, Embedding, Int8Embedding)):
-            choice = choose_linear(module.case, device, kernels)
-            module.kernel, chosen[name] = choice.kernel, choice
-            repacked = getattr(choice.kernel, "weights", None)  # a kernel that repacked gives the matrices back
-            if repacked is not None and isinstance(module, (QuantizedLinear, Int8Embedding)):
-                module.fill(list(repacked))
+        if isinstance(module, WeightOwner):
+            chosen[name] = choose_linear(module.case, device, kernels)
+            module.bind(chosen[name].kernel)
     return chosen
 
 
 def release_products(part: nn.Module) -> None:
     """Take the kernels from ``part``, which hold its matrices."""
     for module in part.modules():
-        if isinstance(module, (Linear, QuantizedLinear, Embedding, Int8Embedding)):
-            module.kernel = None
+        if isinstance(module, WeightOwner):
+            module.bind(None)

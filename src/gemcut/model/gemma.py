@@ -169,7 +169,7 @@ class Model(nn.Module):
         self.config, self.dtype, self.quantization = config, dtype, quantization
         #: What the caller asked for: the attention implementation here, kernels in gemcut.model.bind.
         self.asked_attention, self.kernels = attention, "auto"
-        self.embed = make_embedding(config.vocab_size, config.hidden_size)
+        self.embed = make_embedding("embed", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Layer(config, i, dtype, make_linear, self.attention_implementation.function)
             for i in range(config.num_hidden_layers)

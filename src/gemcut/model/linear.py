@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from gemcut.kernels.linear.dispatch import LinearCase, LinearKernel
 from gemcut.kernels.linear.plain import dense_product
+from gemcut.quantization.weights import CheckpointWeight, Weight, unpacked
 
 
-class LinearLayer(nn.Module):
-    """A linear layer of the network. It knows its place there, which is what others attach to it by.
+class WeightOwner(nn.Module):
+    """What owns a weight matrix, or several of the same inputs, and multiplies by it.
 
     Attributes:
-        name: "layers.3.attention.o_proj".
-        kernel: what computes it; None: plain PyTorch.
+        name: its place in the network, which is what others attach to it by: "layers.3.attention.o_proj".
+        kernel: what computes the product; None: plain PyTorch.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,14 +31,31 @@ class LinearLayer(nn.Module):
         self.kernel: LinearKernel | None = None
 
     @property
-    def role(self) -> str:
-        """Its name within a layer, the same in all layers: "attention.o_proj"."""
-        return self.name.split(".", 2)[-1]
+    def weights(self) -> tuple[Weight, ...]:
+        """What it owns, the only copy: the matrices as loaded, top to bottom, or as the kernel packed them."""
+        raise NotImplementedError
+
+    def unpacked(self) -> tuple[CheckpointWeight, ...]:
+        """``weights`` as the checkpoint had them, bit for bit."""
+        return unpacked(self.weights)
 
     @property
     def case(self) -> LinearCase:
         """What a kernel must compute here."""
         raise NotImplementedError
+
+    def bind(self, kernel: LinearKernel | None) -> None:
+        """Compute with ``kernel`` from now on, and own what it reads; with None in plain PyTorch."""
+        self.kernel = kernel
+
+
+class LinearLayer(WeightOwner):
+    """A linear layer of the network: called with ``x`` [T, in] it gives [T, out]."""
+
+    @property
+    def role(self) -> str:
+        """Its name within a layer, the same in all layers: "attention.o_proj"."""
+        return self.name.split(".", 2)[-1]
 
 
 class Linear(LinearLayer):
@@ -48,16 +66,21 @@ class Linear(LinearLayer):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
 
     @property
+    def weights(self) -> tuple[Tensor]:
+        """The one matrix."""
+        return (self.weight,)
+
+    @property
     def case(self) -> LinearCase:
         """What a kernel must compute here."""
-        return LinearCase((self.weight,), self.weight.dtype, self.weight.dtype)
+        return LinearCase(self.weights, self.weight.dtype, self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
         return dense_product(x, self.weight) if self.kernel is None else self.kernel(x)
 
 
-class TokenTable(nn.Module):
+class TokenTable(WeightOwner):
     """The table of token vectors; it is also the output head's matrix (tied)."""
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -66,17 +89,21 @@ class TokenTable(nn.Module):
 
 
 class Embedding(TokenTable):
-    """A table of whole vectors in the compute dtype."""
+    """A table of unquantized vectors in the compute dtype."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__(name)
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype), requires_grad=False)
-        self.kernel: LinearKernel | None = None
+
+    @property
+    def weights(self) -> tuple[Tensor]:
+        """The table."""
+        return (self.weight,)
 
     @property
     def case(self) -> LinearCase:
         """What a kernel must compute for the head."""
-        return LinearCase((self.weight,), self.weight.dtype, torch.float32)
+        return LinearCase(self.weights, self.weight.dtype, torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` int64 [T] -> [T, hidden]."""
@@ -90,8 +117,8 @@ class Embedding(TokenTable):
 #: Makes the linear layer of a name for ``in_features`` and the rows of each matrix that is fused in it, top to bottom;
 #: the network never asks what kind it got.
 LinearFactory = Callable[[str, int, tuple[int, ...]], LinearLayer]
-#: Makes the embedding for ``(vocab_size, hidden_size)``.
-EmbeddingFactory = Callable[[int, int], TokenTable]
+#: Makes the embedding of a name for ``(vocab_size, hidden_size)``.
+EmbeddingFactory = Callable[[str, int, int], TokenTable]
 
 
 def dense_linear(dtype: torch.dtype) -> LinearFactory:
@@ -101,4 +128,4 @@ def dense_linear(dtype: torch.dtype) -> LinearFactory:
 
 def dense_embedding(dtype: torch.dtype) -> EmbeddingFactory:
     """An embedding with a whole table in ``dtype``."""
-    return lambda vocab_size, hidden_size: Embedding(vocab_size, hidden_size, dtype)
+    return lambda name, vocab_size, hidden_size: Embedding(name, vocab_size, hidden_size, dtype)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from gemcut.quantization.four_bit import dequantize_4bit
 from gemcut.quantization.int8 import dequantize_int8
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
 
-def decode(weight: Weight, dtype: torch.dtype) -> Tensor:
+def decode(weight: CheckpointWeight, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] in ``dtype``."""
     if isinstance(weight, FourBitWeight):
         return dequantize_4bit(weight, dtype)

@@ -11,10 +11,17 @@ from torch import Tensor
 from gemcut.errors import CheckpointError
 from gemcut.quantization.spec import BLOCK_SIZES
 from gemcut.quantization.tables import code_table, dynamic_map
-from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Int8Weight, Nested, Weight
+from gemcut.quantization.weights import (
+    NESTED_BLOCK_SIZE,
+    CheckpointWeight,
+    FourBitType,
+    FourBitWeight,
+    Int8Weight,
+    Nested,
+)
 
 
-def to_stored(name: str, weight: Weight) -> dict[str, Tensor]:
+def to_stored(name: str, weight: CheckpointWeight) -> dict[str, Tensor]:
     """The tensors of a file that hold ``weight``, whose own tensor is called ``name`` ("….up_proj.weight").
 
     A 4-bit weight's codes are a column of bytes beside its statistics and tables; what decodes it is JSON in a tensor

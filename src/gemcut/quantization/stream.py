@@ -13,7 +13,7 @@ from gemcut.errors import CheckpointError
 from gemcut.quantization.four_bit import nest, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8, quantize_int8_rows
 from gemcut.quantization.spec import Quantization, skip_matcher
-from gemcut.quantization.weights import FourBitType, FourBitWeight, Incoming, Int8Weight, StoredWeight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitType, FourBitWeight, Incoming, Int8Weight, StoredWeight
 
 #: The embedding, which is also the output head, under our name.
 EMBEDDING = "embed.weight"
@@ -24,12 +24,12 @@ PIECE = 1 << 21
 
 @overload
 def quantize_tensors(
-    stream: Iterable[tuple[str, Weight]],
+    stream: Iterable[tuple[str, CheckpointWeight]],
     spec: Quantization,
     *,
     module_name: Callable[[str], str],
     dtype: torch.dtype | None = None,
-) -> Iterator[tuple[str, Weight]]: ...
+) -> Iterator[tuple[str, CheckpointWeight]]: ...
 @overload
 def quantize_tensors(
     stream: Iterable[tuple[str, Incoming]],
@@ -76,8 +76,8 @@ def quantize_tensors(
 
 
 def quantize_table(
-    stream: Iterable[tuple[str, Weight]], *, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Weight]]:
+    stream: Iterable[tuple[str, CheckpointWeight]], *, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, CheckpointWeight]]:
     """Cut the embedding of ``stream`` to 8 bits and pass all else, for a checkpoint whose layers are cut already."""
     for name, weight in stream:
         if name == EMBEDDING and isinstance(weight, Tensor):
@@ -168,7 +168,7 @@ def _pieces(name: str, weight: Tensor | StoredWeight, values: int) -> Iterator[T
         yield piece
 
 
-def _same_format(name: str, weight: FourBitWeight | Int8Weight, spec: Quantization) -> Weight:
+def _same_format(name: str, weight: FourBitWeight | Int8Weight, spec: Quantization) -> CheckpointWeight:
     """``weight`` if it is in ``spec``'s format; an 8-bit embedding always is."""
     if isinstance(weight, FourBitWeight):
         have = (weight.quant_type, weight.block_size, weight.nested is not None)

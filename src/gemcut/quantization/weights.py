@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,8 +95,35 @@ class Int8Weight:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-#: A weight matrix as a linear layer may hold it.
-Weight = Tensor | FourBitWeight | Int8Weight
+#: One matrix as a checkpoint has it: unquantized, or in one of the formats.
+CheckpointWeight = Tensor | FourBitWeight | Int8Weight
+
+
+class PackedWeight(ABC):
+    """Matrices of the same inputs, one below the other, put in the order that a kernel reads.
+
+    A layer owns it in place of the matrices that it was made of: there is one copy of a weight.
+    """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of codes and statistics."""
+
+    @abstractmethod
+    def unpack(self) -> tuple[FourBitWeight | Int8Weight, ...]:
+        """The matrices as the checkpoint had them, bit for bit, top to bottom. What had another order is made anew."""
+
+
+#: What a linear layer may own.
+Weight = CheckpointWeight | PackedWeight
+
+
+def unpacked(weights: Iterable[Weight]) -> tuple[CheckpointWeight, ...]:
+    """``weights`` as a checkpoint has them, bit for bit."""
+    return tuple(
+        matrix for weight in weights for matrix in (weight.unpack() if isinstance(weight, PackedWeight) else (weight,))
+    )
 
 
 class StoredWeight(ABC):
@@ -121,10 +148,10 @@ class StoredWeight(ABC):
 
 
 #: A weight on its way from a file to a layer.
-Incoming = Weight | StoredWeight
+Incoming = CheckpointWeight | StoredWeight
 
 
-def move_weight(weight: Weight, where: device) -> Weight:
+def move_weight(weight: CheckpointWeight, where: device) -> CheckpointWeight:
     """``weight`` with its tensors on another device."""
     if isinstance(weight, FourBitWeight):
         nested = weight.nested and replace(weight.nested, scale=weight.nested.scale.to(where))

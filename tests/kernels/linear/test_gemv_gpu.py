@@ -12,6 +12,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.quantization.int8 import quantize_int8
 from gpu_products import FORMATS, case, check_replays
 from gpu_support import relative_error
 
@@ -98,8 +99,7 @@ def test_head(name: str, softcap: float | None) -> None:
         out, dense = bf16_matvec.bf16_head(x, weight, softcap), weight.double()
         plain = bf16_matvec.bf16_head_plain(x, weight, softcap)
     else:
-        scales = weight.float().abs().amax(dim=1) / 127
-        int8 = int8_matvec.Int8Rows((weight.float() / scales[:, None]).round().to(torch.int8), scales)
+        int8 = int8_matvec.PackedInt8.of([quantize_int8(weight)])
         out, dense = int8_matvec.int8_head(x, int8, softcap), int8.dequantize().double()
         plain = int8_matvec.int8_head_plain(x, int8, softcap)
     reference = x.double() @ dense.T

@@ -13,6 +13,7 @@ from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import int8 as int8_matvec
 from gemcut.kernels.linear.gemv import TILE, plan_fixed, plan_split, shared_bytes
+from gemcut.quantization.weights import Int8Weight
 
 STORAGES = [nf4_matvec.NESTED, nf4_matvec.FLAT, bf16_matvec.STORAGE, int8_matvec.STORAGE]
 LIMIT = 227 * 1024 - 2048
@@ -100,8 +101,8 @@ def test_weights_the_kernels_do_not_take_are_refused_with_a_reason() -> None:
         nf4_matvec.pack([straddling])
     assert "contiguous" in (bf16_matvec.supports(torch.zeros(8, 16, dtype=torch.bfloat16).t()) or "")
     assert "16 bytes" in (bf16_matvec.supports(torch.zeros(8, 12, dtype=torch.bfloat16)) or "")
-    int8 = int8_matvec.Int8Rows(torch.zeros(8, 16, dtype=torch.int8), torch.zeros(8, dtype=torch.float16))
-    assert "fp32 scale" in (int8_matvec.supports(int8) or "")
+    int8 = int8_matvec.PackedInt8.of([Int8Weight(torch.zeros(8, 12, dtype=torch.int8), torch.zeros(8), torch.float32)])
+    assert "16 bytes" in (int8_matvec.supports(int8) or "")
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -109,7 +110,7 @@ def test_matrices_that_stand_together_come_back_unchanged(nested: bool) -> None:
     weights = [quantize(torch.randn(n, 256), NF4, nested=nested) for n in (64, 128, 30)]
     packed = nf4_matvec.pack(weights)
     assert (packed.n, packed.codes.shape[0]) == (222, 14)
-    for weight, back in zip(weights, packed.weights(), strict=True):
+    for weight, back in zip(weights, packed.unpack(), strict=True):
         assert torch.equal(weight.codes, back.codes)
         assert torch.equal(weight.absmax, back.absmax)
         assert torch.equal(dequantize(weight), dequantize(back))

@@ -28,7 +28,7 @@ def exact(module: Any) -> torch.Tensor:
     if hasattr(module, "weight"):
         return module.weight.double()
     parts = []
-    for weight in module.weights:
+    for weight in module.unpacked():
         if isinstance(weight, Int8Weight):
             parts.append(weight.codes.double() * (weight.absmax.double() / 127)[:, None])
         else:
@@ -48,7 +48,7 @@ def reference(model: Model, cache: PagedCache, tables: Tables, token: int, posit
     )
     table = exact(model.embed)
     if isinstance(model.embed, Int8Embedding):
-        (cut,) = model.embed.weights
+        cut = model.embed.table
         row = dequantize_int8(Int8Weight(cut.codes[token : token + 1], cut.absmax[token : token + 1], torch.bfloat16))[
             0
         ]

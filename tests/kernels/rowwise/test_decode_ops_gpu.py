@@ -20,7 +20,7 @@ from gemcut.kernels.rowwise import geglu, norm
 from gemcut.kernels.sampling import argmax
 from gemcut.model.rope import RotaryTable
 from gemcut.quantization.int8 import dequantize_int8, quantize_int8, quantize_int8_rows
-from gemcut.quantization.weights import Int8Weight
+from gemcut.quantization.weights import Int8Weight, unpacked
 from gpu_support import network, relative_error, rms, rotated
 
 pytestmark = pytest.mark.gpu
@@ -237,8 +237,9 @@ def test_several_matrices_in_one_call_against_float64(name: str, m: int) -> None
     reference = x.double() @ dense.T
     error, twin = relative_error(choice.kernel(x), reference), relative_error(plain_linear(case, x), reference)
     assert error <= 1.1 * twin, (error, twin)
-    for given, back in zip(weights, choice.kernel.weights, strict=True):  # type: ignore[attr-defined]
+    for given, back in zip(weights, unpacked(choice.kernel.weights), strict=True):
         assert torch.equal(given.codes, back.codes)
+        assert torch.equal(given.absmax, back.absmax)
 
 
 def test_decoding_many_rows_is_exact() -> None:
@@ -258,7 +259,7 @@ def test_decoding_many_rows_is_exact() -> None:
 
 def test_int8_weights_are_what_the_embedding_reads() -> None:
     model = network("nf4", bound=True)
-    assert isinstance(model.embed.weights[0], Int8Weight)
+    assert isinstance(model.embed.table, Int8Weight)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])

@@ -13,7 +13,7 @@ from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.linear.plain import plain_linear
 from gemcut.quantization.tables import code_table, dynamic_map
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
 #: The most rows of x that the products serve; linear.h's limits.
 MAX_M = 8
@@ -104,7 +104,7 @@ def supports(case: LinearCase, device: torch.device) -> str | None:
     return next((reason for weight in case.weights if (reason := _refused(weight, case)) is not None), None)
 
 
-def _refused(weight: Weight, case: LinearCase) -> str | None:
+def _refused(weight: CheckpointWeight, case: LinearCase) -> str | None:
     k = weight.shape[1]
     if not 1 <= k <= MAX_K:
         return f"takes from 1 to {MAX_K} inputs, not {k}"
@@ -139,7 +139,7 @@ def _map_planes() -> Tensor:
     return dynamic_map().view(torch.uint8).view(256, 4).t().contiguous()
 
 
-def _segment(weight: Weight, column: int) -> _Segment:
+def _segment(weight: CheckpointWeight, column: int) -> _Segment:
     """``weight`` as the library sees it: addresses, of tensors that the caller keeps."""
     rows = weight.shape[0]
     if isinstance(weight, FourBitWeight):
@@ -167,7 +167,7 @@ class CpuLinear:
 
     def __init__(self, case: LinearCase, library: cpu.Library) -> None:
         # The case keeps the tensors alive whose addresses the segments hold.
-        self.case = case
+        self.case, self.weights = case, case.weights
         self.columns = sum(weight.shape[0] for weight in case.weights)
         segments, column = (_Segment * len(case.weights))(), 0
         for i, weight in enumerate(case.weights):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gemcut.quantization.weights import Weight
-
-#: ``x`` [T, in] in the case's compute dtype (where that is fp16, or in a wider one) -> [T, out] in its out dtype.
-LinearKernel = Callable[[Tensor], Tensor]
+from gemcut.quantization.weights import CheckpointWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,22 @@ class LinearCase:
         activation_threshold: see gemcut.quantization.spec.Quantization.
     """
 
-    weights: tuple[Weight, ...]
+    weights: tuple[CheckpointWeight, ...]
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
     activation_threshold: float | None = None
+
+
+class LinearKernel(Protocol):
+    """Computes a LinearCase."""
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """What it reads: the case's weights, or one PackedWeight made of them, which the layer owns from then on."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """``x`` [T, in] in the case's compute dtype (where that is fp16, or in a wider one) -> [T, out] in its out
+        dtype."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class LinearImplementation:
 
     Attributes:
         supports: None, or the reason why it cannot serve the case on a device.
-        prepare: makes the kernel; may repack weights and hold the result.
+        prepare: makes the kernel.
     """
 
     name: str

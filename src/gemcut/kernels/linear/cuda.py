@@ -18,7 +18,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -33,14 +32,14 @@ from gemcut.kernels.linear import gemm as packed_gemm
 from gemcut.kernels.linear import int8 as int8_matvec
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.linear.gemv import MAX_ROWS, TILE, Storage, matvec
-from gemcut.kernels.linear.int8 import Int8Rows
+from gemcut.kernels.linear.int8 import PackedInt8
 from gemcut.kernels.linear.layout import Ordered
 from gemcut.kernels.linear.plain import dense_product
 from gemcut.kernels.linear.routes import routes
 from gemcut.kernels.runtime import nvrtc
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 from gemcut.quantization.tables import code_table
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import FourBitWeight, Int8Weight
 
 # Decoded weights stand here. The more rows at a time, the smaller the share of processors that have nothing to do at a
 # product's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
@@ -81,7 +80,7 @@ def _int8_reason(weights: list[Int8Weight]) -> str | None:
 
 
 #: What a kernel reads: one matrix, or several of the same inputs one below the other.
-Rows = nf4_matvec.PackedFourBit | Int8Rows | Tensor
+Rows = nf4_matvec.PackedFourBit | PackedInt8 | Tensor
 
 
 class FewRows:
@@ -105,6 +104,11 @@ class FewRows:
         self.rows, self.few, self.some, self.many, self.gated = rows, few, some, many, gated
         self.most_few, self.most_some, self.ordered = most_few, most_some, ordered
 
+    @property
+    def weights(self) -> tuple[Rows]:
+        """``rows`` alone."""
+        return (self.rows,)
+
     def __call__(self, x: Tensor | Ordered) -> Tensor:
         if isinstance(x, Ordered):
             if not self.groups(x.m):
@@ -122,12 +126,6 @@ class FewRows:
         return packed_gemm.order_groups(m) if self.ordered and self.most_few < m <= self.most_some else 0
 
 
-class _Packed(FewRows):
-    """Four-bit or int8 weights. ``weights`` gives the matrices back, since packing let go of the ones that came."""
-
-    weights: tuple[Weight, ...]
-
-
 #: Decodes rows of W, from one (a multiple of ``TILE``) on so many, into bf16 [rows, k].
 Decode = Callable[[int, int, Tensor], None]
 
@@ -141,7 +139,7 @@ def _packed_kernel(
     out_dtype: torch.dtype,
     codes: Tensor,
     storage: Storage,
-) -> _Packed:
+) -> FewRows:
     def many(x: Tensor) -> Tensor:
         return _by_runs(x, *shape, decode, out_dtype)
 
@@ -154,12 +152,12 @@ def _packed_kernel(
     assert most_some is not None
     if gpu.wgmma_refusal is None:
         gated = None if _gated_reason(*shape, out_dtype, device) else functools.partial(_gated_by_runs, shape, decode)
-        return _Packed(rows, few, many, most_few, fused, most_some, ordered=True, gated=gated)
+        return FewRows(rows, few, many, most_few, fused, most_some, ordered=True, gated=gated)
 
     def passes(x: Tensor) -> Tensor:
         return torch.cat([few(part) for part in torch.split(x, MAX_ROWS)])
 
-    return _Packed(rows, few, many, most_few, passes, most_some)
+    return FewRows(rows, few, many, most_few, passes, most_some)
 
 
 def _gated_reason(n: int, k: int, out_dtype: torch.dtype, device: int) -> str | None:
@@ -172,7 +170,7 @@ def _gated_reason(n: int, k: int, out_dtype: torch.dtype, device: int) -> str | 
 def _four_bit(case: LinearCase) -> LinearKernel:
     packed = nf4_matvec.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
     storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument
-    kernel = _packed_kernel(
+    return _packed_kernel(
         packed,
         lambda x: matvec(storage, argument, x, packed.n),
         lambda x: packed_gemm.gemm(storage, argument, x, packed.n),
@@ -182,31 +180,25 @@ def _four_bit(case: LinearCase) -> LinearKernel:
         packed.codes,
         storage,
     )
-    kernel.weights = packed.weights()
-    return kernel
 
 
 def _int8(case: LinearCase) -> LinearKernel:
-    given = [w for w in case.weights if isinstance(w, Int8Weight)]
-    rows = Int8Rows.of(given)
-    n, k = rows.values.shape
-    storage, argument = int8_matvec.STORAGE, int8_matvec.argument(rows)
+    packed = PackedInt8.of([w for w in case.weights if isinstance(w, Int8Weight)])
+    n, k = packed.codes.shape
+    storage, argument = int8_matvec.STORAGE, int8_matvec.argument(packed)
     out_dtype: Literal["float32", "bfloat16"] = "float32" if case.out_dtype == torch.float32 else "bfloat16"
-    kernel = _packed_kernel(
-        rows,
+    return _packed_kernel(
+        packed,
         lambda x: matvec(storage, argument, x, n, out_dtype=out_dtype),
         lambda x: packed_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
         lambda start, count, out: dequantize_int8(
-            rows.values[start : start + count], rows.scales[start : start + count], out
+            packed.codes[start : start + count], packed.scales[start : start + count], out
         ),
         (n, k),
         case.out_dtype,
-        rows.values,
+        packed.codes,
         storage,
     )
-    parts = torch.split(rows.values, [weight.shape[0] for weight in given])
-    kernel.weights = tuple(replace(weight, codes=part) for weight, part in zip(given, parts, strict=True))
-    return kernel
 
 
 def _dense(case: LinearCase) -> LinearKernel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -11,7 +10,7 @@ from gemcut.errors import UnsupportedError
 from gemcut.kernels.cpu.linear import CPU
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.linear.cuda import CUDA
-from gemcut.kernels.linear.plain import plain_linear
+from gemcut.kernels.linear.plain import PlainLinear
 
 __all__ = ["LINEAR", "PLAIN", "Choice", "LinearCase", "LinearImplementation", "LinearKernel", "choose_linear"]
 
@@ -25,7 +24,7 @@ class Choice:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-PLAIN = LinearImplementation("plain", lambda case, device: None, lambda case, device: partial(plain_linear, case))
+PLAIN = LinearImplementation("plain", lambda case, device: None, lambda case, device: PlainLinear(case))
 
 #: In order of preference; plain PyTorch serves everything and stands last.
 LINEAR: list[LinearImplementation] = [CUDA, CPU, PLAIN]

@@ -18,7 +18,7 @@ from gemcut.errors import ParameterError
 from gemcut.kernels.linear.gemv import TILE, Layout, Storage, matvec
 from gemcut.quantization.four_bit import dequantize_4bit
 from gemcut.quantization.tables import code_table, dynamic_map
-from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Nested
+from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Nested, PackedWeight
 
 BLOCK = 64
 STEP = 256
@@ -41,7 +41,7 @@ class Format(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedFourBit:
+class PackedFourBit(PackedWeight):
     """Up to three matrices of the same inputs, one below the other, in the kernel's order. See ``pack``."""
 
     codes: torch.Tensor  # uint8 [tiles, steps, 4 blocks, 8 row pairs, 4 quarters, 2 rows, 8]
@@ -53,7 +53,7 @@ class PackedFourBit:
     rows: tuple[int, ...]  # of each matrix
     k: int
     quant_type: FourBitType
-    dtype: torch.dtype  # what a decoded value is rounded to
+    dtypes: tuple[torch.dtype, ...]  # what each matrix's decoded values are rounded to
 
     @property
     def n(self) -> int:
@@ -79,48 +79,25 @@ class PackedFourBit:
         blocks, last = self.k // BLOCK, self.groups.numel() - 1
         return Format(*pointers, offsets, (ctypes.c_int * 2)(*ends), self.n, blocks, last, self.codes.shape[1])
 
-    def weights(self) -> tuple[FourBitWeight, ...]:
-        """The matrices as they came, for saving and for plain products; their bytes are put in order when asked for."""
-        return tuple(_Unpacked(self, index) for index in range(len(self.rows)))
+    def unpack(self) -> tuple[FourBitWeight, ...]:
+        """The matrices as they came; their bytes are put in order again, into new memory."""
+        return tuple(map(self._matrix, range(len(self.rows))))
 
-
-class _Unpacked(FourBitWeight):
-    """One matrix of a PackedFourBit; its codes and statistics are unpacked each time they are read."""
-
-    def __init__(self, packed: PackedFourBit, index: int) -> None:
-        start = sum(packed.rows[:index])
+    def _matrix(self, index: int) -> FourBitWeight:
+        start, count = sum(self.rows[:index]), self.rows[index]
+        tiles = slice(start // TILE, -(-(start + count) // TILE))
+        codes, scales = self.codes[tiles], self.scales[tiles]
+        codes = codes.permute(0, 5, 3, 1, 2, 4, 6).reshape(len(codes) * TILE, -1)[:count, : self.k // 2]
+        scales = scales.permute(0, 4, 2, 1, 3).reshape(len(scales) * TILE, -1)[:count, : self.k // BLOCK]
         nested = None
-        if packed.nested:
-            first, count = start * packed.k // BLOCK, packed.rows[index] * packed.k // BLOCK
-            scale = packed.groups[first // NESTED_BLOCK : -(-(first + count) // NESTED_BLOCK)]
-            nested = Nested(scale, packed.offsets[index])
-        fields = {
-            "_packed": packed,
-            "_range": (start, packed.rows[index]),
-            "quant_type": packed.quant_type,
-            "block_size": BLOCK,
-            "shape": (packed.rows[index], packed.k),
-            "dtype": packed.dtype,
-            "nested": nested,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def codes(self) -> torch.Tensor:
-        """uint8 [out · in / 2]."""
-        packed, (start, rows) = self._packed, self._range  # type: ignore[attr-defined]
-        whole = packed.codes[start // TILE : -(-(start + rows) // TILE)]
-        ordered = whole.permute(0, 5, 3, 1, 2, 4, 6).reshape(len(whole) * TILE, -1)
-        return torch.as_tensor(ordered[:rows, : packed.k // 2].reshape(-1))
-
-    @property
-    def absmax(self) -> torch.Tensor:
-        """uint8 or fp32 [blocks]."""
-        packed, (start, rows) = self._packed, self._range  # type: ignore[attr-defined]
-        whole = packed.scales[start // TILE : -(-(start + rows) // TILE)]
-        ordered = whole.permute(0, 4, 2, 1, 3).reshape(len(whole) * TILE, -1)
-        return torch.as_tensor(ordered[:rows, : packed.k // BLOCK].reshape(-1))
+        if self.nested:
+            first, last = start * self.k // BLOCK, (start + count) * self.k // BLOCK
+            groups = self.groups[first // NESTED_BLOCK : -(-last // NESTED_BLOCK)]
+            nested = Nested(groups, self.offsets[index])
+        shape = (count, self.k)
+        return FourBitWeight(
+            codes.reshape(-1), scales.reshape(-1), self.quant_type, BLOCK, shape, self.dtypes[index], nested
+        )
 
 
 def supports(weights: Sequence[FourBitWeight]) -> str | None:
@@ -179,7 +156,7 @@ def pack(weights: Sequence[FourBitWeight]) -> PackedFourBit:
         tuple(weight.shape[0] for weight in weights),
         k,
         first.quant_type,
-        first.dtype,
+        tuple(weight.dtype for weight in weights),
     )
     if codes.is_cuda:
         torch.cuda.synchronize(codes.device)  # kernels read weights before the kernels queued ahead of them are done

@@ -14,33 +14,50 @@ import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
 from gemcut.kernels.linear.gemv import Layout, Storage, matvec
-from gemcut.quantization.weights import Int8Weight
+from gemcut.quantization.weights import Int8Weight, PackedWeight
 
 STORAGE = Storage("int8_gemv", 128, 2048, 0, 16, Layout(8, 5, 2), Layout(16, 4, 1), fixed_kernel="int8_fixed")
 
 
 @dataclass(frozen=True, eq=False)
-class Int8Rows:
-    """codes int8 [n, k]; scales fp32 [n]: a row's largest magnitude / 127. W = codes * scales[:, None]."""
+class PackedInt8(PackedWeight):
+    """Matrices of the same inputs, one below the other: ``W = codes · scales[:, None]``."""
 
-    values: torch.Tensor
-    scales: torch.Tensor
+    codes: torch.Tensor  # int8 [n, k]
+    absmax: torch.Tensor  # fp32 [n]: each row's largest magnitude
+    scales: torch.Tensor  # fp32 [n]: absmax / 127
+    rows: tuple[int, ...]  # of each matrix
+    dtypes: tuple[torch.dtype, ...]  # what each matrix's decoded values are rounded to
 
     @classmethod
-    def of(cls, weights: Sequence[Int8Weight]) -> Int8Rows:
+    def of(cls, weights: Sequence[Int8Weight]) -> PackedInt8:
         """Matrices of the same inputs, one below the other; a single one's codes are shared, not copied."""
         codes = [weight.codes for weight in weights]
-        rows = cls(
+        absmax = torch.cat([weight.absmax.float() for weight in weights])
+        packed = cls(
             codes[0].contiguous() if len(codes) == 1 else torch.cat(codes),
-            torch.cat([weight.absmax.float() / 127.0 for weight in weights]),
+            absmax,
+            absmax / 127.0,
+            tuple(weight.shape[0] for weight in weights),
+            tuple(weight.dtype for weight in weights),
         )
-        if rows.values.is_cuda:
-            torch.cuda.synchronize(rows.values.device)  # kernels read weights before what is queued ahead is done
-        return rows
+        if packed.codes.is_cuda:
+            torch.cuda.synchronize(packed.codes.device)  # kernels read weights before what is queued ahead is done
+        return packed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes one product reads."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def unpack(self) -> tuple[Int8Weight, ...]:
+        """The matrices as they came: views, which share their memory with this."""
+        codes, absmax = (torch.split(tensor, list(self.rows)) for tensor in (self.codes, self.absmax))
+        return tuple(Int8Weight(*parts) for parts in zip(codes, absmax, self.dtypes, strict=True))
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [n, k]."""
-        return self.values.float() * self.scales[:, None]
+        return self.codes.float() * self.scales[:, None]
 
 
 class Format(ctypes.Structure):
@@ -54,49 +71,49 @@ class Format(ctypes.Structure):
     )
 
 
-def supports(weight: Int8Rows) -> str | None:
+def supports(weight: PackedInt8) -> str | None:
     """None where `int8_matvec` takes this weight, else one line that says why not."""
-    values, scales = weight.values, weight.scales
-    if values.dtype != torch.int8 or not values.is_contiguous():
-        return f"the int8 kernel needs contiguous int8 values, not {values.dtype}, strides {values.stride()}"
-    if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.shape != values.shape[:1]:
+    codes, scales = weight.codes, weight.scales
+    if codes.dtype != torch.int8 or not codes.is_contiguous():
+        return f"the int8 kernel needs contiguous int8 codes, not {codes.dtype}, strides {codes.stride()}"
+    if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.shape != codes.shape[:1]:
         return f"the int8 kernel needs one fp32 scale a row, not {scales.dtype} {tuple(scales.shape)}"
-    if values.shape[1] % 16 or values.data_ptr() % 16:
-        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {values.shape[1]}"
+    if codes.shape[1] % 16 or codes.data_ptr() % 16:
+        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {codes.shape[1]}"
     return None
 
 
-def int8_matvec(x: torch.Tensor, weight: Int8Rows, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def int8_matvec(x: torch.Tensor, weight: PackedInt8, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [m, k] bf16, m from 1 to 8 -> bf16 [m, n], summed in fp32."""
     _check_columns(x, weight)
-    return matvec(STORAGE, argument(weight), x, weight.values.shape[0], out=out)
+    return matvec(STORAGE, argument(weight), x, weight.codes.shape[0], out=out)
 
 
-def int8_head(x: torch.Tensor, weight: Int8Rows, softcap: float | None) -> torch.Tensor:
+def int8_head(x: torch.Tensor, weight: PackedInt8, softcap: float | None) -> torch.Tensor:
     """x [m, d] bf16, m from 1 to 8 -> fp32 logits [m, n], `softcap * tanh(logit / softcap)` where given."""
     _check_columns(x, weight)
-    return matvec(STORAGE, argument(weight), x, weight.values.shape[0], out_dtype="float32", softcap=softcap)
+    return matvec(STORAGE, argument(weight), x, weight.codes.shape[0], out_dtype="float32", softcap=softcap)
 
 
-def _check_columns(x: torch.Tensor, weight: Int8Rows) -> None:
-    if x.shape[-1] != weight.values.shape[1]:
-        raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.values.shape[1]}")
+def _check_columns(x: torch.Tensor, weight: PackedInt8) -> None:
+    if x.shape[-1] != weight.codes.shape[1]:
+        raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.codes.shape[1]}")
 
 
-def argument(weight: Int8Rows) -> ctypes.Structure:
+def argument(weight: PackedInt8) -> ctypes.Structure:
     """The kernels' ``struct Format``, which does not keep the weight alive. ParameterError as ``supports`` says."""
     reason = supports(weight)
     if reason is not None:
         raise ParameterError(reason)
-    return Format(weight.values.data_ptr(), weight.scales.data_ptr(), *weight.values.shape)
+    return Format(weight.codes.data_ptr(), weight.scales.data_ptr(), *weight.codes.shape)
 
 
-def int8_matvec_plain(x: torch.Tensor, weight: Int8Rows) -> torch.Tensor:
+def int8_matvec_plain(x: torch.Tensor, weight: PackedInt8) -> torch.Tensor:
     """The same in plain torch: the weight decoded to bf16, then a matmul."""
     return F.linear(x, weight.dequantize().to(x.dtype))
 
 
-def int8_head_plain(x: torch.Tensor, weight: Int8Rows, softcap: float | None) -> torch.Tensor:
+def int8_head_plain(x: torch.Tensor, weight: PackedInt8, softcap: float | None) -> torch.Tensor:
     """The same in plain torch, in fp32."""
     logits = F.linear(x.float(), weight.dequantize())
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.quantization.decode import decode
 from gemcut.quantization.int8 import llm_int8_product
-from gemcut.quantization.weights import Int8Weight
-
-if TYPE_CHECKING:
-    from gemcut.kernels.linear.case import LinearCase
+from gemcut.quantization.weights import CheckpointWeight, Int8Weight
 
 #: The largest magnitude of a row that is multiplied in fp16; the sum over an MLP's width must stay finite too.
 FP16_SAFE = 2.0**7
@@ -81,3 +79,19 @@ def plain_linear(case: LinearCase, x: Tensor) -> Tensor:
             part = dense_product(x, decode(weight, case.compute_dtype), case.out_dtype)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainLinear:
+    """``plain_linear`` of one case."""
+
+    case: LinearCase
+
+    @property
+    def weights(self) -> tuple[CheckpointWeight, ...]:
+        """The case's."""
+        return self.case.weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` [T, in] -> [T, out]."""
+        return plain_linear(self.case, x)

@@ -24,7 +24,7 @@ from gemcut.kernels.linear import bf16, four_bit, int8
 from gemcut.kernels.linear.cuda import Rows
 from gemcut.kernels.linear.four_bit import PackedFourBit
 from gemcut.kernels.linear.gemv import TILE, Storage
-from gemcut.kernels.linear.int8 import Int8Rows
+from gemcut.kernels.linear.int8 import PackedInt8
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 12  # 168 registers a thread, which the kernel needs
@@ -126,7 +126,7 @@ def storage_of(rows: Rows) -> Storage:
     """The storage format of a weight."""
     if isinstance(rows, PackedFourBit):
         return four_bit.NESTED if rows.nested else four_bit.FLAT
-    return int8.STORAGE if isinstance(rows, Int8Rows) else bf16.STORAGE
+    return int8.STORAGE if isinstance(rows, PackedInt8) else bf16.STORAGE
 
 
 def supports(shape: StepShape, storage: Storage, block_size: int, sms: int, shared_limit: int) -> str | None:
@@ -252,8 +252,8 @@ def _format(rows: Rows) -> ctypes.Structure:
     """The kernel's struct Format of a weight."""
     if isinstance(rows, PackedFourBit):
         return rows.argument
-    if isinstance(rows, Int8Rows):
-        return int8.Format(rows.values.data_ptr(), rows.scales.data_ptr(), *rows.values.shape)
+    if isinstance(rows, PackedInt8):
+        return int8.Format(rows.codes.data_ptr(), rows.scales.data_ptr(), *rows.codes.shape)
     return bf16.Format(rows.data_ptr(), *rows.shape)
 
 

@@ -28,7 +28,6 @@ from gemcut.model.norm import RMSNorm
 from gemcut.model.ops.base import Activations, Rotations
 from gemcut.model.quantized import Int8Embedding
 from gemcut.model.rope import RotaryTable, Rotation
-from gemcut.quantization.weights import Int8Weight
 
 if TYPE_CHECKING:
     from gemcut.model.gemma import MLP, Attention
@@ -131,8 +130,7 @@ class CudaOps:
 def table_of(table: TokenTable) -> tuple[Tensor, Tensor | None]:
     """The embedding's table, and its rows' largest magnitudes where it is int8."""
     if isinstance(table, Int8Embedding):
-        (weight,) = table.weights
-        assert isinstance(weight, Int8Weight)
+        weight = table.table
         return weight.codes, weight.absmax
     assert isinstance(table, Embedding)
     return table.weight, None
