@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cli.real_forms import first_layers
 from gemcut.calibration.divergence import Reference
 from gemcut.calibration.layerwise import CalibrationState, calibrate, read_calibration_text
 from gemcut.checkpoint.load import load_model_weights
@@ -19,7 +18,6 @@ from gemcut.checkpoint.source import Source
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.model import Model
 from gemcut.model.dense import DenseKeyValues
-from gemcut.quantization.calibrate import Method
 from gemcut.quantization.decode import decode
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.spec import Quantization
@@ -173,14 +171,13 @@ def test_nan_is_named(tmp_path: Path, documents: list[list[int]]) -> None:
 
 @pytest.mark.slow
 def test_real_weights(tmp_path: Path) -> None:
-    """Of four layers of Gemma 3 270M, 2,000 tokens of calibration must take away a third of the damage.
+    """On Gemma 3 270M, 2,000 tokens of calibration must take away a third of the damage on text of the same kind.
 
-    On text of the same kind, and without the rounds after error feedback, which take as long again. A whole model's
-    figures are in docs/quantization.md.
+    Compared in fp32, in which all three networks' products are exact enough and quick.
     """
     import pydoc_data.topics
 
-    source = resolve(first_layers(gguf_path(), tmp_path / "four.gguf", 4))
+    source = resolve(gguf_path())
     topics = sorted(pydoc_data.topics.topics.items())
     tokenizer = source.tokenizer()
     (tmp_path / "text").write_text("\n\n".join(text for _, text in topics[::2]), encoding="utf-8")
@@ -188,9 +185,9 @@ def test_real_weights(tmp_path: Path) -> None:
     documents = read_calibration_text(tmp_path / "text", tokenizer, tokens=2048, context=256)
     held_out = read_calibration_text(tmp_path / "held-out", tokenizer, tokens=1024, context=256)
     tensors: dict[str, Weight] = dict(source.tensors(dtype=torch.bfloat16))
-    reference = Reference(build(source, tensors, torch.bfloat16), held_out)
+    reference = Reference(build(source, tensors), held_out)
     plain = {n: quantize_4bit(t) if n != "embed.weight" and t.ndim == 2 else t for n, t in tensors.items()}  # type: ignore[union-attr,arg-type]
-    before = reference.compare(build(source, plain, torch.bfloat16))
-    calibrated = calibrate(source, Quantization("nf4"), documents, method=Method(sweeps=0))
-    after = reference.compare(build(source, dict(calibrated), torch.bfloat16))
-    assert after.kl < 0.65 * before.kl  # perplexity says nothing of a network of four layers
+    before = reference.compare(build(source, plain))
+    after = reference.compare(build(source, dict(calibrate(source, Quantization("nf4"), documents))))
+    assert after.kl < 0.65 * before.kl
+    assert after.perplexity < before.perplexity
