@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemcut.engine.draw import Kind, draw, numbers, same_kind
+from gemcut.engine.draw import SORT_FIRST, Kind, draw, numbers, same_kind
 from gemcut.engine.request import Request, Sequence
-from gemcut.engine.sampler import SORT_FIRST, sample, uniform
+from gemcut.engine.sampler import sample, uniform
 from gemcut.engine.sampling import LEAST, SamplingParams
 
 KINDS: list[dict[str, float]] = [

@@ -25,9 +25,10 @@ from transformers import (
 from engine.chi_square import chi_square, critical
 from engine.driver import Recording, twins
 from gemcut.engine import Request, SamplingParams
-from gemcut.engine.draw import Kind, draw, numbers
+from gemcut.engine.draw import SORT_FIRST, Kind, draw, numbers
+from gemcut.engine.edits import change_logits
 from gemcut.engine.request import Sequence
-from gemcut.engine.sampler import SORT_FIRST, candidates, change_logits, sample
+from gemcut.engine.sampler import candidates, sample
 
 VOCABULARY = 40
 
@@ -395,7 +396,7 @@ def test_every_accepted_extreme_draws_what_float64_says() -> None:
         assert share[token] > 0 or likely[token], params
         if not params.greedy:
             changed32 = row.clone()
-            change_logits(changed32, sequence)
+            change_logits(changed32[None], [sequence])
             drawn, sure = draw(changed32, Kind.of(params), torch.tensor(numbers(params, 0.3), dtype=torch.float64))
             assert bool(sure)
             assert share[int(drawn)] > 0 or likely[int(drawn)], params

@@ -1,7 +1,17 @@
 """Requests in, tokens out: continuous batching over a paged key-value cache, on every device."""
 
+from gemcut.engine.edits import Edit, LogitsEdit
 from gemcut.engine.engine import Engine, EngineConfig
 from gemcut.engine.request import Request, TokenEvent, TokenLogprob
 from gemcut.engine.sampling import SamplingParams
 
-__all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "TokenEvent", "TokenLogprob"]
+__all__ = [
+    "Edit",
+    "Engine",
+    "EngineConfig",
+    "LogitsEdit",
+    "Request",
+    "SamplingParams",
+    "TokenEvent",
+    "TokenLogprob",
+]

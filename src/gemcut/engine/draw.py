@@ -1,7 +1,7 @@
-"""Sampling without the host: ``sampler``'s draw of one token from one row of logits, with shapes that never change.
+"""Drawing tokens from rows of logits with shapes that never change, so that it can stand in a CUDA graph.
 
-So it can stand in a CUDA graph behind the network's step. Filters keep a beginning of the tokens in order of their
-probability, so nothing needs to be cut out: what lies behind the last one kept is not looked at.
+Filters keep a beginning of the tokens in order of their probability, so nothing needs to be cut out: what lies behind
+the last one kept is not looked at. ``sampler`` draws with the same functions, all rows of a kind at once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemcut.engine.sampler import SORT_FIRST
 from gemcut.engine.sampling import SamplingParams
 
+# Nucleus sampling sorts this many of the likeliest tokens first, and the whole vocabulary only if they do not suffice.
+SORT_FIRST = 1024
 _EVERYTHING = 2.0  # a top_p that keeps all: 1 would not, sums of probabilities round
 
 
@@ -42,41 +43,84 @@ def numbers(params: SamplingParams, uniform: float) -> tuple[float, float, float
     return inverse, params.top_p if params.top_p < 1 else _EVERYTHING, params.min_p, uniform
 
 
+@dataclass(frozen=True)
+class Shortlist:
+    """The tokens of each row that a draw looks at, likeliest first.
+
+    Attributes:
+        ids: int64 [..., m]; None: all tokens in the order of their ids, each of which may be drawn.
+        probabilities: theirs, fp32 [..., m], not renormalised behind filters.
+        cumulative: sums of them up to each, fp64 [..., m].
+        last: int64 [..., 1], the place of the last one that may be drawn.
+        enough: bool [...]: whether the m tokens hold all that may be drawn.
+    """
+
+    ids: Tensor | None
+    probabilities: Tensor
+    cumulative: Tensor
+    last: Tensor
+    enough: Tensor
+
+
+def shortlist(scaled: Tensor, kind: Kind, top_p: Tensor, min_p: Tensor, *, everything: bool = False) -> Shortlist:
+    """The tokens that may be drawn.
+
+    Args:
+        scaled: fp32 [..., V]: logits less their largest, divided by the temperature.
+        kind: of all rows.
+        top_p: fp64 [...]; above 1 it keeps all.
+        min_p: fp64 [...]; 0 keeps all.
+        everything: look at all tokens, where ``SORT_FIRST`` were not enough.
+    """
+    vocabulary, device = scaled.shape[-1], scaled.device
+    enough = torch.ones(scaled.shape[:-1], dtype=torch.bool, device=device)
+    if not kind.filtered:
+        probabilities = scaled.softmax(dim=-1)
+        cumulative = probabilities.double().cumsum(-1)
+        last = torch.full((*scaled.shape[:-1], 1), vocabulary - 1, dtype=torch.long, device=device)
+        return Shortlist(None, probabilities, cumulative, last, enough)
+    least = min_p.float().unsqueeze(-1)
+    if kind.top_k:
+        best, ids = scaled.topk(min(kind.top_k, vocabulary), dim=-1)
+        probabilities = best.softmax(dim=-1)
+    elif everything:
+        probabilities, ids = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
+    else:
+        probabilities, ids = scaled.softmax(dim=-1).topk(min(SORT_FIRST, vocabulary), dim=-1)
+        by_mass = (top_p < 1) & (probabilities.sum(dim=-1, dtype=torch.float64) >= top_p)
+        by_floor = (min_p > 0) & (probabilities[..., -1:] < least * probabilities[..., :1]).squeeze(-1)
+        enough = by_mass | by_floor
+    cumulative = probabilities.double().cumsum(-1)
+    kept = (cumulative - probabilities < top_p.unsqueeze(-1)) & (probabilities >= least * probabilities[..., :1])
+    last = kept.sum(-1, keepdim=True).clamp_min(1) - 1
+    return Shortlist(ids, probabilities, cumulative, last, enough)
+
+
+def choose(among: Shortlist, uniform: Tensor) -> Tensor:
+    """The token, int64 [...], at which the probabilities pass ``uniform``, fp64 [...], of what may be drawn."""
+    # Less than the whole sum, whatever is rounded: so a token at the end without a probability is never drawn.
+    point = uniform.unsqueeze(-1) * among.cumulative.gather(-1, among.last)
+    place = torch.minimum(torch.searchsorted(among.cumulative, point, right=True), among.last)
+    return (place if among.ids is None else among.ids.gather(-1, place)).squeeze(-1)
+
+
 def draw(row: Tensor, kind: Kind, values: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of fp32 logits [V], after the final soft-cap.
+    """One token of each row of fp32 logits [..., V], after the final soft-cap.
 
     Args:
         row: the logits.
-        kind: of the request.
-        values: fp64 [4] on the row's device, see ``numbers``.
+        kind: of the requests.
+        values: fp64 [..., 4] on the rows' device, see ``numbers``.
 
     Returns:
-        (token int64 [], sure bool []). Where ``sure`` is false more than the ``SORT_FIRST`` likeliest tokens were
+        (token int64 [...], sure bool [...]). Where ``sure`` is false more than the ``SORT_FIRST`` likeliest tokens were
         needed, and the token is to be drawn by ``sampler`` instead.
     """
-    inverse, top_p, min_p, uniform = values.unbind()
-    row = (row - row.max()) * inverse.float()
-    sure = torch.ones((), dtype=torch.bool, device=row.device)
-    if not kind.filtered:
-        cumulative = row.softmax(dim=-1).double().cumsum(0)
-        return _search(cumulative, uniform * cumulative[-1]).clamp_max(len(cumulative) - 1), sure
-    if kind.top_k:
-        best, ids = row.topk(min(kind.top_k, len(row)))
-        probabilities = best.softmax(dim=-1)
-    else:
-        probabilities, ids = row.softmax(dim=-1).topk(min(SORT_FIRST, len(row)))
-        by_mass = (top_p < 1) & (probabilities.sum(dtype=torch.float64) >= top_p)
-        by_floor = (min_p > 0) & (probabilities[-1] < min_p.float() * probabilities[0])
-        sure = by_mass | by_floor | (len(ids) == len(row))
-    cumulative = probabilities.double().cumsum(0)
-    kept = (cumulative - probabilities < top_p) & (probabilities >= min_p.float() * probabilities[0])
-    last = kept.sum().clamp_min(1) - 1
-    place = torch.minimum(_search(cumulative, uniform * cumulative.gather(0, last[None])[0]), last)
-    return ids.gather(0, place[None])[0], sure
-
-
-def _search(cumulative: Tensor, point: Tensor) -> Tensor:
-    return torch.searchsorted(cumulative, point[None], right=True)[0]
+    inverse, top_p, min_p, uniform = values.unbind(-1)
+    scaled = (row - row.amax(dim=-1, keepdim=True)) * inverse.float().unsqueeze(-1)
+    among = shortlist(scaled, kind, top_p, min_p)
+    all_there = among.ids is None or among.ids.shape[-1] == row.shape[-1]
+    return choose(among, uniform), torch.ones_like(among.enough) if all_there else among.enough
 
 
 def same_kind(params: Many[SamplingParams]) -> Kind | None:

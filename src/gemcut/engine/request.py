@@ -6,15 +6,21 @@ import itertools
 import secrets
 import time
 import weakref
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
 
 from gemcut.engine.blocks import BlockKey
 from gemcut.engine.sampling import SamplingParams
 from gemcut.errors import GemcutError
+
+if TYPE_CHECKING:
+    from gemcut.engine.edits import LogitsEdit
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 _ids = itertools.count()
@@ -45,6 +51,7 @@ class Request:
         text: makes what receives the tokens and watches for stop texts; None where only ids are wanted. It is called
             again where an exception struck inside a sink: the new one is fed with the same tokens.
         prompt_logprobs: also compute the log-probability of every prompt token after the first.
+        edit: asked before each choice what to change of the logits; None: nothing.
         request_id: unique while the request lives.
     """
 
@@ -53,6 +60,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     text: Callable[[], TextSink] | None = None
     prompt_logprobs: bool = False
+    edit: LogitsEdit | None = None
     request_id: int = field(default_factory=lambda: next(_ids))
 
 
@@ -127,7 +135,7 @@ class Sequence:
         self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         self.output_counts: dict[int, int] = {}
         self.block_keys: list[BlockKey] = []  # names of its blocks, as far as they were needed; tokens never change
-        self._seen: dict[int, None] | None = None
+        self._seen: tuple[set[int], array[int]] | None = None
         self._sink = request.text() if request.text is not None else None
         self.prompt_logprobs: list[float] = []
         #: Set while a step runs by whoever finds that this request cannot go on (prompt log-probabilities that are not
@@ -176,11 +184,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def seen(self) -> list[int]:
+    def seen(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The different tokens of prompt and output; kept from step to step once they were asked for."""
         if self._seen is None:
-            self._seen = dict.fromkeys(self.tokens)
-        return list(self._seen)
+            self._seen = set(self.tokens), array("q", dict.fromkeys(self.tokens))
+        return np.array(self._seen[1], dtype=np.int64)
 
     @property
     def sink(self) -> TextSink | None:
@@ -195,8 +203,9 @@ class Sequence:
     def append(self, token: int) -> None:
         """Add a token."""
         self.tokens.append(token)
-        if self._seen is not None:
-            self._seen[token] = None
+        if self._seen is not None and token not in self._seen[0]:
+            self._seen[1].append(token)
+            self._seen[0].add(token)
         self.output_counts[token] = self.output_counts.get(token, 0) + 1
 
     def add(self, event: TokenEvent) -> None:

@@ -13,9 +13,10 @@ from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.diagnosis import explain_bad_logits
 from gemcut.engine.draw import numbers, same_kind
 from gemcut.engine.draw_graphs import most_draws
+from gemcut.engine.edits import changes_logits
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.engine.request import RowError
-from gemcut.engine.sampler import changes_logits, uniform
+from gemcut.engine.sampler import uniform
 from gemcut.engine.scheduler import Scheduled
 from gemcut.model import Model
 from gemcut.model.key_values import Span

@@ -3,23 +3,45 @@
 The order is transformers': penalties and bias change logits, then temperature, then each filter sees what the one
 before it left, renormalised. A draw uses one uniform number that depends on the request's seed and the token's place
 alone, so neighbours, batch size, chunking and preemption do not change it, nor does the device.
+
+Rows are drawn together, whatever their parameters are: those that need the same operations (``draw.Kind``) at once,
+with their temperatures, top_p, min_p and random numbers as tensors. A GPU is waited for once for the likeliest tokens,
+once for all draws, once more where a nucleus is wider than ``SORT_FIRST`` tokens, and once for log-probabilities.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gemcut.engine.draw import Kind, choose, numbers, shortlist
+from gemcut.engine.edits import change_logits, changes_logits
+from gemcut.engine.logprobs import token_logprobs
 from gemcut.engine.request import RowError, Sequence, TokenLogprob
+from gemcut.engine.sampling import SamplingParams
+from gemcut.engine.tensors import indices, rows_at_once, upload
 
-# Nucleus sampling sorts this many of the likeliest tokens first, and the whole vocabulary only if they do not suffice.
-SORT_FIRST = 1024
 _MASK = 2**64 - 1
 NOT_FINITE = "the logits of this request hold NaN or infinity"
+NO_TOKEN_LEFT = (
+    "every token is forbidden: the request's mask, bias and min_new_tokens leave none; they must allow at least one"
+)
+CHANGED_NOT_FINITE = "the request's own bias makes logits NaN or infinite; expected finite numbers, or -inf to forbid"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A row whose token is drawn; ``numbers`` are those of ``draw.numbers``."""
+
+    index: int
+    temperature: float
+    numbers: tuple[float, float, float, float]
 
 
 def uniform(seed: int, place: int) -> float:
@@ -47,97 +69,154 @@ def sample(
         row's own parameters fail, or its logits are not finite, a RowError stands in its place, and the others are
         what they would be without it.
     """
-    errors: dict[int, RowError] = {}
-    raw = logits
-    for index, sequence in enumerate(sequences):
-        try:
-            if changes_logits(sequence):
-                if logits is raw:
-                    logits = raw.clone()
-                change_logits(logits[index], sequence)
-        except Exception as error:  # whatever it is, it is this request's own
-            errors[index] = RowError.of(error)
-    places, finite = _likeliest(logits, raw)
+    rows = _Rows(logits, sequences)
+    errors = rows.errors
+    places, sound, largest = _likeliest(rows)
     tokens: list[int | RowError] = [*places]
-    for index, good in enumerate(finite):
-        if index not in errors and not good:
-            errors[index] = RowError(explain())
+    for index, (finite, value) in enumerate(zip(sound, largest, strict=True)):
+        if index not in errors and not (finite and math.isfinite(value)):
+            changed = NO_TOKEN_LEFT if value == -math.inf else CHANGED_NOT_FINITE
+            errors[index] = RowError(changed if finite else explain())
+    drawn: dict[Kind, list[_Drawn]] = {}
     wanted: list[int | None] = [None] * len(sequences)
     for index, sequence in enumerate(sequences):
+        p = sequence.request.params
+        if index in errors:
+            continue
         try:
-            if index not in errors and not sequence.request.params.greedy:
-                tokens[index] = _draw(logits[index], sequence)
-            wanted[index] = sequence.request.params.logprobs
+            if not p.greedy:
+                own = numbers(p, uniform(sequence.seed, sequence.output_length))
+                drawn.setdefault(Kind.of(p), []).append(_Drawn(index, p.temperature, own))
+            wanted[index] = p.logprobs
         except Exception as error:
             errors[index] = RowError.of(error)
+    for index, token in _draw(rows, drawn).items():
+        tokens[index] = token
     for index, failure in errors.items():
         tokens[index], wanted[index] = failure, None
-    return tokens, token_logprobs(raw, tokens, wanted)
+    return tokens, token_logprobs(logits, tokens, wanted)
 
 
-def _likeliest(logits: Tensor, raw: Tensor) -> tuple[list[int], list[bool]]:
-    """The place of each row's largest value, and whether that is a number and ``raw`` holds finite numbers alone.
+class _Rows:
+    """A step's rows of logits as tokens are chosen from them.
 
-    ``raw``: ``logits`` [n, V], or what they were before they were changed, where the -inf of a token that may not come
-    is no fault.
+    Those that nothing changes stay where the network left them, the others are copies.
     """
+
+    def __init__(self, raw: Tensor, sequences: Many[Sequence]) -> None:
+        self.raw = raw
+        self.errors: dict[int, RowError] = {}
+        #: Of each row that was changed its place in ``changed``.
+        self.place: dict[int, int] = {}
+        for index, sequence in enumerate(sequences):
+            try:
+                if changes_logits(sequence):
+                    self.place[index] = len(self.place)
+            except Exception as error:
+                self.errors[index] = RowError.of(error)
+        self.changed: Tensor | None = None
+        if self.place:
+            own = list(self.place)
+            self.changed = self._copied(raw, own)
+            failed = change_logits(self.changed, [sequences[index] for index in own])
+            self.errors |= {own[place]: error for place, error in failed.items()}
+
+    def take(self, wanted: list[int]) -> tuple[Tensor, list[int]]:
+        """A copy of these rows, fp32 [k, V], and which is which."""
+        plain = [index for index in wanted if index not in self.place]
+        own = [index for index in wanted if index in self.place]
+        if self.changed is None or not own:
+            return self._copied(self.raw, plain), plain
+        changed = self._copied(self.changed, [self.place[index] for index in own])
+        return (torch.cat((self._copied(self.raw, plain), changed)) if plain else changed), plain + own
+
+    def _copied(self, rows: Tensor, wanted: list[int]) -> Tensor:
+        return rows.index_select(0, indices(wanted, rows.device))
+
+
+def _likeliest(rows: _Rows) -> tuple[list[int], list[bool], list[float]]:
+    """Of each row: the place of its largest value, whether the network's logits are all finite numbers, that value.
+
+    The -inf of a token that may not come is no fault, so the network's own logits are looked at.
+    """
+    raw, changed = rows.raw, rows.changed
+    if raw.is_cuda:
+        best, least = raw.max(dim=-1), raw.amin(dim=-1).double()
+        finite = (least + best.values).isfinite()
+        found = torch.stack((best.indices.double(), finite.double(), best.values.double()))
+        if changed is not None:
+            own, where = changed.max(dim=-1), indices(list(rows.place), raw.device)
+            found[0, where], found[2, where] = own.indices.double(), own.values.double()
+        ids, sound, values = found.tolist()  # one wait for the GPU
+        return [int(i) for i in ids], [bool(each) for each in sound], values
+    places, largest = _ends(raw)
+    least_of_all = [value for part in _parts(raw) for value in part.numpy().min(axis=-1).tolist()]
+    numbers_alone = [math.isfinite(a) and math.isfinite(b) for a, b in zip(largest, least_of_all, strict=True)]
+    if changed is not None:
+        for index, place, value in zip(rows.place, *_ends(changed), strict=True):
+            places[index], largest[index] = place, value
+    return places, numbers_alone, largest
+
+
+def _ends(rows: Tensor) -> tuple[list[int], list[float]]:
+    """The place and value of the largest of each row on a CPU.
+
+    On one processor: PyTorch's threads would go on spinning while the next step's products want theirs.
+    """
+    places = [place for part in _parts(rows) for place in part.numpy().argmax(axis=-1).tolist()]
+    return places, rows.gather(1, indices(places, rows.device)[:, None])[:, 0].tolist()
+
+
+def _parts(rows: Tensor) -> Many[Tensor]:
+    return torch.split(rows, rows_at_once(rows))
+
+
+def _draw(rows: _Rows, drawn: dict[Kind, list[_Drawn]]) -> dict[int, int]:
+    """The tokens of the rows that draw, by row."""
+    most = rows_at_once(rows.raw)
+    found = [
+        _draw_part(rows, kind, members[start : start + most])
+        for kind, members in drawn.items()
+        for start in range(0, len(members), most)
+    ]
+    tokens = _together(found)
+    few = [index for index, (_, enough) in tokens.items() if not enough]
+    if few:
+        again = {member.index: member for members in drawn.values() for member in members}
+        kind = Kind(0, filtered=True)
+        tokens |= _together(
+            [
+                _draw_part(rows, kind, [again[index] for index in few[start : start + most]], everything=True)
+                for start in range(0, len(few), most)
+            ]
+        )
+    return {index: token for index, (token, _) in tokens.items()}
+
+
+def _draw_part(
+    rows: _Rows, kind: Kind, members: list[_Drawn], *, everything: bool = False
+) -> tuple[list[int], Tensor, Tensor]:
+    """(rows, their tokens int64 [k], whether each is right bool [k]) of some rows of one kind."""
+    logits, order = rows.take([member.index for member in members])
+    by_index = {member.index: member for member in members}
+    table = np.array([(by_index[index].temperature, *by_index[index].numbers) for index in order])
+    temperature, inverse, top_p, min_p, point = upload(table, logits.device).unbind(-1)
+    logits -= logits.amax(dim=-1, keepdim=True)  # first: a tiny temperature must not make two infinities
     if logits.is_cuda:
-        best, ends = logits.max(dim=-1), raw.amin(dim=-1).double()
-        if raw is not logits:
-            ends += raw.amax(dim=-1)
-        places, finite = torch.stack((best.indices, (ends + best.values).isfinite())).tolist()  # one wait for the GPU
-        return places, [bool(each) for each in finite]
-    # On one processor: PyTorch's threads would go on spinning while the next step's products want theirs.
-    array, before = logits.numpy(), raw.numpy()
-    indices = array.argmax(axis=-1)
-    numbers = np.isfinite(array[np.arange(len(array)), indices]) & np.isfinite(before.min(axis=-1))
-    if raw is not logits:
-        numbers &= np.isfinite(before.max(axis=-1))
-    return indices.tolist(), numbers.tolist()
+        logits *= inverse.float()[:, None]  # as the graphs' draws do
+    else:
+        logits /= temperature.float()[:, None]
+    among = shortlist(logits, kind, top_p, min_p, everything=everything)
+    return order, choose(among, point), among.enough
 
 
-def changes_logits(sequence: Sequence) -> bool:
-    """Whether penalties, a bias or a least length come between the network's logits and the choice."""
-    p = sequence.request.params
-    return bool(
-        p.logit_bias
-        or p.repetition_penalty != 1
-        or p.presence_penalty
-        or p.frequency_penalty
-        or sequence.output_length < p.min_new_tokens
-    )
-
-
-def change_logits(row: Tensor, sequence: Sequence) -> None:
-    """Apply penalties and bias to one row of logits [V] in place.
-
-    Repetition penalty: positive logits of tokens in prompt or output are divided by it, negative ones multiplied
-    (Keskar et al. 2019). Presence and frequency penalties: OpenAI's formula, on generated tokens.
-    """
-    p = sequence.request.params
-    if p.repetition_penalty != 1:
-        seen = torch.tensor(sequence.seen, device=row.device)
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    if (p.presence_penalty or p.frequency_penalty) and sequence.output_counts:
-        generated = torch.tensor(list(sequence.output_counts), device=row.device)
-        counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
-        row[generated] -= p.presence_penalty + p.frequency_penalty * counts
-    if p.logit_bias:
-        biased = torch.tensor(list(p.logit_bias), device=row.device)
-        row[biased] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
-    if sequence.output_length < p.min_new_tokens:
-        stops = [i for i in sequence.request.stop_ids if 0 <= i < len(row)]  # a tokenizer may know more ids
-        row[torch.tensor(stops, dtype=torch.long, device=row.device)] = float("-inf")
-
-
-def _draw(row: Tensor, sequence: Sequence) -> int:
-    p = sequence.request.params
-    probabilities, ids = candidates(row, p.temperature, p.top_k, p.top_p, p.min_p)
-    cumulative = probabilities.double().cumsum(0)
-    point = uniform(sequence.seed, sequence.output_length) * cumulative[-1]
-    place = torch.searchsorted(cumulative, point, right=True).clamp_max(len(cumulative) - 1)
-    return int(place if ids is None else ids[place])
+def _together(found: list[tuple[list[int], Tensor, Tensor]]) -> dict[int, tuple[int, bool]]:
+    """Of each row its token and whether it is right; one wait for a GPU."""
+    if not found:
+        return {}
+    order = [index for rows, _, _ in found for index in rows]
+    both = torch.stack((torch.cat([each[1] for each in found]), torch.cat([each[2] for each in found]).long()))
+    return {index: (token, bool(right)) for index, token, right in zip(order, *both.tolist(), strict=True)}
 
 
 def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
@@ -146,48 +225,13 @@ def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p:
     Returns (probabilities [m], ids [m]), likeliest first; or ids None when nothing is filtered and token i has
     probability i.
     """
-    vocabulary = row.shape[0]
-    row = (row - row.max()) / temperature  # the difference first: a tiny temperature must not make two infinities
-    if top_k == 0 and top_p == 1 and min_p == 0:
-        return row.softmax(dim=-1), None
-    count = min(top_k or vocabulary, vocabulary)
-    if top_k:
-        values, ids = row.topk(count)
-        probabilities = values.softmax(dim=-1)
-    else:
-        everything = row.softmax(dim=-1)
-        probabilities, ids = everything.topk(min(SORT_FIRST, vocabulary))
-        by_mass = top_p < 1 and bool(probabilities.sum(dtype=torch.float64) >= top_p)
-        by_floor = min_p > 0 and bool(probabilities[-1] < min_p * probabilities[0])
-        if not (by_mass or by_floor):
-            probabilities, ids = everything.sort(descending=True)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if top_p < 1:
-        before = probabilities.double().cumsum(0) - probabilities
-        keep &= before < top_p
-    if min_p > 0:
-        keep &= probabilities >= min_p * probabilities[0]
-    keep[0] = True
-    return probabilities[keep], ids[keep]
-
-
-def token_logprobs(logits: Tensor, tokens: Many[int | RowError], wanted: Many[int | None]) -> list[TokenLogprob | None]:
-    """Log-probability of each row's token under softmax of ``logits`` [n, V], with its likeliest alternatives.
-
-    ``wanted[i]`` is how many alternatives row i asks for; None asks for nothing, as a row without a token must.
-    """
-    results: list[TokenLogprob | None] = [None] * len(tokens)
-    rows = [i for i, count in enumerate(wanted) if count is not None]
-    if not rows:
-        return results
-    logprobs = logits[rows].log_softmax(dim=-1)
-    most = max(wanted[i] or 0 for i in rows)
-    values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1) if most else (None, None)
-    for place, i in enumerate(rows):
-        top: tuple[tuple[int, float], ...] = ()
-        if values is not None and ids is not None and (count := wanted[i]):
-            top = tuple(zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True))
-        token = tokens[i]
-        assert not isinstance(token, RowError)
-        results[i] = TokenLogprob(token, float(logprobs[place, token]), top)
-    return results
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    kind = Kind.of(params)
+    _, *limits, _ = numbers(params, 0.0)
+    bounds = torch.tensor(limits, dtype=torch.float64, device=row.device)
+    scaled = (row - row.max()) / temperature
+    among = shortlist(scaled, kind, *bounds)
+    if not among.enough:
+        among = shortlist(scaled, kind, *bounds, everything=True)
+    kept = slice(int(among.last) + 1)
+    return among.probabilities[kept], None if among.ids is None else among.ids[kept]

@@ -6,9 +6,13 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from gemcut.errors import ParameterError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
@@ -86,6 +90,17 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken each time."""
         return self.temperature == 0 or self.do_sample is False or self.top_k == 1
+
+    @cached_property
+    def bias_arrays(self) -> tuple[np.ndarray[Any, np.dtype[Any]], np.ndarray[Any, np.dtype[Any]]]:
+        """``logit_bias`` as (token ids int64 [m], numbers fp32 [m])."""
+        import numpy as np
+
+        count = len(self.logit_bias)
+        return (
+            np.fromiter(self.logit_bias, np.int64, count),
+            np.fromiter(self.logit_bias.values(), np.float32, count),
+        )
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> SamplingParams:

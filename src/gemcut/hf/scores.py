@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemcut.engine.edits import change_logits
 from gemcut.engine.request import Request, Sequence
-from gemcut.engine.sampler import candidates, change_logits
+from gemcut.engine.sampler import candidates
 from gemcut.gemma import Gemma
 from gemcut.hf.generation import SUPPRESSED, Job
 from gemcut.model.dense import DenseKeyValues
@@ -61,7 +62,7 @@ def step_scores(logits: list[Tensor], job: Job, new: list[list[int]], *, renorma
         sequence = Sequence(Request(prompt_ids=tuple(job.inputs.rows[i]), params=params, stop_ids=job.stop_ids))
         scores = rows.clone()
         for row, token in zip(scores, tokens, strict=True):
-            change_logits(row, sequence)
+            change_logits(row[None], [sequence])
             row[row < SUPPRESSED / 2] = float("-inf")
             if not params.greedy:
                 _, kept = candidates(row, params.temperature, params.top_k, params.top_p, params.min_p)
