@@ -1,4 +1,4 @@
-"""Attention of one new token of each sequence over the paged cache, on a CPU (src/variant/step_attention.cpp).
+"""Attention of one new token of each sequence over the paged cache, on a CPU (src/variant/decode_attention.cpp).
 
 Rotation, norms of queries and keys (Gemma 3) and the write of the new key and value are inside; the arithmetic is fp32.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from gemcut.kernels.attention.decode import DecodeSpec
 from gemcut.kernels.cpu import library as cpu
 
-#: step_attention.cpp's limit.
+#: decode_attention.cpp's limit.
 MAX_HEAD_DIM = 512
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class AttentionCall(ctypes.Structure):
-    """step_attention.cpp's AttentionCall."""
+    """decode_attention.cpp's AttentionCall."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("qkv", "cos", "sin", "q_norm", "k_norm", "keys", "values")),

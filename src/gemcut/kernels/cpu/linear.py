@@ -1,4 +1,4 @@
-"""Linear layers for a few rows on a CPU: the C++ products of src/variant/linear.cpp behind dispatch's interface."""
+"""Linear layers on a CPU: the C++ kernels of src/variant/linear.cpp and gemm.cpp behind dispatch's interface."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class _Segment(ctypes.Structure):
         ("nested_scale", ctypes.c_void_p),
         ("nested_map", ctypes.c_void_p),
         ("nested_planes", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("short_table", ctypes.c_void_p),
+        ("codebook", ctypes.c_void_p),
+        ("short_codebook", ctypes.c_void_p),
         ("block_size", ctypes.c_int64),
         ("nested_offset", ctypes.c_float),
         ("short_factor", ctypes.c_float),

@@ -1,4 +1,8 @@
-// What attention of one query a sequence is given.
+// Computes: the arguments of decode_attention.cpp's attend_one
+// Shapes: see the fields; sequences of one new token each, heads of head_dim values
+// Runs: filled by stack.cpp, and by gemcut/kernels/cpu/attention.py, which mirrors the struct
+// Schedule: none: a declaration
+// Invariants: pointers live until the call returns; window 0: the whole context; softcap 0: none
 #pragma once
 #include "gemcut.h"
 

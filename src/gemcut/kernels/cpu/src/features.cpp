@@ -1,4 +1,8 @@
-// What this processor and its operating system can do.
+// Computes: what this processor and its operating system can do
+// Shapes: a variant's name -> 1 or 0
+// Runs: gemcut/kernels/cpu/library.py, once when the library is loaded
+// Schedule: cpuid and xgetbv on x86-64, hwcaps on Arm; asks Linux for the AMX tile registers
+// Invariants: 1 only if every instruction of the variant runs here
 #include "gemcut.h"
 
 #if defined(__x86_64__)

@@ -1,4 +1,8 @@
-// What every file of this library may use. Read this first.
+// Computes: nothing: what every file of this library may use, and its rules. Read this first
+// Shapes: bf16 is uint16_t; sizes are int64_t; strides count elements
+// Runs: included by every file here
+// Schedule: src/*.cpp is compiled once, src/variant/*.cpp once per instruction set; entry points are plain C functions
+// Invariants: results do not depend on the number of threads; no entry point allocates a result or fails
 //
 // Layout
 //   src/*.cpp          compiled once, for any processor of the architecture.

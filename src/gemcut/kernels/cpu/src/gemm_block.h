@@ -1,8 +1,12 @@
-// Micro-kernels: 32 rows of a weight panel times 16 or 32 rows of x, added to tiles of sums.
+// Computes: 32 rows of a weight panel times 16 or 32 rows of x, added to tiles of sums: the GEMM's micro-kernel
+// Shapes: weights [32, PANEL_K]; x in strips of 16 rows; sums fp32 [16 weights' rows, 16 rows of x] a tile
+// Runs: one thread for one panel, in gemm.cpp
+// Schedule: register blocking (GotoBLAS, Goto and van de Geijn 2008); AMX tiles, AVX-512 BF16 dot products, or fp32 FMA
+// Invariants: each sum is added in the order of k; count is a multiple of 32
 //
 // x is packed in strips of 16 rows: for each pair of inputs (each input where sums are made in fp32) the 16 rows stand
-// side by side. A tile of sums is [16 weights' rows][16 rows of x] in fp32: weights' rows are read as they are decoded,
-// and only the result, which is small, is turned round (gemm.cpp).
+// side by side. Weights' rows are read as they are dequantized, and only the result, which is small, is transposed
+// (gemm.cpp).
 #pragma once
 #include "gemm_panel.h"
 

@@ -1,4 +1,8 @@
-// What the matrix-vector products of linear.cpp are given; gemcut/kernels/cpu/linear.py mirrors it.
+// Computes: what linear.cpp and gemm.cpp are given: segments (matrices of the same inputs) and their plan
+// Shapes: a Segment is one matrix [rows, k]; its results are columns [column, column + rows) of the output
+// Runs: filled by gemcut/kernels/cpu/linear.py, which mirrors the structs
+// Schedule: none: a declaration
+// Invariants: k at most MAX_K; FOUR_BIT blocks are a power of two from 32 on and divide k
 #pragma once
 #include "gemcut.h"
 
@@ -12,8 +16,8 @@ struct Segment {
     const float* nested_scale;   // null: absmax is fp32
     const float* nested_map;     // 256 values
     const uint8_t* nested_planes;  // their first bytes, all second bytes, third, fourth
-    const float* table;          // FOUR_BIT: 16 values
-    const int16_t* short_table;  // the same times short_factor, rounded to integers of 14 bits with sign
+    const float* codebook;          // FOUR_BIT: 16 values
+    const int16_t* short_codebook;  // the same times short_factor, rounded to integers of 14 bits with sign
     int64_t block_size;
     float nested_offset, short_factor;
 };

@@ -1,12 +1,16 @@
-// Threads that share loops with as little waiting as the system allows.
+// Computes: threads that share loops with as little waiting as the system allows
+// Shapes: at most 256 threads; an epoch and one cursor a thread
+// Runs: gemcut_parallel (pool.h); the caller works too
+// Schedule: static split with work stealing; waiting is a spin of some tens of microseconds, then a futex
+// Invariants: no chunk is done twice or left out; a thread that computes nothing uses no processor
 //
-// A loop is published by raising `epoch`. Every participant p owns the pieces [p * n / threads, (p + 1) * n / threads)
-// and takes them by advancing its cursor; a cursor holds the epoch in its upper half, so a thread that wakes up late
-// cannot take pieces of a loop that is over: its compare-exchange fails. Therefore nobody has to wait until a sleeping
-// thread has woken; if it is late, its pieces are done by others.
+// A loop is published by raising `epoch`. Every participant p owns the chunks [p * n / threads, (p + 1) * n / threads)
+// and takes them by advancing its cursor. A cursor holds the epoch in its upper half, so a thread that wakes up late
+// cannot take chunks of a loop that is over: its compare-exchange fails. Therefore nobody has to wait until a sleeping
+// thread has woken. If it is late, its chunks are done by others.
 //
-// Waiting is a spin of some tens of microseconds, which covers the gap between two layers, and then a futex: a process
-// that computes nothing uses no processor, and other programs get theirs.
+// The spin covers the gap between two layers. After it a process that computes nothing uses no processor, and other
+// programs get theirs.
 #include "pool.h"
 
 #include <atomic>
@@ -28,13 +32,13 @@ constexpr int MAX_THREADS = 256;
 constexpr int64_t SPIN_NANOSECONDS = 40000;
 
 struct alignas(64) Cursor {
-    std::atomic<uint64_t> value{0};  // epoch << 32 | next piece
+    std::atomic<uint64_t> value{0};  // epoch << 32 | next chunk
 };
 
 struct Loop {
     gemcut_task task;
     void* context;
-    int64_t items, grain, pieces;
+    int64_t items, grain, chunks;
     int threads;
 };
 
@@ -45,7 +49,7 @@ struct Shared {
     void write(const Loop& loop) {
         const uint64_t values[6] = {uint64_t(reinterpret_cast<uintptr_t>(loop.task)),
                                     uint64_t(reinterpret_cast<uintptr_t>(loop.context)),
-                                    uint64_t(loop.items), uint64_t(loop.grain), uint64_t(loop.pieces),
+                                    uint64_t(loop.items), uint64_t(loop.grain), uint64_t(loop.chunks),
                                     uint64_t(loop.threads)};
         for (int i = 0; i < 6; ++i) words[i].store(values[i], std::memory_order_relaxed);
     }
@@ -61,7 +65,7 @@ struct Shared {
 struct Pool {
     alignas(64) std::atomic<uint32_t> epoch{0};
     alignas(64) std::atomic<int32_t> asleep{0};
-    alignas(64) std::atomic<uint32_t> done{0};      // pieces of the current loop
+    alignas(64) std::atomic<uint32_t> done{0};      // chunks of the current loop
     std::atomic<uint32_t> caller_sleeps{0};
     alignas(64) std::atomic<bool> busy{false};
     std::atomic<int> started{0};                    // worker threads, without the caller
@@ -125,25 +129,25 @@ bool spin_while(std::atomic<uint32_t>& word, uint32_t seen) {
     return false;
 }
 
-void run_piece(const Loop& loop, int64_t piece, int worker) {
-    const int64_t begin = piece * loop.grain;
+void run_chunk(const Loop& loop, int64_t chunk, int worker) {
+    const int64_t begin = chunk * loop.grain;
     const int64_t end = begin + loop.grain < loop.items ? begin + loop.grain : loop.items;
     loop.task(loop.context, begin, end, worker);
 }
 
-// Does own pieces, then those of the others. `loop` was read after `epoch` was seen. Cursors are closed before the next
+// Does own chunks, then those of the others. `loop` was read after `epoch` was seen. Cursors are closed before the next
 // loop is written (see gemcut_parallel), so a successful exchange proves that the copy is whole and of this epoch.
 void work(uint32_t epoch, const Loop& loop, int self) {
     for (int turn = 0; turn < loop.threads; ++turn) {
         const int owner = (self + turn) % loop.threads;
         std::atomic<uint64_t>& cursor = pool.cursors[owner].value;
-        const uint64_t end = uint64_t(loop.pieces) * (owner + 1) / loop.threads;
+        const uint64_t end = uint64_t(loop.chunks) * (owner + 1) / loop.threads;
         uint64_t seen = cursor.load(std::memory_order_acquire);
         while (uint32_t(seen >> 32) == epoch && (seen & 0xffffffffu) < end) {
             if (!cursor.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
-            run_piece(loop, int64_t(seen & 0xffffffffu), self);
+            run_chunk(loop, int64_t(seen & 0xffffffffu), self);
             const uint32_t finished = pool.done.fetch_add(1) + 1;
-            if (finished == uint32_t(loop.pieces) && pool.caller_sleeps.load()) wake(pool.done, 1);
+            if (finished == uint32_t(loop.chunks) && pool.caller_sleeps.load()) wake(pool.done, 1);
             seen = cursor.load(std::memory_order_acquire);
         }
         if (uint32_t(seen >> 32) != epoch) return;
@@ -169,7 +173,7 @@ void* worker_main(void* argument) {
 }
 
 // A child of fork() has no worker threads: it starts its own when it needs them. If another thread's loop was running,
-// its remaining pieces are nobody's here: the first worker would find the loop's epoch current and do them.
+// its remaining chunks are nobody's here: the first worker would find the loop's epoch current and do them.
 void after_fork_in_child() {
     for (Cursor& cursor : pool.cursors) cursor.value.store(0);
     pool.started.store(0);
@@ -198,7 +202,7 @@ int start_workers(int count) {
 }
 
 void run_alone(const Loop& loop) {
-    for (int64_t piece = 0; piece < loop.pieces; ++piece) run_piece(loop, piece, 0);
+    for (int64_t chunk = 0; chunk < loop.chunks; ++chunk) run_chunk(loop, chunk, 0);
 }
 
 }  // namespace
@@ -209,7 +213,7 @@ GEMCUT_EXPORT void gemcut_parallel(gemcut_task task, void* context, int64_t item
     if ((items + grain - 1) / grain > 0x7fffffff) grain = items / 0x40000000 + 1;
     Loop loop{task, context, items, grain, (items + grain - 1) / grain, threads};
     if (loop.threads > MAX_THREADS) loop.threads = MAX_THREADS;
-    if (loop.threads > loop.pieces) loop.threads = int(loop.pieces);
+    if (loop.threads > loop.chunks) loop.threads = int(loop.chunks);
     if (loop.threads < 2 || pool.busy.exchange(true, std::memory_order_acquire)) return run_alone(loop);
     const int have = start_workers(loop.threads - 1) + 1;
     if (loop.threads > have) loop.threads = have;
@@ -228,7 +232,7 @@ GEMCUT_EXPORT void gemcut_parallel(gemcut_task task, void* context, int64_t item
     pool.loop.write(loop);
     pool.done.store(0);
     for (int p = 0; p < loop.threads; ++p) {
-        const uint64_t first = uint64_t(loop.pieces) * p / loop.threads;
+        const uint64_t first = uint64_t(loop.chunks) * p / loop.threads;
         pool.cursors[p].value.store(uint64_t(epoch) << 32 | first, std::memory_order_release);
     }
     pool.epoch.store(epoch);
@@ -236,16 +240,16 @@ GEMCUT_EXPORT void gemcut_parallel(gemcut_task task, void* context, int64_t item
     if (pool.asleep.load() > 0) wake(pool.epoch, pool.started.load());
     work(epoch, loop, 0);
 
-    const uint32_t pieces = uint32_t(loop.pieces);
+    const uint32_t chunks = uint32_t(loop.chunks);
     const int64_t spin_end = now() + SPIN_NANOSECONDS;
     uint32_t finished;
-    while ((finished = pool.done.load(std::memory_order_acquire)) != pieces) {
+    while ((finished = pool.done.load(std::memory_order_acquire)) != chunks) {
         if (now() < spin_end) {
-            for (int i = 0; i < 16 && pool.done.load(std::memory_order_acquire) != pieces; ++i) relax();
+            for (int i = 0; i < 16 && pool.done.load(std::memory_order_acquire) != chunks; ++i) relax();
             continue;
         }
         pool.caller_sleeps.store(1);
-        if ((finished = pool.done.load()) != pieces) sleep_while(pool.done, finished);
+        if ((finished = pool.done.load()) != chunks) sleep_while(pool.done, finished);
         pool.caller_sleeps.store(0);
     }
     pool.busy.store(false, std::memory_order_release);

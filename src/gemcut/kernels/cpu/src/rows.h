@@ -1,5 +1,8 @@
-// Inner products of R rows of packed weights with M rows of x, in each arithmetic that the instruction set has.
-// Every product of a row is summed in the same order whatever R is: results do not depend on how rows are grouped.
+// Computes: inner products of R rows of packed weights with M rows of x, in each arithmetic an instruction set has
+// Shapes: weights: R rows of k codes; x: M rows (struct Input); out fp32 [R, MAX_M]
+// Runs: one thread for a group of rows, in linear.cpp
+// Schedule: register blocking R x M; codebook look-ups by vector permutation; weights prefetched into L2
+// Invariants: each row's sum has the same order whatever R is: results do not depend on how rows are grouped
 #pragma once
 #include "simd.h"
 
@@ -18,14 +21,14 @@ struct Input {
     const float* digit_scale;   // [m]: what the integers are multiples of
 };
 
-// Into the second level: the first has few lines on their way at once, and the loads need those.
+// Into L2: L1 has few lines in flight at once, and the loads need those.
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 // ---- fp32 arithmetic: any instruction set ------------------------------------------------------------------------
 
 template <int R, int M, int N>
 inline void four_bit_unit(const uint8_t* const* rows, const float* const* scales, const float* x, int64_t step,
-                          const Table& table, Vector (&total)[R][M]) {
+                          const Codebook& codebook, Vector (&total)[R][M]) {
     for (int r = 0; r < R; ++r) {
         const Words words = load_words(rows[r]);
         Vector part[M];
@@ -34,20 +37,20 @@ inline void four_bit_unit(const uint8_t* const* rows, const float* const* scales
             for (int m = 0; m < M; ++m) part[m] = fma(weight, load(x + m * step + e * W), part[m]);
         };
         // The even value of a byte is in its high half.
-        add(lookup<4>(table, words), 0), add(lookup<0>(table, words), 1);
-        add(lookup<12>(table, words), 2), add(lookup<8>(table, words), 3);
-        add(lookup<20>(table, words), 4), add(lookup<16>(table, words), 5);
-        add(lookup<28>(table, words), 6), add(lookup<24>(table, words), 7);
-        const Vector scale = spread<N>(scales[r]);
+        add(lookup<4>(codebook, words), 0), add(lookup<0>(codebook, words), 1);
+        add(lookup<12>(codebook, words), 2), add(lookup<8>(codebook, words), 3);
+        add(lookup<20>(codebook, words), 4), add(lookup<16>(codebook, words), 5);
+        add(lookup<28>(codebook, words), 6), add(lookup<24>(codebook, words), 7);
+        const Vector scale = broadcast<N>(scales[r]);
         for (int m = 0; m < M; ++m) total[r][m] = fma(scale, part[m], total[r][m]);
     }
 }
 
-// `scales`: N statistics a unit. `ahead`: bytes from here to what will be read some microseconds later.
+// `scales`: N absmax values a unit. `ahead`: bytes from here to what will be read some microseconds later.
 template <int R, int M, int N>
 void four_bit_plain(const uint8_t* const* rows, const float* const* scales, const float* values, const Input& in,
                     int first, int64_t ahead, float (*out)[MAX_M]) {
-    const Table table = make_table(values);
+    const Codebook codebook = make_codebook(values);
     const float* x = in.split + first * in.step;
     Vector total[R][M];
     for (int r = 0; r < R; ++r)
@@ -59,7 +62,7 @@ void four_bit_plain(const uint8_t* const* rows, const float* const* scales, cons
         for (int r = 0; r < R; ++r) here[r] = rows[r] + u * UNIT_BYTES, scale[r] = scales[r] + u * N;
         if (u * UNIT_BYTES % 64 == 0)
             for (int r = 0; r < R; ++r) prefetch(here[r] + ahead);
-        four_bit_unit<R, M, N>(here, scale, x + u * UNIT, in.step, table, total);
+        four_bit_unit<R, M, N>(here, scale, x + u * UNIT, in.step, codebook, total);
     }
     if (rest) {
         uint8_t last[R][UNIT_BYTES] = {};
@@ -67,7 +70,7 @@ void four_bit_plain(const uint8_t* const* rows, const float* const* scales, cons
             memcpy(last[r], rows[r] + units * UNIT_BYTES, rest);
             here[r] = last[r], scale[r] = scales[r] + units * N;
         }
-        four_bit_unit<R, M, N>(here, scale, x + units * UNIT, in.step, table, total);
+        four_bit_unit<R, M, N>(here, scale, x + units * UNIT, in.step, codebook, total);
     }
     for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) out[r][first + m] = sum(total[r][m]);
@@ -106,9 +109,9 @@ inline Ints load_shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline Vector to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
 inline Ints pairs(Ints a, Ints b) { return _mm512_dpwssd_epi32(_mm512_setzero_si512(), a, b); }
 inline Ints add_pairs(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
-struct ShortTable { Ints values; };
+struct ShortCodebook { Ints values; };
 // Twice in the register: the fifth bit of an index does not matter then, so nibbles need no masking.
-inline ShortTable make_short_table(const int16_t* p) {
+inline ShortCodebook make_short_codebook(const int16_t* p) {
     return {_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 // The values of a unit in the order of the four vectors: nibble 1, 0, 3, 2 of each 16-bit word.
@@ -116,12 +119,12 @@ inline void order_shorts(const int16_t* from, int16_t* to) {
     for (int e = 0; e < 4; ++e)
         for (int w = 0; w < 32; ++w) to[e * 32 + w] = from[w * 4 + e];
 }
-inline void decode_shorts(const ShortTable& table, const uint8_t* p, Ints (&out)[4]) {
+inline void dequantize_shorts(const ShortCodebook& codebook, const uint8_t* p, Ints (&out)[4]) {
     const Ints words = _mm512_loadu_si512(p);
-    out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.values);
-    out[1] = _mm512_permutexvar_epi16(words, table.values);
-    out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table.values);
-    out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table.values);
+    out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), codebook.values);
+    out[1] = _mm512_permutexvar_epi16(words, codebook.values);
+    out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), codebook.values);
+    out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), codebook.values);
 }
 #elif defined(__AVX2__)
 #define GEMCUT_SHORTS 1
@@ -130,8 +133,8 @@ inline Ints load_shorts(const int16_t* p) { return _mm256_loadu_si256(reinterpre
 inline Vector to_float(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Ints pairs(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 inline Ints add_pairs(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-struct ShortTable { Ints low, high; };  // the values' bytes
-inline ShortTable make_short_table(const int16_t* p) {
+struct ShortCodebook { Ints low, high; };  // the values' bytes
+inline ShortCodebook make_short_codebook(const int16_t* p) {
     alignas(16) uint8_t low[16], high[16];
     for (int i = 0; i < 16; ++i) low[i] = uint8_t(p[i]), high[i] = uint8_t(p[i] >> 8);
     return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low))),
@@ -145,30 +148,30 @@ inline void order_shorts(const int16_t* from, int16_t* to) {
                 for (int i = 0; i < 8; ++i)
                     to[odd * 32 + half * 16 + lane * 8 + i] = from[2 * (i + lane * 16 + half * 8) + odd];
 }
-inline void decode_shorts(const ShortTable& table, const uint8_t* p, Ints (&out)[4]) {
+inline void dequantize_shorts(const ShortCodebook& codebook, const uint8_t* p, Ints (&out)[4]) {
     const Ints bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi8(15);
     const Ints even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), odd = _mm256_and_si256(bytes, mask);
-    const Ints even_low = _mm256_shuffle_epi8(table.low, even), even_high = _mm256_shuffle_epi8(table.high, even);
-    const Ints odd_low = _mm256_shuffle_epi8(table.low, odd), odd_high = _mm256_shuffle_epi8(table.high, odd);
+    const Ints even_low = _mm256_shuffle_epi8(codebook.low, even), even_high = _mm256_shuffle_epi8(codebook.high, even);
+    const Ints odd_low = _mm256_shuffle_epi8(codebook.low, odd), odd_high = _mm256_shuffle_epi8(codebook.high, odd);
     out[0] = _mm256_unpacklo_epi8(even_low, even_high), out[1] = _mm256_unpackhi_epi8(even_low, even_high);
     out[2] = _mm256_unpacklo_epi8(odd_low, odd_high), out[3] = _mm256_unpackhi_epi8(odd_low, odd_high);
 }
 #endif
 
 #ifdef GEMCUT_SHORTS
-// Products of a table of 13 bits with an x of 14, of which a lane sums eight: 2^30 at most.
+// Products of a codebook of 13 bits with an x of 14, of which a lane sums eight: 2^30 at most.
 template <int R, int M, int N>
 inline void four_bit_shorts_unit(const uint8_t* const* rows, const float* const* scales, const int16_t* x,
-                                 const float* x_scale, int64_t step, const ShortTable& table, Vector (&total)[R][M]) {
+                                 const float* x_scale, int64_t step, const ShortCodebook& codebook, Vector (&total)[R][M]) {
     for (int r = 0; r < R; ++r) {
         Ints weights[4];
-        decode_shorts(table, rows[r], weights);
-        const Vector scale = spread<N>(scales[r]);
+        dequantize_shorts(codebook, rows[r], weights);
+        const Vector scale = broadcast<N>(scales[r]);
         for (int m = 0; m < M; ++m) {
             const int16_t* xm = x + m * step;
             Ints part = pairs(weights[0], load_shorts(xm));
             for (int e = 1; e < 4; ++e) part = add_pairs(part, weights[e], load_shorts(xm + e * (UNIT / 4)));
-            total[r][m] = fma(multiply(scale, spread<1>(x_scale + m * (step / UNIT))), to_float(part), total[r][m]);
+            total[r][m] = fma(multiply(scale, broadcast<1>(x_scale + m * (step / UNIT))), to_float(part), total[r][m]);
         }
     }
 }
@@ -176,7 +179,7 @@ inline void four_bit_shorts_unit(const uint8_t* const* rows, const float* const*
 template <int R, int M, int N>
 void four_bit_shorts(const uint8_t* const* rows, const float* const* scales, const int16_t* values, const Input& in,
                      int first, int64_t ahead, float (*out)[MAX_M]) {
-    const ShortTable table = make_short_table(values);
+    const ShortCodebook codebook = make_short_codebook(values);
     const int16_t* x = in.shorts + first * in.step;
     const float* x_scale = in.short_scales + first * (in.step / UNIT);
     Vector total[R][M];
@@ -189,7 +192,7 @@ void four_bit_shorts(const uint8_t* const* rows, const float* const* scales, con
         for (int r = 0; r < R; ++r) here[r] = rows[r] + u * UNIT_BYTES, scale[r] = scales[r] + u * N;
         if (UNIT_BYTES == 64 || u % 2 == 0)
             for (int r = 0; r < R; ++r) prefetch(here[r] + ahead);
-        four_bit_shorts_unit<R, M, N>(here, scale, x + u * UNIT, x_scale + u, in.step, table, total);
+        four_bit_shorts_unit<R, M, N>(here, scale, x + u * UNIT, x_scale + u, in.step, codebook, total);
     }
     if (rest) {
         uint8_t last[R][UNIT_BYTES] = {};
@@ -197,7 +200,7 @@ void four_bit_shorts(const uint8_t* const* rows, const float* const* scales, con
             memcpy(last[r], rows[r] + units * UNIT_BYTES, rest);
             here[r] = last[r], scale[r] = scales[r] + units * N;
         }
-        four_bit_shorts_unit<R, M, N>(here, scale, x + units * UNIT, x_scale + units, in.step, table, total);
+        four_bit_shorts_unit<R, M, N>(here, scale, x + units * UNIT, x_scale + units, in.step, codebook, total);
     }
     for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) out[r][first + m] = sum(total[r][m]);

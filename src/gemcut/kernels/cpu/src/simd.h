@@ -1,4 +1,8 @@
-// A thin layer over each instruction set: W floats in a Vector, and how packed weights become Vectors.
+// Computes: a thin layer over each instruction set: W floats in a Vector, and how packed weights become Vectors
+// Shapes: Vector: W fp32 values (16 with AVX-512, 8 with AVX2, 4 on Arm); Words: UNIT codes of four bits
+// Runs: every file in src/variant
+// Schedule: vector permutations as codebook look-ups
+// Invariants: the same operations on every instruction set; where roundings differ, the comment says so
 #pragma once
 #include "gemcut.h"
 
@@ -15,7 +19,7 @@ namespace {
 constexpr int W = 16;
 typedef __m512 Vector;
 typedef __m512i Words;
-struct Table { __m512 values; };
+struct Codebook { __m512 values; };
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
@@ -36,15 +40,15 @@ inline void load_pairs(const uint16_t* p, Vector& even, Vector& odd) {
     odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
 }
 inline Words load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Table make_table(const float* values) { return {_mm512_loadu_ps(values)}; }
+inline Codebook make_codebook(const float* values) { return {_mm512_loadu_ps(values)}; }
 // The values of the nibbles at bit `shift` of each word; the permutation looks at four bits only.
 template <int shift>
-inline Vector lookup(const Table& table, Words words) {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), table.values);
+inline Vector lookup(const Codebook& codebook, Words words) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), codebook.values);
 }
-// `n` statistics, each for W / n neighbouring lanes.
+// `n` absmax values, each for W / n neighbouring lanes.
 template <int n>
-inline Vector spread(const float* p) {
+inline Vector broadcast(const float* p) {
     if (n == 1) return _mm512_set1_ps(*p);
     if (n == 2) return _mm512_insertf32x8(_mm512_set1_ps(p[0]), _mm256_set1_ps(p[1]), 1);
     const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -60,7 +64,7 @@ inline __m512i look_up_bytes(const uint8_t* plane, __m512i codes) {
         _mm512_permutex2var_epi8(_mm512_loadu_si512(plane + 128), codes, _mm512_loadu_si512(plane + 192));
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
 }
-inline void decode_nested(const uint8_t* codes, int64_t count, const float*, const uint8_t* planes, float scale,
+inline void dequantize_absmax(const uint8_t* codes, int64_t count, const float*, const uint8_t* planes, float scale,
                           float offset, float* out) {
     // Unpacking works within 16 bytes; codes are moved so that its results are 16 neighbours each.
     const __m512i order = _mm512_setr_epi32(
@@ -84,7 +88,7 @@ inline void decode_nested(const uint8_t* codes, int64_t count, const float*, con
     }
 }
 #else
-inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, const uint8_t*, float scale,
+inline void dequantize_absmax(const uint8_t* codes, int64_t count, const float* map, const uint8_t*, float scale,
                           float offset, float* out) {
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 mask = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
@@ -100,7 +104,7 @@ inline void decode_nested(const uint8_t* codes, int64_t count, const float* map,
 constexpr int W = 8;
 typedef __m256 Vector;
 typedef __m256i Words;
-struct Table { __m256 low, high; };
+struct Codebook { __m256 low, high; };
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
@@ -124,17 +128,17 @@ inline void load_pairs(const uint16_t* p, Vector& even, Vector& odd) {
     odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))));
 }
 inline Words load_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Table make_table(const float* values) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
-// The permutation looks at three bits; the fourth, moved to the sign, chooses the half of the table.
+inline Codebook make_codebook(const float* values) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
+// The permutation looks at three bits; the fourth, moved to the sign, chooses the half of the codebook.
 template <int shift>
-inline Vector lookup(const Table& table, Words words) {
+inline Vector lookup(const Codebook& codebook, Words words) {
     const __m256i places = _mm256_srli_epi32(words, shift);
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - shift));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, places), _mm256_permutevar8x32_ps(table.high, places),
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(codebook.low, places), _mm256_permutevar8x32_ps(codebook.high, places),
                             upper);
 }
 template <int n>
-inline Vector spread(const float* p) {
+inline Vector broadcast(const float* p) {
     if (n == 1) return _mm256_set1_ps(*p);
     return _mm256_insertf128_ps(_mm256_set1_ps(p[0]), _mm_set1_ps(p[1]), 1);
 }
@@ -144,7 +148,7 @@ inline Vector spread(const float* p) {
 constexpr int W = 4;
 typedef float32x4_t Vector;
 typedef uint32x4_t Words;
-struct Table { uint8x16x4_t bytes; };
+struct Codebook { uint8x16x4_t bytes; };
 
 inline Vector zero() { return vdupq_n_f32(0); }
 inline Vector load(const float* p) { return vld1q_f32(p); }
@@ -162,26 +166,26 @@ inline void load_pairs(const uint16_t* p, Vector& even, Vector& odd) {
     odd = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000)));
 }
 inline Words load_words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
-inline Table make_table(const float* values) {
+inline Codebook make_codebook(const float* values) {
     return {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4)),
              vreinterpretq_u8_f32(vld1q_f32(values + 8)), vreinterpretq_u8_f32(vld1q_f32(values + 12))}};
 }
-// Each nibble becomes the places of its value's four bytes in the table.
+// Each nibble becomes the places of its value's four bytes in the codebook.
 template <int shift>
-inline Vector lookup(const Table& table, Words words) {
+inline Vector lookup(const Codebook& codebook, Words words) {
     const Words moved = shift ? vshrq_n_u32(words, shift ? shift : 1) : words;
     const Words nibbles = vandq_u32(moved, vdupq_n_u32(15));
     const Words places = vmlaq_n_u32(vdupq_n_u32(0x03020100), nibbles, 0x04040404);
-    return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_u32(places)));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(codebook.bytes, vreinterpretq_u8_u32(places)));
 }
 template <int n>
-inline Vector spread(const float* p) { return vdupq_n_f32(*p); }
+inline Vector broadcast(const float* p) { return vdupq_n_f32(*p); }
 
 #endif
 
 #if !defined(__AVX512F__)
 // map[codes] * scale + offset, in two roundings.
-inline void decode_nested(const uint8_t* codes, int64_t count, const float* map, const uint8_t*, float scale,
+inline void dequantize_absmax(const uint8_t* codes, int64_t count, const float* map, const uint8_t*, float scale,
                           float offset, float* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = map[codes[i]] * scale + offset;
 }

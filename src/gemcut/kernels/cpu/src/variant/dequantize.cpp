@@ -1,8 +1,10 @@
-// Blocks of the GGUF file format to bf16 or fp32: each value is scale * code, or scale * code - minimum, in fp32 with a
-// rounding after each operation, as the gguf library computes it. A scale, minimum or statistic is little-endian fp16.
+// Computes: blocks of the GGUF file format to bf16 or fp32: scale * code, or scale * code - minimum
+// Shapes: blocks of 32 values (one scale) or 256 (one scale, and a small integer for each 16 or 32 values)
+// Runs: gemcut/kernels/cpu/dequantize.py; threads by blocks
+// Schedule: elementwise; loops that compilers vectorize
+// Invariants: fp32 with a rounding after each operation, as the gguf library computes: the same bits
 //
-// A block of 32 values has one scale. A block of 256 has one for the whole, and a small integer for each part of 16 or
-// 32 values.
+// A scale, minimum or absmax is little-endian fp16.
 #include "pool.h"
 #include "simd.h"
 

@@ -1,9 +1,12 @@
-// y = x [W0; W1; ...]^T for many rows of x: prefill, and decoding of large batches.
+// Computes: y = x [W0; W1; ...]^T for many rows of x: prefill, and decode steps of large batches
+// Shapes: x bf16 [m, k]; segments of linear.h in FOUR_BIT, INT8 or BF16; y bf16 or fp32 [m, columns]
+// Runs: gemcut/kernels/cpu/linear.py from a few rows on; threads by panels of weights' rows
+// Schedule: blocked GEMM (GotoBLAS): panels dequantized into L2, packed x, micro-kernels of gemm_block.h
+// Invariants: a panel belongs to one thread, so the order of a sum depends on nothing but k
 //
-// Weights are decoded a panel at a time, 256 inputs of up to MAX_PANEL_ROWS rows, into memory that stays in the
-// second-level cache; a block of 32 of its rows (16 KiB) stays in the first while all rows of x pass by. Sums of a panel
-// stay in the second-level cache too. Every weight is decoded once for every CHUNK rows of x, by one thread, whole panels
-// to a thread: so the order of a sum depends on nothing but k.
+// Weights are dequantized a panel at a time, 256 inputs of up to MAX_PANEL_ROWS rows, into memory that stays in L2. A
+// block of 32 of its rows (16 KiB) stays in L1 while all rows of x pass by. Sums of a panel stay in L2, too. Every
+// weight is dequantized once for every CHUNK rows of x.
 #include <stdlib.h>
 
 #include "gemm_block.h"
@@ -14,8 +17,8 @@
 
 namespace {
 
-// Rows of x at once. Their sums for the largest panel, the panel and 256 inputs of x have to share the second-level
-// cache: processors with AMX have two megabytes of it, others one.
+// Rows of x at once. Their sums for the largest panel, the panel and 256 inputs of x have to share the L2
+//: processors with AMX have two megabytes of it, others one.
 #if defined(__AMX_BF16__)
 constexpr int64_t CHUNK = 512, MAX_PANEL_ROWS = 256;
 #else
@@ -153,7 +156,7 @@ void one_panel(const Call& call, const Segment& segment, int64_t row) {
     begin_blocks();
     for (int64_t first = 0; first < plan.k; first += PANEL_K) {
         const int64_t count = plan.k - first < PANEL_K ? plan.k - first : PANEL_K, padded = (count + 31) / 32 * 32;
-        decode_panel(segment, row, rows, padded_rows, plan.k, first, count, panel);
+        dequantize_panel(segment, row, rows, padded_rows, plan.k, first, count, panel);
         for (int64_t r = 0; r < padded_rows; r += BLOCK_ROWS)
             for (int64_t strip = 0; strip < call.strips; strip += 2)
                 block(panel + r * PANEL_K, call.packed + strip * strip_step + first * TILE,

@@ -1,10 +1,14 @@
-// y = x [W0; W1; ...]^T for a few rows of x, as fast as memory gives the weights.
+// Computes: y = x [W0; W1; ...]^T for a few rows of x, as fast as memory gives the weights
+// Shapes: x bf16 or fp32 [m, k], m from 1 to 8; segments of linear.h; y bf16 or fp32 [m, columns]
+// Runs: gemcut/kernels/cpu/linear.py; threads by groups of four rows of W
+// Schedule: GEMV, weights streamed once with software prefetch; integer arithmetic for bf16 x (VNNI, dot products)
+// Invariants: results depend neither on the number of threads nor on which rows are multiplied together
 //
-// Rows of weights are taken four at a time, each read once from end to end while the next ones are prefetched; rows of
-// bf16, which need the most bytes and the least arithmetic, one after another, as memory likes it best. Rows of
-// x are prepared once in the order in which the packed values come out of their bytes. Four-bit values are multiplied
-// before they are scaled: the statistic of a block meets the sum over its values, which costs one multiplication a
-// block and rounds less than scaling every weight.
+// Rows of weights are taken four at a time, each read once from end to end while the next ones are prefetched. Rows of
+// bf16, which need the most bytes and the least arithmetic, are taken one after another: memory is fastest that way.
+// Rows of x are prepared once, in the order in which the packed values come out of their bytes. Four-bit values are
+// multiplied before they are scaled: the absmax of a block meets the sum over its values. That costs one
+// multiplication a block, and rounds less than scaling every weight.
 //
 // x in bf16 meets packed weights as integers, in which a processor multiplies fastest: 23 bits for int8 weights, exact
 // but for values below 2^-14 of the largest; 14 bits with a scale each 128 (64) values for four-bit weights.
@@ -18,9 +22,9 @@
 namespace {
 
 constexpr int GROUP = 4;
-constexpr int64_t PIECE_BYTES = 96 << 10, AHEAD_BYTES = 12288;
+constexpr int64_t CHUNK_BYTES = 96 << 10, AHEAD_BYTES = 12288;
 
-// How many statistics a unit may hold, and so how many the scratch of a row must.
+// How many absmax values a unit may hold, and so how many the scratch of a row must.
 constexpr int64_t MAX_SCALES = MAX_K / 32 + 32;
 
 struct Call {
@@ -176,8 +180,8 @@ int64_t row_bytes(const Segment& segment, int64_t k) {
     return segment.kind == FOUR_BIT ? k / 2 : segment.kind == INT8 ? k : segment.kind == BF16 ? 2 * k : 4 * k;
 }
 
-// Statistics of blocks [first, first + count). May write up to 15 floats more.
-void decode_blocks(const Segment& segment, int64_t first, int64_t count, float* out) {
+// Absmax of blocks [first, first + count). May write up to 15 floats more.
+void dequantize_block_absmax(const Segment& segment, int64_t first, int64_t count, float* out) {
     if (segment.nested_scale == nullptr) {
         memcpy(out, static_cast<const float*>(segment.absmax) + first, size_t(count) * 4);
         return;
@@ -186,18 +190,18 @@ void decode_blocks(const Segment& segment, int64_t first, int64_t count, float* 
     for (int64_t b = first; b < first + count;) {
         // As far as one nested scale reaches.
         const int64_t end = (b | 255) + 1 < first + count ? (b | 255) + 1 : first + count;
-        decode_nested(nested + b, end - b, segment.nested_map, segment.nested_planes, segment.nested_scale[b >> 8],
+        dequantize_absmax(nested + b, end - b, segment.nested_map, segment.nested_planes, segment.nested_scale[b >> 8],
                       segment.nested_offset, out + (b - first));
         b = end;
     }
 }
 
-// Statistics of one row, `n` for each unit: blocks longer than a unit are repeated. Padded with zeros.
-void decode_scales(const Segment& segment, int64_t row, int64_t k, int n, float* out) {
+// Absmax of one row, `n` for each unit: blocks longer than a unit are repeated. Padded with zeros.
+void row_absmax(const Segment& segment, int64_t row, int64_t k, int n, float* out) {
     const int64_t blocks = k / segment.block_size;
     float spare[MAX_K / 32 + 16];
     const int64_t repeat = segment.block_size * n > UNIT ? segment.block_size * n / UNIT : 1;
-    decode_blocks(segment, row * blocks, blocks, repeat == 1 ? out : spare);
+    dequantize_block_absmax(segment, row * blocks, blocks, repeat == 1 ? out : spare);
     float* end = out + blocks;
     if (repeat != 1) {
         end = out;
@@ -223,19 +227,19 @@ void four_bit(const Rows& rows, int r, int first, float (*out)[MAX_M]) {
     const Segment& segment = *rows.segment;
 #ifdef GEMCUT_SHORTS
     if (rows.call->shorts) {
-        four_bit_shorts<R, M, N>(rows.data + r, scales, segment.short_table, rows.call->in, first, rows.ahead, out);
+        four_bit_shorts<R, M, N>(rows.data + r, scales, segment.short_codebook, rows.call->in, first, rows.ahead, out);
         const float factor = 1.0f / segment.short_factor;
         for (int i = 0; i < R; ++i)
             for (int j = 0; j < M; ++j) out[i][first + j] *= factor;
         return;
     }
 #endif
-    four_bit_plain<R, M, N>(rows.data + r, scales, segment.table, rows.call->in, first, rows.ahead, out);
+    four_bit_plain<R, M, N>(rows.data + r, scales, segment.codebook, rows.call->in, first, rows.ahead, out);
 }
 
 // R rows from row r of the group with M rows of x from row `first`.
 template <int R, int M>
-void product(const Rows& rows, int r, int first, float (*out)[MAX_M]) {
+void multiply_rows(const Rows& rows, int r, int first, float (*out)[MAX_M]) {
     const Input& in = rows.call->in;
     const uint8_t* const* data = rows.data + r;
     switch (rows.segment->kind) {
@@ -276,7 +280,7 @@ constexpr int MANY = 4, SOME = 2, FEW = 1;
 
 template <int R, int M>
 void in_turn(const Rows& rows, int first, float (*out)[MAX_M]) {
-    for (int r = 0; r < GROUP; r += R) product<R, M>(rows, r, first, out + r);
+    for (int r = 0; r < GROUP; r += R) multiply_rows<R, M>(rows, r, first, out + r);
 }
 
 void store(const Call& call, const Rows& rows, int valid, const float (*values)[MAX_M]) {
@@ -308,22 +312,22 @@ void groups(void* context, int64_t begin, int64_t end, int) {
             rows.data[r] = segment.data + rows.index[r] * bytes;
         }
         if (segment.kind == FOUR_BIT) {
-            const int64_t statistic = segment.nested_scale == nullptr ? 4 : 1;
+            const int64_t block_absmax = segment.nested_scale == nullptr ? 4 : 1;
             const int64_t blocks = plan.k / segment.block_size;
             const uint8_t* next = static_cast<const uint8_t*>(segment.absmax) +
-                                  (row * blocks + rows.ahead / bytes * blocks) * statistic;
-            for (int64_t at = 0; at < GROUP * blocks * statistic; at += 64) prefetch(next + at);
+                                  (row * blocks + rows.ahead / bytes * blocks) * block_absmax;
+            for (int64_t at = 0; at < GROUP * blocks * block_absmax; at += 64) prefetch(next + at);
             rows.per_unit = segment.block_size >= UNIT ? 1 : int(UNIT / segment.block_size);
             const bool as_they_are = segment.block_size <= UNIT && plan.k % UNIT == 0;
-            const bool together = as_they_are && statistic == 1 && valid == GROUP;
-            // Rows stand one after another: decoding those of all at once leaves the least of a vector unused.
-            if (together) decode_blocks(segment, row * blocks, GROUP * blocks, scales[0]);
+            const bool together = as_they_are && block_absmax == 1 && valid == GROUP;
+            // Rows stand one after another: expanding all of them at once leaves the least of a vector unused.
+            if (together) dequantize_block_absmax(segment, row * blocks, GROUP * blocks, scales[0]);
             for (int r = 0; r < GROUP; ++r) {
                 rows.scales[r] = scales[r];
                 if (together) rows.scales[r] = scales[0] + r * blocks;
-                else if (as_they_are && statistic == 4)
+                else if (as_they_are && block_absmax == 4)
                     rows.scales[r] = static_cast<const float*>(segment.absmax) + rows.index[r] * blocks;
-                else decode_scales(segment, rows.index[r], plan.k, rows.per_unit, scales[r]);
+                else row_absmax(segment, rows.index[r], plan.k, rows.per_unit, scales[r]);
             }
         }
         float values[GROUP][MAX_M];
@@ -359,7 +363,7 @@ void multiply(const Plan* plan, const void* x, int64_t m, int64_t x_stride, bool
         total += (segment.rows + GROUP - 1) / GROUP;
         bytes += segment.rows * row_bytes(segment, plan->k);
     }
-    const int64_t grain = total * PIECE_BYTES / (bytes + 1) + 1;
+    const int64_t grain = total * CHUNK_BYTES / (bytes + 1) + 1;
     gemcut_parallel(groups, &call, total, grain, threads);
 }
 

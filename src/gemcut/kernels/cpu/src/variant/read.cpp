@@ -1,4 +1,8 @@
-// Reads memory and does nothing else: what the bandwidth of a product is measured against.
+// Computes: the exclusive or of a stretch of memory: reads it and does nothing else
+// Shapes: `size` bytes, a multiple of 64
+// Runs: benchmarks/cpu_kernels.py, as what a GEMV's bandwidth is compared with; threads by 64-byte lines
+// Schedule: streaming read
+// Invariants: every byte is read once
 #include "pool.h"
 
 namespace {

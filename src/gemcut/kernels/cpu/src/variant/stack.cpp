@@ -1,9 +1,12 @@
-// All layers of a network in one call, for sequences of one new token each: between two kernels no interpreter runs, and
-// the pool's threads are still awake.
+// Computes: all layers of a network for sequences of one new token each, in one call
+// Shapes: residual fp32 [rows, d], in place; the layers' tensors in struct Stack
+// Runs: gemcut/model/ops/cpu_stack.py, once a decode step
+// Schedule: the other kernels one after another: no interpreter runs between them, and the pool stays awake
+// Invariants: the same kernels, so the same bits, as calling them one by one
 #include "attention.h"
 #include "linear.h"
 
-// Products of a few rows (linear.cpp) and of many (gemm.cpp).
+// GEMV of a few rows (linear.cpp) and GEMM of many (gemm.cpp).
 typedef void (*FewRows)(const Plan* plan, const void* x, int64_t m, int64_t x_stride, int x_is_bf16, void* out,
                         int64_t out_stride, int threads);
 typedef void (*ManyRows)(const Plan* plan, const uint16_t* x, int64_t m, int64_t x_stride, void* out,
@@ -49,7 +52,7 @@ GEMCUT_ENTRY(void, attend_one)(const AttentionCall* call, int threads);
 // residual fp32 [rows, d] goes through all layers, in place.
 GEMCUT_ENTRY(void, stack)(const Stack* stack, float* residual, int64_t rows, int threads) {
     const Stack& s = *stack;
-    auto product = [&](const Plan* plan, const uint16_t* x, uint16_t* out, int64_t columns) {
+    auto linear = [&](const Plan* plan, const uint16_t* x, uint16_t* out, int64_t columns) {
         if (rows > s.few_rows) s.many(plan, x, rows, plan->k, out, columns, threads);
         else s.few(plan, x, rows, plan->k, 1, out, columns, threads);
     };
@@ -58,7 +61,7 @@ GEMCUT_ENTRY(void, stack)(const Stack* stack, float* residual, int64_t rows, int
     for (int64_t i = 0; i < s.count; ++i) {
         const Layer& layer = s.layers[i];
         const Group& group = s.groups[layer.group];
-        product(layer.qkv, s.x, s.qkv, heads + 2 * key_heads);
+        linear(layer.qkv, s.x, s.qkv, heads + 2 * key_heads);
         AttentionCall call;
         call.qkv = s.qkv, call.cos = group.cos, call.sin = group.sin;
         call.q_norm = layer.q_norm, call.k_norm = layer.k_norm;
@@ -69,12 +72,12 @@ GEMCUT_ENTRY(void, stack)(const Stack* stack, float* residual, int64_t rows, int
         call.block_size = s.block_size, call.window = layer.window;
         call.scale = layer.scale, call.eps = s.eps, call.softcap = layer.softcap;
         OF_VARIANT(attend_one)(&call, threads);
-        product(layer.o, s.mixed, s.x, s.d);
+        linear(layer.o, s.mixed, s.x, s.d);
         OF_VARIANT(add_norm)
         (residual, s.x, s.d, layer.post_attention, layer.pre_feedforward, s.eps, rows, s.d, s.x, threads);
-        product(layer.gate_up, s.x, s.gate_up, 2 * s.width);
+        linear(layer.gate_up, s.x, s.gate_up, 2 * s.width);
         OF_VARIANT(geglu)(s.gate_up, s.activated, rows, s.width, threads);
-        product(layer.down, s.activated, s.x, s.d);
+        linear(layer.down, s.activated, s.x, s.d);
         OF_VARIANT(add_norm)
         (residual, s.x, s.d, layer.post_feedforward, layer.following, s.eps, rows, s.d,
          layer.following == nullptr ? nullptr : s.x, threads);

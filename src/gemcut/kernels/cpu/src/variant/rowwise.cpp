@@ -1,10 +1,13 @@
-// What stands between the matrix products of a network: norms with the residual sum, the gated product, attention of
-// one query a sequence, the soft-cap. Everything in fp32, rounded to bf16 once where it is stored as bf16.
+// Computes: RMSNorm with the residual sum, GeGLU, and the soft-cap
+// Shapes: residual fp32 [rows, d]; other rows bf16; logits fp32
+// Runs: gemcut/kernels/cpu/rowwise.py and stack.cpp; threads by rows or chunks of a row
+// Schedule: rowwise reduction and elementwise, vectorized
+// Invariants: fp32, rounded to bf16 once where a result is stored as bf16
 #include <math.h>
 
 #include "pool.h"
 #include "scratch.h"
-#include "step.h"
+#include "vector_math.h"
 
 namespace {
 
@@ -53,14 +56,14 @@ struct Geglu {
     int64_t width;
 };
 
-constexpr int64_t GEGLU_PIECE = 1024;
+constexpr int64_t GEGLU_CHUNK = 1024;
 
-void geglu_pieces(void* context, int64_t begin, int64_t end, int) {
+void geglu_chunks(void* context, int64_t begin, int64_t end, int) {
     const Geglu& call = *static_cast<const Geglu*>(context);
-    const int64_t pieces = (call.width + GEGLU_PIECE - 1) / GEGLU_PIECE;
+    const int64_t chunks = (call.width + GEGLU_CHUNK - 1) / GEGLU_CHUNK;
     for (int64_t p = begin; p < end; ++p) {
-        const int64_t row = p / pieces, first = p % pieces * GEGLU_PIECE;
-        const int64_t last = first + GEGLU_PIECE < call.width ? first + GEGLU_PIECE : call.width;
+        const int64_t row = p / chunks, first = p % chunks * GEGLU_CHUNK;
+        const int64_t last = first + GEGLU_CHUNK < call.width ? first + GEGLU_CHUNK : call.width;
         const uint16_t* gate = call.gate_up + row * 2 * call.width;
         const uint16_t* up = gate + call.width;
         uint16_t* out = call.out + row * call.width;
@@ -95,7 +98,7 @@ GEMCUT_ENTRY(void, add_norm)
 // out[rows, width] = gelu(gate) * up, where gate_up [rows, 2 width] is contiguous; bf16.
 GEMCUT_ENTRY(void, geglu)(const uint16_t* gate_up, uint16_t* out, int64_t rows, int64_t width, int threads) {
     Geglu call{gate_up, out, width};
-    gemcut_parallel(geglu_pieces, &call, rows * ((width + GEGLU_PIECE - 1) / GEGLU_PIECE), 4, threads);
+    gemcut_parallel(geglu_chunks, &call, rows * ((width + GEGLU_CHUNK - 1) / GEGLU_CHUNK), 4, threads);
 }
 
 // values = cap * tanh(values / cap), fp32; NaN of an infinite one, which would pass for a logit as +-cap (inf - inf is NaN).

@@ -1,4 +1,8 @@
-// exp and tanh of fp32 in plain arithmetic that compilers turn into vector code.
+// Computes: exp, tanh and gelu of fp32 in plain arithmetic that compilers turn into vector code
+// Shapes: one value in, one out
+// Runs: rowwise.cpp and decode_attention.cpp, inside loops that are vectorized
+// Schedule: range reduction and a polynomial (Cephes' expf), no branches
+// Invariants: errors as said beside each function; NaN stays NaN
 #pragma once
 #include "simd.h"
 

@@ -1,11 +1,14 @@
-// Attention of one query a sequence over the paged cache, from the fused q, k, v of the projection to the heads' results:
-// norms of queries and keys, rotation, the write of key and value, scores, soft-cap, softmax, the weighted sum.
+// Computes: attention of one new token of each sequence over the paged cache; rotation and cache write are inside
+// Shapes: qkv bf16 [sequences, (heads + 2 kv_heads) head_dim]; cache bf16 [slots, kv_heads, head_dim]; out as queries
+// Runs: gemcut/kernels/cpu/attention.py and stack.cpp; threads by (pairs of) query heads
+// Schedule: flash-decoding's split by heads, over a paged cache (arXiv 2309.06180); softmax in two passes
+// Invariants: a head's sums have the same order whatever the threads and the number of heads read together
 #include <math.h>
 
 #include "attention.h"
 #include "pool.h"
 #include "scratch.h"
-#include "step.h"
+#include "vector_math.h"
 
 namespace {
 
@@ -22,8 +25,7 @@ constexpr int KEPT = 2;
 // Keys whose scores are summed side by side.
 constexpr int KEYS = 4;
 
-// Into the second level: a run of rows of one head in the first would fall on a quarter of its sets, and push out the
-// run in use.
+// Into L2: in L1 the rows of one head would fall on a quarter of the sets, and push out the rows in use.
 inline void fetch(const uint16_t* row, int64_t n) {
     for (int64_t j = 0; j < n; j += 32) __builtin_prefetch(row + j, 0, 2);
 }
@@ -123,7 +125,7 @@ inline void add_values(const uint16_t* values, const uint16_t* next, int64_t str
             Vector even, odd;
             load_pairs(values + i * stride + c * PAIRS, even, odd);
             for (int g = 0; g < G; ++g) {
-                const Vector weight = spread<1>(weights[g] + i);
+                const Vector weight = broadcast<1>(weights[g] + i);
                 total[g][2 * c] = fma(weight, even, total[g][2 * c]);
                 total[g][2 * c + 1] = fma(weight, odd, total[g][2 * c + 1]);
             }
@@ -134,7 +136,7 @@ inline void add_values(const uint16_t* values, const uint16_t* next, int64_t str
 }
 
 // scores = softmax(soft-capped scores) without the division; returns what to divide by.
-float soften(float* scores, int64_t count, float softcap) {
+float softmax_numerators(float* scores, int64_t count, float softcap) {
     if (softcap > 0)
         for (int64_t i = 0; i < count; ++i) scores[i] = softcap * tanh_fp32(scores[i] / softcap);
     float largest[W], weights[W] = {};
@@ -153,10 +155,10 @@ float soften(float* scores, int64_t count, float softcap) {
     return total;
 }
 
-// Calls f(row, next, i, count) for each run of the keys first <= i < length that stand one after another: `row` is
-// where the first of them begins, `next` that of the run after it (null after the last).
+// Calls f(row, next, i, count) for each cache block of the keys first <= i < length: `row` is where the first of its keys
+// begins, `next` that of the block after it (null after the last).
 template <typename F>
-inline void each_run(const AttentionCall& call, const uint16_t* storage, const int64_t* blocks, int64_t first,
+inline void each_block(const AttentionCall& call, const uint16_t* storage, const int64_t* blocks, int64_t first,
                      int64_t length, F f) {
     const int64_t stride = call.kv_heads * call.head_dim, size = call.block_size;
     for (int64_t i = first; i < length;) {
@@ -182,8 +184,8 @@ void attend(const AttentionCall& call, int64_t sequence, int64_t head) {
         to_pairs(plain, n, queries[g]);
         memset(results[g], 0, size_t(n) * sizeof(float));
     }
-    // Runs lie anywhere, and their rows apart: the processor does not foresee them, so they are asked for.
-    each_run(call, call.keys + kv_head * n, blocks, first, length,
+    // Blocks lie anywhere, and their rows apart: the hardware prefetcher does not foresee them, so they are prefetched here.
+    each_block(call, call.keys + kv_head * n, blocks, first, length,
              [&](const uint16_t* keys, const uint16_t* next, int64_t i, int64_t rows) {
                  for (int64_t r = 0; r < rows;) {
                      const int many = r + KEYS <= rows ? KEYS : 1;
@@ -195,8 +197,8 @@ void attend(const AttentionCall& call, int64_t sequence, int64_t head) {
                      r += many;
                  }
              });
-    for (int g = 0; g < G; ++g) weights[g] = soften(memory + g * count, count, call.softcap);
-    each_run(call, call.values + kv_head * n, blocks, first, length,
+    for (int g = 0; g < G; ++g) weights[g] = softmax_numerators(memory + g * count, count, call.softcap);
+    each_block(call, call.values + kv_head * n, blocks, first, length,
              [&](const uint16_t* values, const uint16_t* next, int64_t i, int64_t rows) {
                  const float* of_keys[G];
                  float* to[G];
@@ -235,6 +237,6 @@ GEMCUT_ENTRY(void, attend_one)(const AttentionCall* call, int threads) {
     write_heads(context, 0, call->sequences * call->kv_heads, 0);
     const int64_t heads = call->sequences * call->heads;
     // Two heads read their keys once, if that leaves enough for all threads.
-    const bool twos = call->heads / call->kv_heads % 2 == 0 && heads / 2 >= threads;
-    gemcut_parallel(twos ? attend_heads<2> : attend_heads<1>, context, twos ? heads / 2 : heads, 1, threads);
+    const bool in_pairs = call->heads / call->kv_heads % 2 == 0 && heads / 2 >= threads;
+    gemcut_parallel(in_pairs ? attend_heads<2> : attend_heads<1>, context, in_pairs ? heads / 2 : heads, 1, threads);
 }
