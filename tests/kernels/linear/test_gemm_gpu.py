@@ -155,12 +155,12 @@ def test_rows_in_order_give_the_same_products(name: str, n: int, k: int) -> None
 @pytest.mark.parametrize("name", ["int8", "nf4-nested"])
 @pytest.mark.parametrize(("n", "k"), [(16, 36864), (4608, 4096), (4608, 36864), (40000, 4608)])
 def test_blocks_that_do_not_wait_for_each_other_give_the_same_sums(name: str, n: int, k: int) -> None:
-    """Without patience a block leaves its part of a shared tile unless all others have come."""
+    """Without max_wait a block leaves its part of a shared tile unless all others have come."""
     it = case(name, n, k)
     storage = int8_matvec.STORAGE if name == "int8" else nf4_matvec.NESTED
     for m in (9, 64, 100, 200):
         x = torch.randn(m, k, device="cuda").bfloat16()
-        want, hasty = it.gemm(x), replace(packed_gemm.choose_variant(storage, m, n, k), patience=0)
+        want, hasty = it.gemm(x), replace(packed_gemm.choose_variant(storage, m, n, k), max_wait=0)
         for _ in range(20):
             out = torch.full_like(want, torch.nan)
             assert torch.equal(it.gemm(x, out=out, variant=hasty), want)

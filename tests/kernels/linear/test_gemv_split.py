@@ -23,20 +23,20 @@ LIMIT = 227 * 1024 - 2048
 @pytest.mark.parametrize("n", [1, 16, 17, 1000, 2048, 4608, 8192, 73728, 256000])
 @pytest.mark.parametrize("k", [64, 640, 2304, 4096, 4608, 36864])
 @pytest.mark.parametrize("limit", [LIMIT, 163 * 1024 - 2048, 99 * 1024 - 2048], ids=["sm90", "sm80", "sm86"])
-def test_every_column_step_is_in_one_slice_and_shared_memory_suffices(storage, n, k, limit) -> None:
-    tiles, steps = -(-n // 16), -(-k // storage.step)
+def test_every_k_block_is_in_one_slice_and_shared_memory_suffices(storage, n, k, limit) -> None:
+    tiles, k_blocks = -(-n // 16), -(-k // storage.k_block)
     for m in range(1, 9):
-        split = plan_split(storage, tiles, steps, m, 132, limit)
-        assert (split.slices - 1) * split.slice_steps < steps <= split.slices * split.slice_steps
+        split = plan_split(storage, tiles, k_blocks, m, 132, limit)
+        assert (split.slices - 1) * split.slice_k_blocks < k_blocks <= split.slices * split.slice_k_blocks
         assert split.chunks <= tiles
         assert split.chunks * split.slices <= 132
-        assert shared_bytes(storage, split.layout, split.slice_steps, m) <= split.shared_bytes <= limit
+        assert shared_bytes(storage, split.layout, split.slice_k_blocks, m) <= split.shared_bytes <= limit
 
 
 @pytest.mark.parametrize(("n", "k"), [(8192, 4608), (4608, 4096), (73728, 4608), (4608, 36864)])
 def test_the_busiest_block_of_27b_has_little_more_than_its_share(n: int, k: int) -> None:
     split = plan_split(nf4_matvec.NESTED, n // 16, k // 256, 1, 132, LIMIT)
-    busiest = -(-n // 16 // split.chunks) * split.slice_steps
+    busiest = -(-n // 16 // split.chunks) * split.slice_k_blocks
     assert busiest * 132 <= 1.40 * (n // 16) * (k // 256)
 
 
@@ -47,21 +47,21 @@ def test_the_busiest_block_of_27b_has_little_more_than_its_share(n: int, k: int)
 @pytest.mark.parametrize("storage", STORAGES[:2], ids=["nested", "flat"])
 @pytest.mark.parametrize("limit", [LIMIT, 99 * 1024 - 2048], ids=["sm90", "sm86"])
 def test_warps_of_fixed_columns_cover_their_slice(storage, n, k, fixed, limit) -> None:
-    tiles, steps = n // 16, k // 256
-    frame = plan_split(storage, tiles, steps, 1, 132, limit)
+    tiles, k_blocks = n // 16, k // 256
+    frame = plan_split(storage, tiles, k_blocks, 1, 132, limit)
     for m in range(1, 17):
-        split = plan_fixed(storage, frame, tiles, steps, m, limit)
+        split = plan_fixed(storage, frame, tiles, k_blocks, m, limit)
         if limit == LIMIT and fixed is not None:
             most = 1 if fixed != 1 else 16 if k // 256 <= 16 else 8
             assert (split.layout.fixed if split else 0) == (fixed if m <= most else 0)
         if split is None:
             continue
-        assert split.layout.warps * split.layout.fixed >= split.slice_steps
-        assert (split.chunks, split.slices, split.slice_steps) == (frame.chunks, frame.slices, frame.slice_steps)
+        assert split.layout.warps * split.layout.fixed >= split.slice_k_blocks
+        assert (split.chunks, split.slices, split.slice_k_blocks) == (frame.chunks, frame.slices, frame.slice_k_blocks)
         assert split.layout.stages % split.layout.fixed == 0
         assert split.layout.rows >= m
         sums = -(-tiles // split.chunks) * split.layout.warps * TILE * split.layout.rows * 4
-        assert storage.table_bytes + sums <= split.shared_bytes <= limit
+        assert storage.codebook_bytes + sums <= split.shared_bytes <= limit
 
 
 def test_too_many_columns_for_shared_memory_is_an_error() -> None:
@@ -119,14 +119,14 @@ def test_matrices_that_stand_together_come_back_unchanged(nested: bool) -> None:
 
 
 @pytest.mark.parametrize(("n", "k", "fixed"), [(8192, 4608, 2), (4608, 4096, 2), (73728, 4608, 0), (2304, 2304, 0)])
-def test_int8_rows_keep_two_steps_a_warp_for_up_to_eight_rows_of_small_products(n: int, k: int, fixed: int) -> None:
-    storage, tiles, steps = int8_matvec.STORAGE, n // 16, k // 128
-    frame = plan_split(storage, tiles, steps, 1, 132, LIMIT)
-    assert plan_fixed(storage, frame, tiles, steps, 9, LIMIT) is None
+def test_int8_rows_keep_two_k_blocks_a_warp_for_up_to_eight_rows_of_small_gemvs(n: int, k: int, fixed: int) -> None:
+    storage, tiles, k_blocks = int8_matvec.STORAGE, n // 16, k // 128
+    frame = plan_split(storage, tiles, k_blocks, 1, 132, LIMIT)
+    assert plan_fixed(storage, frame, tiles, k_blocks, 9, LIMIT) is None
     for m in range(1, 9):
-        split = plan_fixed(storage, frame, tiles, steps, m, LIMIT)
+        split = plan_fixed(storage, frame, tiles, k_blocks, m, LIMIT)
         assert (split.layout.fixed if split else 0) == (fixed if m > 1 or frame.slices > 1 else 0)
         if split is not None:
-            assert (split.chunks, split.slices, split.slice_steps) == (132, 1, steps)
-            assert split.layout.warps * 2 >= steps
+            assert (split.chunks, split.slices, split.slice_k_blocks) == (132, 1, k_blocks)
+            assert split.layout.warps * 2 >= k_blocks
             assert -(-tiles // 132) * split.layout.warps * TILE * 8 * 4 <= split.shared_bytes <= LIMIT

@@ -36,7 +36,7 @@ def test_every_block_has_a_part_of_every_product(size: str, storage: Storage) ->
     assert plan.shared_bytes + decode_step._static_bytes(shape, plan.slots, plan.most_tiles) <= H100[1]
     assert plan.partials <= 15
     assert plan.most_tiles * plan.blocks >= max(plan.tiles)
-    assert all(k_blocks * storage.step >= k for k_blocks, (_, k) in zip(plan.k_blocks, shape.matrices, strict=True))
+    assert all(k_blocks * storage.k_block >= k for k_blocks, (_, k) in zip(plan.k_blocks, shape.matrices, strict=True))
     assert plan.x_bytes >= 2 * max(k for _, k in shape.matrices)
 
 

@@ -31,13 +31,14 @@ MANY_ROWS = 768
 _MOST_ADDED = 1 / 16
 
 # As in the source: rows of x and columns of the result a thread block; columns of x and W, rows of results at a time.
-_ROWS, _COLUMNS, _STEP, _STORED_ROWS = 128, 128, 64, 64
+_ROWS, _COLUMNS, _K_BLOCK, _STORED_ROWS = 128, 128, 64, 64
 _THREADS = 384
-_SHARED_BYTES = 4 * (_ROWS + 2 * _COLUMNS) * _STEP * 2 + _ROWS * _COLUMNS * 2 + 4 * 2 * 8  # stages, results, barriers
+# Stages, results, barriers.
+_SHARED_BYTES = 4 * (_ROWS + 2 * _COLUMNS) * _K_BLOCK * 2 + _ROWS * _COLUMNS * 2 + 4 * 2 * 8
 
 
 class _Tiles(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int) for name in ("m_pairs", "n_tiles", "steps", "width"))
+    _fields_ = tuple((name, ctypes.c_int) for name in ("m_pairs", "n_tiles", "k_blocks", "width"))
 
 
 def supports(width: int, k: int, gpu: Gpu) -> str | None:
@@ -68,7 +69,7 @@ def _kernel(device: int) -> CudaKernel:
 
 def _map(matrix: Tensor, box_rows: int) -> TensorMap:
     rows, columns = matrix.shape
-    return tensor_map(matrix.data_ptr(), rows, columns, matrix.stride(0) * 2, box_rows, _STEP)
+    return tensor_map(matrix.data_ptr(), rows, columns, matrix.stride(0) * 2, box_rows, _K_BLOCK)
 
 
 def gated_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -95,10 +96,10 @@ def gated_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tenso
             raise ParameterError(f"{name} needs contiguous rows that begin at multiples of 16 bytes")
     x = aligned_rows(x)
     m_pairs, n_tiles = -(-m // (2 * _ROWS)), -(-width // _COLUMNS)
-    processors = gpu_of(device).sms
-    clusters = min(processors // 2, m_pairs * n_tiles)
+    sms = gpu_of(device).sms
+    clusters = min(sms // 2, m_pairs * n_tiles)
     maps = _map(x, _ROWS), _map(weight, _COLUMNS), _map(out, _STORED_ROWS)
-    tiles = _Tiles(m_pairs, n_tiles, -(-k // _STEP), width)
+    tiles = _Tiles(m_pairs, n_tiles, -(-k // _K_BLOCK), width)
     _kernel(device).launch((2 * clusters, 1), _THREADS, _SHARED_BYTES, (*maps, tiles))
     return out
 

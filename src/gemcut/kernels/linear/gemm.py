@@ -1,4 +1,4 @@
-"""Products of packed weights with 9 to some hundred rows of x on Hopper: decoded in registers, multiplied by wgmma.
+"""The fused GEMM: packed weights times 9 to some hundred rows of x on Hopper, dequantized in registers, by wgmma.
 
 Computes: the launch of the fused GEMM: packed weights times 9 to some hundred rows, dequantized in registers
 Shapes: x bf16 [m, k] or in the layout of linear/layout.py, packed weight [n, k] -> bf16 or fp32 [m, n]
@@ -6,8 +6,8 @@ Runs: linear/cuda.py on Hopper; linear/routes.py says for how many rows
 Schedule: persistent Stream-K, at most one thread block an SM; `choose_variant` takes the tile size
 Invariants: the packed layout is that of the GEMV kernels: one tensor serves both
 
-The kernel is in gemm.cuh; what a format adds to it in four_bit_gemm.cu and int8_gemm.cu. The packed order is that of
-the matrix-vector kernels: one tensor serves both.
+The kernel is in gemm.cuh; what a format adds to it in four_bit_gemm.cu and int8_gemm.cu. The packed layout is that of
+the GEMV kernels.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ TILE_ROWS = (16, 32, 64, 96, 128)
 class Variant:
     """A kernel: rows of x and warpgroups (64 rows of W each) a tile; units of x (256 columns), stages of W in flight.
 
-    `two_halves`: with registers for two decoded blocks; four warpgroups have enough for up to 32 rows. `patience`:
-    clocks that a block waits for those it shares a tile with.
+    `double_buffer`: with registers for two dequantized blocks; four warpgroups have enough for up to 32 rows.
+    `max_wait`: clocks that a block waits for those it shares a tile with.
     """
 
     rows: int
     warpgroups: int
     x_units: int
     w_stages: int = 3
-    two_halves: bool = True
-    patience: int = 200_000
+    double_buffer: bool = True
+    max_wait: int = 200_000
 
     @property
     def threads(self) -> int:
-        """Of a block: one warpgroup more asks for x."""
+        """Of a block: the consumers and one producer warpgroup."""
         return (self.warpgroups + 1) * 128
 
 
@@ -55,7 +55,7 @@ def shared_bytes(storage: Storage, variant: Variant) -> int:
     """What one block needs, as laid out at the head of gemm() in kernels/linear/gemm.cuh."""
     slots = variant.x_units * UNIT // 64
     ring = variant.warpgroups * 4 * variant.w_stages * storage.stage_bytes
-    return storage.table_bytes + slots * (variant.rows * 128 + 16) + ring
+    return storage.codebook_bytes + slots * (variant.rows * 128 + 16) + ring
 
 
 def tile_rows(m: int) -> tuple[int, int]:
@@ -65,23 +65,23 @@ def tile_rows(m: int) -> tuple[int, int]:
 
 
 def order_groups(m: int) -> int:
-    """Groups of eight rows that ``gemm`` wants ``m`` rows of x put in order by."""
+    """Groups of eight rows that ``gemm`` wants ``m`` rows of x laid out in."""
     rows, tiles = tile_rows(m)
     return rows * tiles // 8
 
 
 def choose_variant(storage: Storage, m: int, n: int, k: int) -> Variant:
-    """The kernel for ``m`` rows. Tiles of 128 rows of W deal small products out more evenly (measured on an H100)."""
+    """The kernel for ``m`` rows. Tiles of 128 rows of W split small GEMMs more evenly (measured on an H100)."""
     rows, _ = tile_rows(m)
     x_units = 2 if rows <= 64 else 1
-    if -(-n // TILE) * -(-k // storage.step) * storage.stage_bytes <= SMALL_BYTES:
+    if -(-n // TILE) * -(-k // storage.k_block) * storage.stage_bytes <= SMALL_BYTES:
         return Variant(rows, 2, x_units)
-    return Variant(rows, 4, x_units, two_halves=rows <= 32)
+    return Variant(rows, 4, x_units, double_buffer=rows <= 32)
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """How a product is launched: the problem's sizes in tiles, the grid, what the blocks need."""
+    """How a GEMM is launched: the problem's sizes in tiles, the grid, what the blocks need."""
 
     kernel: CudaKernel
     groups: int
@@ -114,9 +114,9 @@ def _kernel(storage: Storage, variant: Variant, float_output: bool, device: int)
         ("GEMM_ROWS", variant.rows),
         ("GEMM_WARPGROUPS", variant.warpgroups),
         ("GEMM_X_UNITS", variant.x_units),
-        ("GEMM_DOUBLE_BUFFER", int(variant.two_halves)),
+        ("GEMM_DOUBLE_BUFFER", int(variant.double_buffer)),
         ("GEMM_W_STAGES", variant.w_stages),
-        ("GEMM_MAX_WAIT", variant.patience),
+        ("GEMM_MAX_WAIT", variant.max_wait),
     )
     name = storage.kernel.replace("gemv", "gemm")
     frame = read_sources("runtime/launch.cuh", "runtime/hopper.cuh", "linear/gemv.cuh", f"linear/{storage.kernel}.cu")
@@ -138,8 +138,8 @@ def gemm(
 ) -> torch.Tensor:
     """x [m, k] bf16, any m from 1 on -> [m, n], summed in fp32. The sum's order does not depend on timing.
 
-    `weight` is the kernel's `struct Format`; `out`, where given, is contiguous. Rows that are not in order yet are put
-    in order first. Raises ParameterError on a wrong shape or dtype.
+    `weight` is the kernel's `struct Format`; `out`, where given, is contiguous. Plain rows are copied to
+    the kernel's layout first. Raises ParameterError on a wrong shape or dtype.
     """
     if isinstance(x, Ordered):
         m, k, device = x.m, x.k, x.values.device

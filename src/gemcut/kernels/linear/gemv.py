@@ -1,4 +1,4 @@
-"""What the matrix-vector kernels share: how the work is split over the GPU, and the launch.
+"""What the GEMV kernels share: how the work is split over the GPU, and the launch.
 
 Computes: the launch of the GEMV kernels: up to 8 (fixed columns: 16) rows of x against a weight read once
 Shapes: x bf16 [m, k], a format's packed weight [n, k] -> bf16 or fp32 [m, n]
@@ -35,9 +35,9 @@ _ALONE_STAGES = 32  # the next kernel's block finds no room beside this one
 
 @dataclass(frozen=True)
 class Layout:
-    """A thread block: warps, stages of 2 KB in flight per warp, blocks a processor must have registers for.
+    """A thread block: warps, stages of 2 KB in flight per warp, blocks that an SM must have registers for.
 
-    `fixed`: column steps that a warp keeps for all tiles, with its x in registers; 0: the frame's runs of stages.
+    `fixed`: k_blocks that a warp keeps for all tiles, with its x in registers; 0: the even split of stages in gemv.cuh.
     `rows`: of x, that such a warp has registers for.
     """
 
@@ -52,28 +52,28 @@ class Layout:
 class Storage:
     """What the launch must know of a weight format: the constants of its `struct Format`. There is one of each format.
 
-    `small` serves products of up to SMALL_BYTES whose block leaves room for the next kernel's, `large` all others.
+    `small` serves weights of up to SMALL_BYTES whose block leaves room for the next kernel's, `large` all others.
     """
 
     kernel: str
-    step: int
+    k_block: int
     stage_bytes: int
-    table_bytes: int
+    codebook_bytes: int
     x_pad: int
     small: Layout
     large: Layout
     defines: tuple[tuple[str, int], ...] = ()
-    fixed_kernel: str | None = None  # where plan_fixed takes the product
+    fixed_kernel: str | None = None  # where plan_fixed takes the GEMV
 
 
 @dataclass(frozen=True)
 class Split:
-    """A layout; `chunks` runs of row tiles times `slices` of `slice_steps` column steps: one thread block each."""
+    """A layout; `chunks` of row tiles times `slices` (split-K) of `slice_k_blocks` k_blocks: one thread block each."""
 
     layout: Layout
     chunks: int
     slices: int
-    slice_steps: int
+    slice_k_blocks: int
     shared_bytes: int
 
 
@@ -86,80 +86,82 @@ class Problem(ctypes.Structure):
         ("partial", ctypes.c_void_p),
         ("arrivals", ctypes.c_void_p),
         ("softcap", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("m", "n", "k", "x_stride", "tiles", "steps", "slice_steps")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "x_stride", "tiles", "k_blocks", "slice_k_blocks")),
     )
 
 
-def shared_bytes(storage: Storage, layout: Layout, slice_steps: int, m: int) -> int:
-    """What one block needs, as laid out at the head of run() in kernels/linear/gemv.cuh."""
+def shared_bytes(storage: Storage, layout: Layout, slice_k_blocks: int, m: int) -> int:
+    """What one block needs, as laid out at the head of gemv() in kernels/linear/gemv.cuh."""
     ring = layout.warps * layout.stages * storage.stage_bytes
-    x = m * (slice_steps * storage.step * 2 + storage.x_pad)
-    return storage.table_bytes + ring + x + layout.warps * 2 * TILE * m * 4
+    x = m * (slice_k_blocks * storage.k_block * 2 + storage.x_pad)
+    return storage.codebook_bytes + ring + x + layout.warps * 2 * TILE * m * 4
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_split(storage: Storage, tiles: int, steps: int, m: int, processors: int, shared_limit: int) -> Split:
+def plan_split(storage: Storage, tiles: int, k_blocks: int, m: int, sms: int, shared_limit: int) -> Split:
     """The split whose busiest block has least to do, counting what slices cost to add up.
 
-    Raises ParameterError where even one step a slice does not fit shared memory.
+    Raises ParameterError where even one k_block a slice does not fit shared memory.
     """
 
     def candidates(layout: Layout, only_beside_another: bool) -> list[tuple[int, Split]]:
         found = []
-        for slices in range(1, min(steps, processors, 64) + 1):
-            slice_steps = -(-steps // slices)
-            nbytes = shared_bytes(storage, layout, slice_steps, m)
+        for slices in range(1, min(k_blocks, sms, 64) + 1):
+            slice_k_blocks = -(-k_blocks // slices)
+            nbytes = shared_bytes(storage, layout, slice_k_blocks, m)
             alone = nbytes > shared_limit // 2
-            if (slices - 1) * slice_steps >= steps or nbytes > shared_limit or (alone and only_beside_another):
+            if (slices - 1) * slice_k_blocks >= k_blocks or nbytes > shared_limit or (alone and only_beside_another):
                 continue
-            chunks = min(tiles, processors // slices)
+            chunks = min(tiles, sms // slices)
             busiest = -(-tiles // chunks)
-            cost = busiest * slice_steps + (_ALONE_STAGES if alone else 0)
+            cost = busiest * slice_k_blocks + (_ALONE_STAGES if alone else 0)
             if slices > 1:
                 rounds = -(-busiest * TILE * m // (layout.warps * 32))
                 cost += _FIXUP_STAGES + _FIXUP_ROUND_STAGES * rounds
-            if chunks * slices != processors:
-                # Two blocks of such a grid must not share a processor while another idles: leave no room for a second.
+            if chunks * slices != sms:
+                # Two blocks of such a grid must not share a SM while another idles: leave no room for a second.
                 nbytes = max(nbytes, shared_limit // 2 + 1024)
-            found.append((cost, Split(layout, chunks, slices, slice_steps, nbytes)))
+            found.append((cost, Split(layout, chunks, slices, slice_k_blocks, nbytes)))
         return found
 
     options = candidates(storage.large, False)
-    if tiles * steps * storage.stage_bytes <= SMALL_BYTES:
+    if tiles * k_blocks * storage.stage_bytes <= SMALL_BYTES:
         options = candidates(storage.small, True) + options
-    if not options:  # processors with less shared memory than the large layout needs
+    if not options:  # sms with less shared memory than the large layout needs
         options = candidates(replace(storage.small, stages=2), False)
     if not options:
-        raise ParameterError(f"{steps * storage.step} columns are too many for {shared_limit} bytes of shared memory")
+        raise ParameterError(
+            f"{k_blocks * storage.k_block} columns are too many for {shared_limit} bytes of shared memory"
+        )
     return min(options, key=lambda option: option[0])[1]
 
 
-def plan_fixed(storage: Storage, split: Split, tiles: int, steps: int, m: int, shared_limit: int) -> Split | None:
-    """`split`, planned for one row of x, with warps of fixed columns, or None where the frame does better.
+def plan_fixed(storage: Storage, split: Split, tiles: int, k_blocks: int, m: int, shared_limit: int) -> Split | None:
+    """`split`, planned for one row of x, with warps of fixed columns; None where the split of gemv.cuh does better.
 
-    Measured on an H100: 16 to 18 warps of one step where a product is small, up to 16 of them and no slices for more
-    than eight rows (18 warps have too few registers); for one row, of two steps where it is large and its columns are
-    sliced. 9 warps, and large products of few columns, are slower than the frame. For int8, 14 to 18 warps of two steps
-    of 128 columns where a product is small, for one row only where the frame would slice its columns.
+    Measured on an H100: 16 to 18 warps of one k_block where the weight is small, up to 16 of them and no slices for
+    more than eight rows (18 warps have too few registers); for one row, of two k_blocks where it is large and its
+    columns are sliced. 9 warps, and large weights of few columns, are slower than gemv.cuh's split. For int8, 14 to 18
+    warps of two k_blocks of 128 columns where the weight is small, for one row only where its columns would be sliced.
     """
-    small = tiles * steps * storage.stage_bytes <= SMALL_BYTES
+    small = tiles * k_blocks * storage.stage_bytes <= SMALL_BYTES
     rows = next(rows for rows in (1, MAX_ROWS, MAX_FIXED_ROWS) if m <= rows)
-    if storage.step < 256:
+    if storage.k_block < 256:
         rows = MAX_ROWS
-        if m > rows or not small or not 28 <= steps <= 36 or (m == 1 and split.slices == 1):
+        if m > rows or not small or not 28 <= k_blocks <= 36 or (m == 1 and split.slices == 1):
             return None
-        layout = Layout(-(-steps // 2), 2, 1, 2, rows)
-        split = replace(split, chunks=min(tiles, split.chunks * split.slices), slices=1, slice_steps=steps)
-    elif small and 14 <= split.slice_steps <= 18 and (m <= MAX_ROWS or (split.slice_steps <= 16 and split.slices == 1)):
-        resident = 2 if split.slice_steps <= 16 and m == 1 else 1  # eight rows need too many registers for two blocks
-        layout = Layout(split.slice_steps, 1, resident, 1, rows)
-    elif m == 1 and not small and split.slices > 1 and 28 <= split.slice_steps <= 36:
-        layout = Layout(-(-split.slice_steps // 2), 2, 1, fixed=2)
+        layout = Layout(-(-k_blocks // 2), 2, 1, 2, rows)
+        split = replace(split, chunks=min(tiles, split.chunks * split.slices), slices=1, slice_k_blocks=k_blocks)
+    elif small and 14 <= (own := split.slice_k_blocks) <= 18 and (m <= MAX_ROWS or (own <= 16 and split.slices == 1)):
+        resident = 2 if own <= 16 and m == 1 else 1  # eight rows need too many registers for two blocks
+        layout = Layout(own, 1, resident, 1, rows)
+    elif m == 1 and not small and split.slices > 1 and 28 <= split.slice_k_blocks <= 36:
+        layout = Layout(-(-split.slice_k_blocks // 2), 2, 1, fixed=2)
     else:
         return None
-    nbytes = storage.table_bytes + -(-tiles // split.chunks) * layout.warps * TILE * rows * 4
+    nbytes = storage.codebook_bytes + -(-tiles // split.chunks) * layout.warps * TILE * rows * 4
     if split.shared_bytes > shared_limit // 2 and small:
-        nbytes = max(nbytes, shared_limit // 2 + 1024)  # as in plan_split: no second block on the same processor
+        nbytes = max(nbytes, shared_limit // 2 + 1024)  # as in plan_split: no second block on the same SM
     return replace(split, layout=layout, shared_bytes=nbytes) if nbytes <= shared_limit else None
 
 
@@ -195,26 +197,26 @@ def _kernel(storage: Storage, layout: Layout, float_output: bool, device: int) -
 
 def plan(storage: Storage, m: int, n: int, k: int, gpu: Gpu) -> Split | None:
     """How ``m`` rows of x are multiplied; None where they are too many."""
-    processors, shared_limit = limits(gpu)
-    tiles, steps = -(-n // TILE), -(-k // storage.step)
+    sms, shared_limit = limits(gpu)
+    tiles, k_blocks = -(-n // TILE), -(-k // storage.k_block)
     fixed = None
     if storage.fixed_kernel is not None:
-        of_one = plan_split(storage, tiles, steps, 1, processors, shared_limit)
-        fixed = plan_fixed(storage, of_one, tiles, steps, m, shared_limit)
+        of_one = plan_split(storage, tiles, k_blocks, 1, sms, shared_limit)
+        fixed = plan_fixed(storage, of_one, tiles, k_blocks, m, shared_limit)
     if fixed is not None or m > MAX_ROWS:
         return fixed
-    return plan_split(storage, tiles, steps, m, processors, shared_limit)
+    return plan_split(storage, tiles, k_blocks, m, sms, shared_limit)
 
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
     storage: Storage, m: int, n: int, k: int, float_output: bool, device: int
 ) -> tuple[CudaKernel, Split, int, int]:
-    """(kernel, split, tiles, column steps) of a product."""
+    """(kernel, split, tiles, k_blocks) of a GEMV."""
     split = plan(storage, m, n, k, gpu_of(device))
     if split is None:
-        raise ParameterError(f"{m} rows of x are too many for a matrix-vector kernel with {n} x {k} weights")
-    return _kernel(storage, split.layout, float_output, device), split, -(-n // TILE), -(-k // storage.step)
+        raise ParameterError(f"{m} rows of x are too many for a GEMV kernel with {n} x {k} weights")
+    return _kernel(storage, split.layout, float_output, device), split, -(-n // TILE), -(-k // storage.k_block)
 
 
 def most_rows(storage: Storage, n: int, k: int, gpu: Gpu) -> int:
@@ -237,7 +239,7 @@ def output(
     device: torch.device,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Where a product's [m, n] goes: ``out`` where given.
+    """Where a result [m, n] goes: ``out`` where given.
 
     Raises ParameterError where that has another shape or dtype, and on a soft-cap of bf16: kernels cap fp32 only.
     """
@@ -273,13 +275,13 @@ def matvec(
     x = aligned_rows(x)
     m, k = x.shape
     y = output(m, n, out_dtype, out, x.device, softcap)
-    kernel, split, tiles, steps = _launch(storage, m, n, k, y.dtype == torch.float32, x.device.index or 0)
+    kernel, split, tiles, k_blocks = _launch(storage, m, n, k, y.dtype == torch.float32, x.device.index or 0)
     count = split.slices * tiles * TILE * m if split.slices > 1 else 0
     partial = torch.empty(count, dtype=torch.float32, device=x.device)
     counters = arrivals(x.device, current_stream(kernel.device))
     problem = Problem(
         x.data_ptr(), y.data_ptr(), partial.data_ptr(), counters.data_ptr(), softcap or 0.0,
-        m, n, k, x.stride(0) * 2, tiles, steps, split.slice_steps,
+        m, n, k, x.stride(0) * 2, tiles, k_blocks, split.slice_k_blocks,
     )  # fmt: skip
     kernel.launch((split.chunks, split.slices), split.layout.warps * 32, split.shared_bytes, (problem, weight))
     return y

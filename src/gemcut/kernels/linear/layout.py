@@ -1,4 +1,4 @@
-"""Rows of x in the order that products of many rows by packed weights read (kernels/linear/gemm.py, Hopper only).
+"""Rows of x in the layout that the fused GEMM reads (kernels/linear/gemm.py, Hopper only).
 
 Computes: rows of x in the layout that the fused GEMM reads (linear/layout.cuh), and the launch that copies them there
 Shapes: x bf16 [m, k] -> bf16 [blocks of 64 columns, groups of 8 rows, 8, 8, 8]
@@ -6,7 +6,7 @@ Runs: linear/gemm.py; rowwise/norm.py and rowwise/geglu.py write the layout them
 Schedule: elementwise
 Invariants: k is padded with zeros to a multiple of 256; rows from m on may hold anything
 
-Norms and the gated product can write their results so; `order_x` does it for rows that come from elsewhere.
+Norms and GeGLU can write their results so. `order_x` does it for rows that come from elsewhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK, UNIT = 64, 256
 
 @dataclass(frozen=True, eq=False)
 class Ordered:
-    """x [m, k], in order.
+    """x [m, k] in that layout, called "in order".
 
     ``values``: bf16 [blocks of 64 columns, groups of 8 rows, 8 cores along k, 8 rows, 8]; core 2 i + h of a block holds
     columns 16 q + 4 i + 2 h and the next, for q from 0 to 3. Rows from m on may hold anything.

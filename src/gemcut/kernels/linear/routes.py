@@ -11,7 +11,7 @@ from gemcut.kernels.gpu import Gpu
 from gemcut.kernels.linear import bf16, four_bit, int8
 from gemcut.kernels.linear.gemv import MAX_ROWS, SMALL_BYTES, TILE, Storage, most_rows
 
-# Without fused products. Dequantizing a matrix for cuBLAS writes and reads 4 bytes a weight more: about as much as
+# Without fused GEMMs. Dequantizing a matrix for cuBLAS writes and reads 4 bytes a weight more: about as much as
 # eight passes over packed ones.
 PASSES = 8
 # From this many rows on cuBLAS multiplies bf16 weights at least as fast as the GEMV (measured).
@@ -55,7 +55,7 @@ def routes(storage: Storage, n: int, k: int, gpu: Gpu, *, float_output: bool = F
     is_four_bit = storage is not int8.STORAGE
     prefix = "four_bit" if is_four_bit else "int8"
     few = MAX_ROWS
-    codes = -(-n // TILE) * -(-k // storage.step) * TILE * storage.step // 2
+    codes = -(-n // TILE) * -(-k // storage.k_block) * TILE * storage.k_block // 2
     if storage is four_bit.FLAT and codes > SMALL_BYTES and gpu.wgmma_refusal is None:
         few = MAX_ROWS - 1  # with fp32 scales eight rows of a large matrix are faster fused: 92 -> 78 µs, 27B's gate+up
     elif is_four_bit:

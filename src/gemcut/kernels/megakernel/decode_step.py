@@ -163,7 +163,7 @@ def limits(device: torch.device) -> tuple[int, int]:
 @functools.lru_cache(maxsize=64)
 def _plan(shape: StepShape, storage: Storage, sms: int, shared_limit: int) -> _Plan:
     tiles = tuple(-(-rows // TILE) for rows, _ in shape.matrices)
-    k_blocks = tuple(-(-columns // storage.step) for _, columns in shape.matrices)
+    k_blocks = tuple(-(-columns // storage.k_block) for _, columns in shape.matrices)
     units = tuple(  # what a block takes whole: tiles of qkv, pairs of gate and up, single stages
         t if kind == 0 else t // 2 if kind == _GATE_UP else t * s
         for kind, (t, s) in enumerate(zip(tiles, k_blocks, strict=True))
@@ -183,9 +183,9 @@ def _plan(shape: StepShape, storage: Storage, sms: int, shared_limit: int) -> _P
         partials = max(partials, *owners)
     group = shape.heads // shape.kv_heads
     states = 4 * ((WARPS + 1) * group * shape.head_dim + shape.head_dim + 2 * group * WARPS) + 16 * WARPS * 32 + 16
-    x_bytes = -(-max(states, *(2 * s * storage.step for s in k_blocks)) // 128) * 128
+    x_bytes = -(-max(states, *(2 * s * storage.k_block for s in k_blocks)) // 128) * 128
     fixed = (
-        storage.table_bytes
+        storage.codebook_bytes
         + x_bytes
         + shape.layers * (_KINDS * ctypes.sizeof(_FORMATS[storage.kernel]) + ctypes.sizeof(_Layer))
     )
