@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemcut.engine.draw import Kind, draw
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
+from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.decode import DecodeSpec, decode_attention
 from gemcut.kernels.attention.varlen import VarlenSpec, triton_varlen
 from gemcut.kernels.gpu import gpu_of
@@ -65,7 +66,8 @@ def prefill_attention(repetitions: int) -> Iterator[Timed]:
         query *= head_dim**-0.5
         spec, segments = VarlenSpec(cap, window), ((0, tokens, 0, 0),)
 
-        hopper = hopper_attention.supports(heads, kv_heads, head_dim, cap, gpu_of(query.device.index or 0)) is None
+        case = AttentionCase(heads, kv_heads, head_dim, cap, query.dtype)
+        hopper = hopper_attention.supports(case, gpu_of(query.device.index or 0)) is None
         varlen = hopper_attention.hopper_varlen if hopper else triton_varlen
 
         def ours(

@@ -6,27 +6,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from gemcut.cli.kernel_cases import BLOCK_SIZE, DTYPE, FORMATS, layer_shapes, linear_case
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
 from gemcut.kernels.attention import decode, varlen_hopper
 from gemcut.kernels.catalogue import KERNELS
 from gemcut.kernels.gpu import PRESETS, Gpu
-from gemcut.kernels.linear import bf16, four_bit, gated, int8
-from gemcut.kernels.linear.gemv import Storage, plan
+from gemcut.kernels.linear import gated
+from gemcut.kernels.linear.cuda import CUDA
+from gemcut.kernels.linear.gemv import plan
 from gemcut.kernels.linear.routes import Route, route_of, routes
 from gemcut.kernels.megakernel import decode_step
+from gemcut.kernels.megakernel.decode_step import StepCase
+from gemcut.model.attention import attention_case
 from gemcut.model.ops.cuda_megakernel import step_shape
 
-#: What each format's matrices are packed as; four-bit ones with double quantization.
-FORMATS: dict[str, Storage] = {
-    "nf4": four_bit.NESTED,
-    "fp4": four_bit.NESTED,
-    "int8": int8.STORAGE,
-    "bf16": bf16.STORAGE,
-}
 #: A batch's tokens in one step are fewer.
 MOST_ROWS = 1 << 20
-_BLOCK_SIZE = 16  # of the cache, as the engine has it by default
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,18 @@ class Asked:
 
 def route_report(config: GemmaConfig, asked: Asked) -> list[dict[str, Any]]:
     """For each part of a layer: its ``kernel``, why that one, why ``not`` the others, source, test, benchmark, note."""
-    gpu, rows, format_name = asked.gpu, asked.rows, asked.format
-    storage = FORMATS[format_name]
-    attention = config.query_size + 2 * config.key_value_size
-    shapes = {
-        "attention.qkv_proj": (attention, config.hidden_size),
-        "attention.o_proj": (config.hidden_size, config.query_size),
-        "mlp.gate_up_proj": (2 * config.intermediate_size, config.hidden_size),
-        "mlp.down_proj": (config.hidden_size, config.intermediate_size),
-    }
-    report = [_linear(role, *shape, storage, gpu, rows, format_name) for role, shape in shapes.items()]
-    return [*report, *_attention(config, gpu), *_step(config, gpu, storage, rows)]
+    report = [_linear(role, shape, asked) for role, shape in layer_shapes(config).items()]
+    return [*report, *_attention(config, asked.gpu), *_step(config, asked)]
 
 
-def _linear(role: str, n: int, k: int, storage: Storage, gpu: Gpu, rows: int, format_name: str) -> dict[str, Any]:
+def _linear(role: str, shape: tuple[tuple[int, ...], int], asked: Asked) -> dict[str, Any]:
+    gpu, rows, storage = asked.gpu, asked.rows, FORMATS[asked.format]
+    case = linear_case(asked.format, shape, torch.device("meta"))
+    n, k = case.shape
+    part, reason = f"{role} [{n}, {k}]", CUDA.supports(case, gpu)
+    if reason is not None:
+        why = "every matrix is dequantized, then multiplied by cuBLAS"
+        return {"part": part, "kernel": "plain PyTorch", "why": why, "not": {"cuda": reason}}
     found = routes(storage, n, k, gpu)
     chosen = route_of(found, rows)
     name, why, refused = chosen.kernel, chosen.why, dict(_others(found, chosen, gpu))
@@ -81,15 +77,15 @@ def _linear(role: str, n: int, k: int, storage: Storage, gpu: Gpu, rows: int, fo
             name = storage.fixed_kernel
             why += "; so small a matrix suits warps of fixed columns"
     if role == "mlp.gate_up_proj":
-        reason = gated.supports(n // 2, k, gpu)
+        reason = gated.supports(case, gpu)
         if reason is None and not gated.pays(rows):
             reason = f"pays from {gated.MANY_ROWS} rows on that fill its tiles"
         if reason is None:
             name, why = "gated_gemm", "both products and GeGLU in one launch"
         else:
             refused["gated_gemm"] = reason
-    entry = {"part": f"{role} [{n}, {k}]", "kernel": name, "why": why, "not": refused}
-    return entry | _where(name, f"--formats {format_name} --linears {_LINEARS[role]} --rows {rows}")
+    entry = {"part": part, "kernel": name, "why": why, "not": refused}
+    return entry | _where(name, f"--formats {asked.format} --linears {_LINEARS[role]} --rows {rows}")
 
 
 #: Of benchmarks/gpu_kernels.py.
@@ -114,22 +110,22 @@ def _others(found: list[Route], chosen: Route, gpu: Gpu) -> Iterator[tuple[str, 
 
 
 def _attention(config: GemmaConfig, gpu: Gpu) -> Iterator[dict[str, Any]]:
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    reason = decode.supports(*heads, _BLOCK_SIZE)
+    case = attention_case(config, DTYPE, BLOCK_SIZE)
+    reason = decode.supports(case, gpu)
     name = "decode_attention" if reason is None else "varlen_triton"
     refused = {} if reason is None else {"decode_attention": reason}
     entry = {"part": "attention of one token each", "kernel": name, "why": "reads each key and value once"}
     yield entry | {"not": refused} | _where(name)
-    reason = varlen_hopper.supports(*heads, config.attn_logit_softcapping, gpu)
+    reason = varlen_hopper.supports(case, gpu)
     name = "varlen_hopper" if reason is None else "varlen_triton"
     why = "soft-capped attention by wgmma" if reason is None else "serves every shape and GPU from Ampere on"
     refused = {} if reason is None else {"varlen_hopper": reason}
     yield {"part": "attention of prompts", "kernel": name, "why": why, "not": refused} | _where(name)
 
 
-def _step(config: GemmaConfig, gpu: Gpu, storage: Storage, rows: int) -> Iterator[dict[str, Any]]:
-    reason = "several sequences" if rows > 1 else None
-    reason = reason or decode_step.supports(step_shape(config), storage, _BLOCK_SIZE, gpu.sms, gpu.shared_memory)
+def _step(config: GemmaConfig, asked: Asked) -> Iterator[dict[str, Any]]:
+    case = StepCase(step_shape(config), FORMATS[asked.format], BLOCK_SIZE)
+    reason = "several sequences" if asked.rows > 1 else decode_step.supports(case, asked.gpu)
     if reason is None:
         entry = {"part": "a whole decode step", "kernel": "decode_step", "why": "one launch for all layers", "not": {}}
         yield entry | _where("decode_step")

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
+from gemcut.cli.kernel_cases import BLOCK_SIZE, DTYPE, FORMATS, layer_shapes, linear_case
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.errors import UnsupportedError
-from gemcut.kernels.gpu import gpu_of
-from gemcut.kernels.linear import bf16 as bf16_matvec
-from gemcut.kernels.linear import four_bit as nf4_matvec
+from gemcut.kernels.gpu import Gpu, gpu_at
 from gemcut.kernels.linear import gated as gated_gemm
-from gemcut.kernels.linear import int8 as int8_matvec
 from gemcut.kernels.linear.dispatch import LINEAR, LinearCase
+from gemcut.kernels.megakernel import decode_step
+from gemcut.kernels.megakernel.decode_step import StepCase
 from gemcut.kernels.sampling import draw as draw_tokens
+from gemcut.kernels.sampling.draw import DrawCase
 from gemcut.loading import build_network
 from gemcut.model.attention import FLASH, IMPLEMENTATIONS, choose_attention
 from gemcut.model.ops import cpu as cpu_ops
 from gemcut.model.ops import cuda as cuda_ops
-from gemcut.model.ops import cuda_megakernel
-from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight, Nested
+from gemcut.model.ops.base import NetworkCase
+from gemcut.model.ops.cuda_megakernel import step_shape
 
-DTYPE = torch.bfloat16
-BLOCK_SIZE = 16  # of the cache, as the engine has it by default
+#: The formats that are shown, as people call them: FP4 goes where NF4 goes.
+_LABELS = {"bf16": "whole", "int8": "int8", "nf4": "nf4"}
 
 
 def kernel_report(config: GemmaConfig) -> dict[str, dict[str, list[str]]]:
@@ -35,17 +34,17 @@ def kernel_report(config: GemmaConfig) -> dict[str, dict[str, list[str]]]:
 
 
 def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
-    report = {}
-    for name, make in _FORMATS.items():
+    report, gpu, case = {}, gpu_at(device), NetworkCase(config, DTYPE)
+    for name, label in _LABELS.items():
         found: dict[str, None] = {}
-        for k, rows in _shapes(config):
-            found.update(dict.fromkeys(_linear(LinearCase(make(k, rows, device), DTYPE, DTYPE), device)))
-        report[f"{name} layers"] = list(found)
-    for name in ("whole", "int8"):
-        head = _FORMATS[name](config.hidden_size, (config.vocab_size,), device)
-        report[f"{name} head"] = _linear(LinearCase(head, DTYPE, torch.float32), device)
+        for shape in layer_shapes(config).values():
+            found.update(dict.fromkeys(_linear(linear_case(name, shape, device), gpu)))
+        report[f"{label} layers"] = list(found)
+    for name in ("bf16", "int8"):
+        head = linear_case(name, ((config.vocab_size,), config.hidden_size), device, torch.float32)
+        report[f"{_LABELS[name]} head"] = _linear(head, gpu)
     chosen = choose_attention("auto", config, DTYPE, device)
-    refused = {name: it.supports(config, DTYPE, device) for name, it in IMPLEMENTATIONS.items()}
+    refused = {name: it.refusal(case.attention, gpu) for name, it in IMPLEMENTATIONS.items()}
     report["attention"] = _lines(chosen.name, refused)
     if device.type == "cuda":
         try:
@@ -53,13 +52,13 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
         except UnsupportedError as error:
             report[FLASH] = [str(error)]
     steps = {
-        "cuda": cuda_ops.supports(config, DTYPE, device),
-        "cpu": cpu_ops.supports(DTYPE, config.head_dim, device),
+        "cuda": cuda_ops.refusal(case, gpu),
+        "cpu": cpu_ops.refusal(case, gpu),
         "plain": None,
     }
     report["between products"] = _lines(next(name for name, reason in steps.items() if reason is None), steps)
     if device.type == "cuda":
-        reason = gated_gemm.supports(config.intermediate_size, config.hidden_size, gpu_of(device.index or 0))
+        reason = gated_gemm.supports(linear_case("bf16", layer_shapes(config)["mlp.gate_up_proj"], device), gpu)
         apart = "product and GeGLU apart"
         report["gate and up"] = [
             f"one launch with GeGLU for {gated_gemm.MANY_ROWS} rows or more that fill its tiles and whole or decoded "
@@ -67,8 +66,8 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
             if reason is None
             else f"{apart} ({reason})"
         ]
-    reason = decode_graph.supports(build_network(config, dtype=DTYPE, device=device), BLOCK_SIZE, device)
-    short = prefill_graph.supports(chosen.varlen, reason)
+    reason = decode_graph.refusal(build_network(config, dtype=DTYPE, device=device), BLOCK_SIZE, device)
+    short = prefill_graph.refusal(chosen.varlen, reason)
     report["prompts"] = [
         f"up to {prefill_graph.SIZES[-1]} tokens as one CUDA graph, from the second of a size on"
         if short is None
@@ -80,69 +79,20 @@ def _device(config: GemmaConfig, device: torch.device) -> dict[str, list[str]]:
 
 def _decode(config: GemmaConfig, device: torch.device) -> list[str]:
     lines = ["one CUDA graph a step"]
-    for name, storage in _STORAGES.items():
-        reason = cuda_megakernel.supports(config, {storage}, BLOCK_SIZE, device)
+    for name, label in _LABELS.items():
+        reason = decode_step.supports(StepCase(step_shape(config), FORMATS[name], BLOCK_SIZE), gpu_at(device))
         how = "all in one launch" if reason is None else f"several launches each ({reason})"
-        lines.append(f"{name} layers, one sequence: {how}")
+        lines.append(f"{label} layers, one sequence: {how}")
     for what, top_k, filtered in ("draws", 0, False), ("draws with a top_k", 64, True), ("other draws", 0, True):
-        reason = draw_tokens.supports(config.vocab_size, top_k, filtered)
+        reason = draw_tokens.supports(DrawCase(config.vocab_size, top_k, filtered), gpu_at(device))
         lines.append(f"{what}: " + ("one launch" if reason is None else f"PyTorch's operations ({reason})"))
     return lines
 
 
-def _linear(case: LinearCase, device: torch.device) -> list[str]:
-    reasons = {implementation.name: implementation.supports(case, device) for implementation in LINEAR}
+def _linear(case: LinearCase, gpu: Gpu | None) -> list[str]:
+    reasons = {implementation.name: implementation.refusal(case, gpu) for implementation in LINEAR}
     return _lines(next(name for name, reason in reasons.items() if reason is None), reasons)
 
 
 def _lines(chosen: str, reasons: dict[str, str | None]) -> list[str]:
     return [chosen, *(f"not {name}: {reason}" for name, reason in reasons.items() if reason is not None)]
-
-
-def _shapes(config: GemmaConfig) -> list[tuple[int, tuple[int, ...]]]:
-    """(inputs, rows of each matrix that stands in it) of a layer's products."""
-    attention = (config.query_size, config.key_value_size, config.key_value_size)
-    return [
-        (config.hidden_size, attention),
-        (config.query_size, (config.hidden_size,)),
-        (config.hidden_size, (config.intermediate_size,) * 2),
-        (config.intermediate_size, (config.hidden_size,)),
-    ]
-
-
-def _where(device: torch.device) -> torch.device:
-    # Memory that is never touched: support depends on shapes alone. A GPU's would be taken.
-    return device if device.type == "cpu" else torch.device("meta")
-
-
-def _whole(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[CheckpointWeight, ...]:
-    return (torch.empty((sum(rows), k), dtype=DTYPE, device=_where(device)),)
-
-
-def _int8(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[CheckpointWeight, ...]:
-    where = _where(device)
-    return tuple(
-        Int8Weight(torch.empty((n, k), dtype=torch.int8, device=where), torch.empty(n, device=where), DTYPE)
-        for n in rows
-    )
-
-
-def _nf4(k: int, rows: tuple[int, ...], device: torch.device) -> tuple[CheckpointWeight, ...]:
-    where = _where(device)
-
-    def cut(n: int) -> FourBitWeight:
-        codes = torch.empty(n * k // 2, dtype=torch.uint8, device=where)
-        absmax = torch.empty(-(-n * k // 64), dtype=torch.uint8, device=where)
-        nested = Nested(torch.empty(-(-len(absmax) // 256), device=where), 0.0)
-        return FourBitWeight(codes, absmax, "nf4", 64, (n, k), DTYPE, nested)
-
-    return tuple(cut(n) for n in rows)
-
-
-_FORMATS: dict[str, Callable[[int, tuple[int, ...], torch.device], tuple[CheckpointWeight, ...]]] = {
-    "whole": _whole,
-    "int8": _int8,
-    "nf4": _nf4,
-}
-
-_STORAGES = {"whole": bf16_matvec.STORAGE, "int8": int8_matvec.STORAGE, "nf4": nf4_matvec.NESTED}

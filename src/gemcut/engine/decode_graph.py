@@ -17,12 +17,14 @@ from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import Kind
 from gemcut.engine.draw_graphs import DrawGraphs
 from gemcut.kernels.attention import decode as decode_attention
+from gemcut.kernels.gpu import NEEDS_GPU, gpu_at
 from gemcut.kernels.megakernel.decode_step import DecodeStep
 from gemcut.kernels.rowwise import geglu, norm
 from gemcut.kernels.runtime import nvrtc
 from gemcut.kernels.sampling import argmax
 from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Span
+from gemcut.model.ops.base import NetworkCase
 from gemcut.model.ops.cuda_megakernel import decode_megakernel
 
 #: Rows a graph has: a batch takes the smallest that holds it.
@@ -30,11 +32,11 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 _AHEAD = 2  # steps in flight at most
 
 
-def supports(model: Model, block_size: int, device: torch.device) -> str | None:
+def refusal(model: Model, block_size: int, device: torch.device) -> str | None:
     """None where decode graphs serve, else one line that says why not."""
-    if device.type != "cuda":
-        return "needs an NVIDIA GPU"
-    config = model.config
+    gpu = gpu_at(device)
+    if gpu is None:
+        return NEEDS_GPU
     if model.kernels not in ("auto", "cuda"):
         return f"kernels={model.kernels!r} was asked for"
     if model.asked_attention == "eager":
@@ -43,13 +45,12 @@ def supports(model: Model, block_size: int, device: torch.device) -> str | None:
         return f"computes in bfloat16 only, not in {model.dtype}"
     if any(getattr(module, "activation_threshold", None) is not None for module in model.modules()):
         return "LLM.int8()'s arithmetic (activation_threshold) looks at activations from the host"
+    case = NetworkCase(model.config, model.dtype)
     return (
         nvrtc.unavailable_reason()
-        or norm.supports(config.hidden_size)
-        or geglu.supports(config.intermediate_size)
-        or decode_attention.supports(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, block_size
-        )
+        or norm.supports(case.rowwise, gpu)
+        or geglu.supports(case.rowwise, gpu)
+        or decode_attention.supports(case.decode_attention(block_size), gpu)
     )
 
 

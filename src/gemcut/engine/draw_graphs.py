@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.draw import NUMBERS, Kind, draw
+from gemcut.kernels.gpu import gpu_at
 from gemcut.kernels.sampling import draw as draw_tokens
+from gemcut.kernels.sampling.draw import DrawCase
 
 # Rows up to which tokens are drawn in a graph by PyTorch's operations, one row after another.
 _MOST_PLAIN_DRAWS = 8
 
 
-def most_draws(kind: Kind, vocabulary: int, most: int) -> int:
+def most_draws(kind: Kind, vocabulary: int, most: int, device: torch.device) -> int:
     """Sequences up to which tokens are drawn in a graph, where a step has ``most`` at most."""
-    return most if draw_tokens.supports(vocabulary, kind.top_k, kind.filtered) is None else _MOST_PLAIN_DRAWS
+    return most if _in_one_launch(kind, vocabulary, device) else _MOST_PLAIN_DRAWS
+
+
+def _in_one_launch(kind: Kind, vocabulary: int, device: torch.device) -> bool:
+    return draw_tokens.supports(DrawCase(vocabulary, kind.top_k, kind.filtered), gpu_at(device)) is None
 
 
 class DrawGraphs:
@@ -66,7 +72,7 @@ class DrawGraphs:
         graph.replay()
 
     def _in_one_launch(self, kind: Kind) -> bool:
-        return draw_tokens.supports(self.logits.shape[1], kind.top_k, kind.filtered) is None
+        return _in_one_launch(kind, self.logits.shape[1], self.logits.device)
 
     def _draw_rows(self, kind: Kind, count: int) -> None:
         cap = self.softcap

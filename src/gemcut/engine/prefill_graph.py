@@ -37,7 +37,7 @@ MOST_SEQUENCES = 8
 _GROUPS = ("full", "sliding")  # of the cache
 
 
-def supports(varlen: VarlenAttention | None, decode_refusal: str | None) -> str | None:
+def refusal(varlen: VarlenAttention | None, decode_refusal: str | None) -> str | None:
     """None where prefill graphs serve, else one line that says why not.
 
     ``varlen``: what computes attention of many queries; ``decode_refusal``: why decode graphs do not serve.

@@ -31,12 +31,12 @@ class Runner:
     def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
         self.model, self.cache, self.device = model, cache, device
         #: Why steps of single tokens do not run as CUDA graphs; None: they do.
-        self.graph_refusal = decode_graph.supports(model, cache.block_size, device)
+        self.graph_refusal = decode_graph.refusal(model, cache.block_size, device)
         #: Whether a single sequence's layers run in one launch where they can; set it before the first step.
         self.one_launch = True
         self._graphs: decode_graph.DecodeGraphs | None = None
         #: Why short prompts do not run as CUDA graphs; None: they do.
-        self.prefill_refusal = prefill_graph.supports(model.ops.varlen, self.graph_refusal)
+        self.prefill_refusal = prefill_graph.refusal(model.ops.varlen, self.graph_refusal)
         self._prefills: prefill_graph.PrefillGraphs | None = None
         self._explanation: str | None = None
 
@@ -50,7 +50,8 @@ class Runner:
         graphs = self._graphs_for(batch)
         params = [scheduled.sequence.request.params for scheduled in batch]
         kind = same_kind(params)
-        if kind is not None and len(batch) > most_draws(kind, self.model.config.vocab_size, decode_graph.SIZES[-1]):
+        vocabulary = self.model.config.vocab_size
+        if kind is not None and len(batch) > most_draws(kind, vocabulary, decode_graph.SIZES[-1], self.device):
             kind = None
         if graphs is None or not all(map(_wants_tokens, batch)) or (kind is None and not all(p.greedy for p in params)):
             if self._graphs is not None:

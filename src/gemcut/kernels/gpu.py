@@ -1,4 +1,9 @@
-"""What of an NVIDIA GPU the choice of a kernel depends on, as data: any GPU can be asked about on any machine."""
+"""What of an NVIDIA GPU the choice of a kernel depends on, as data: any GPU can be asked about on any machine.
+
+Every kernel's module has ``supports(case, gpu)``: None where it serves the case on that GPU, else one line that says
+why not. ``gpu`` None is a CPU. It looks at shapes, dtypes and what `Gpu` has, never at the machine it runs on: what is
+missing there (a compiler, a package) is another question, the ``unavailable`` of who registers the kernel.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +47,16 @@ PRESETS = {
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 99 << 10, 24 * 10**9),
     "l4": Gpu("NVIDIA L4", (8, 9), 58, 99 << 10, 24 * 10**9),
 }
+
+
+#: What kernels for NVIDIA GPUs say of a CPU, and the other way round.
+NEEDS_GPU = "needs an NVIDIA GPU"
+NEEDS_CPU = "runs on a CPU only"
+
+
+def gpu_at(device: torch.device) -> Gpu | None:
+    """The GPU that ``device`` is; None: it is none, but a CPU."""
+    return gpu_of(device.index or 0) if device.type == "cuda" else None
 
 
 @functools.cache

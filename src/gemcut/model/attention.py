@@ -18,8 +18,9 @@ from gemcut.config import GemmaConfig
 from gemcut.errors import UnsupportedError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
+from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.varlen import VarlenAttention, VarlenSpec, fresh_segments
-from gemcut.kernels.gpu import gpu_of
+from gemcut.kernels.gpu import Gpu, gpu_at
 from gemcut.kernels.runtime import nvrtc
 from gemcut.model.key_values import KeyValues
 
@@ -191,50 +192,49 @@ class Implementation:
     Attributes:
         name: what it is asked for by.
         function: computes it.
-        supports: None, or the reason why it cannot serve.
+        supports: None, or the reason why it cannot serve a case on a GPU, None being a CPU (gemcut.kernels.gpu).
         varlen: the same without the cache, where there is such a function; fused kernels take it (gemcut.model.bind).
         detail: which code runs, where the name leaves that open.
+        unavailable: None, or what it lacks on this machine, whatever the case.
     """
 
     name: str
     function: AttentionFunction
-    supports: Callable[[GemmaConfig, torch.dtype, torch.device], str | None]
+    supports: Callable[[AttentionCase, Gpu | None], str | None]
     varlen: VarlenAttention | None = None
     detail: str = ""
+    unavailable: Callable[[], str | None] = lambda: None
+
+    def refusal(self, case: AttentionCase, gpu: Gpu | None) -> str | None:
+        """None, or why it cannot serve ``case`` on this machine, on its GPU ``gpu`` or on its CPU."""
+        return self.supports(case, gpu) or self.unavailable()
 
 
-def _triton_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "needs an NVIDIA GPU"
+def attention_case(config: GemmaConfig, dtype: torch.dtype, block_size: int | None = None) -> AttentionCase:
+    """What a network of this shape asks of an attention kernel."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0 (Ampere) or newer"
-    return prefill_attention.shape_reason(heads, kv_heads, config.head_dim, dtype) or prefill_attention.triton_reason()
-
-
-def _hopper_reason(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "needs an NVIDIA GPU"
-    if dtype != torch.bfloat16:
-        return f"computes in bfloat16, not in {dtype}"
-    reason = nvrtc.unavailable_reason()
-    if reason is not None:
-        return reason
-    heads, kv_heads, cap = config.num_attention_heads, config.num_key_value_heads, config.attn_logit_softcapping
-    return hopper_attention.supports(heads, kv_heads, config.head_dim, cap, gpu_of(device.index or 0))
+    return AttentionCase(heads, kv_heads, config.head_dim, config.attn_logit_softcapping, dtype, block_size)
 
 
 def _varlen_implementation(
-    name: str, varlen: VarlenAttention, supports: Callable[[GemmaConfig, torch.dtype, torch.device], str | None]
+    name: str,
+    varlen: VarlenAttention,
+    supports: Callable[[AttentionCase, Gpu | None], str | None],
+    unavailable: Callable[[], str | None] = lambda: None,
 ) -> Implementation:
-    return Implementation(name, partial(varlen_attention, varlen), supports, varlen)
+    function = partial(varlen_attention, varlen)
+    return Implementation(name, function, supports, varlen, unavailable=unavailable)
 
 
 #: In order of preference; plain PyTorch serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "hopper": _varlen_implementation("hopper", hopper_attention.hopper_varlen, _hopper_reason),
-    "triton": _varlen_implementation("triton", prefill_attention.triton_varlen, _triton_reason),
-    "eager": Implementation("eager", eager_attention, lambda config, dtype, device: None),
+    "hopper": _varlen_implementation(
+        "hopper", hopper_attention.hopper_varlen, hopper_attention.supports, nvrtc.unavailable_reason
+    ),
+    "triton": _varlen_implementation(
+        "triton", prefill_attention.triton_varlen, prefill_attention.supports, prefill_attention.triton_reason
+    ),
+    "eager": Implementation("eager", eager_attention, lambda case, gpu: None),
 }
 
 #: transformers' name for the flash-attn package.
@@ -243,31 +243,33 @@ FLASH = "flash_attention_2"
 
 def choose_attention(name: str, config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> Implementation:
     """The implementation called ``name``; "auto" takes the first that supports the case. Refuses by name otherwise."""
+    case, gpu = attention_case(config, dtype), gpu_at(device)
     if name == FLASH:
-        return _flash_attention(config, dtype, device)
+        return _flash_attention(case, gpu)
     if name == "auto":
         for implementation in IMPLEMENTATIONS.values():
-            if implementation.supports(config, dtype, device) is None:
+            if implementation.refusal(case, gpu) is None:
                 return implementation
     if name not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS, FLASH])
         raise UnsupportedError(f"attn_implementation={name!r} is not available in this version; choose one of: {known}")
-    reason = IMPLEMENTATIONS[name].supports(config, dtype, device)
+    reason = IMPLEMENTATIONS[name].refusal(case, gpu)
     if reason is not None:
         raise UnsupportedError(f"attn_implementation={name!r} cannot serve this model: {reason}")
     return IMPLEMENTATIONS[name]
 
 
-def _flash_attention(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> Implementation:
+def _flash_attention(case: AttentionCase, gpu: Gpu | None) -> Implementation:
     """The flash-attn package where it serves, else a kernel of gemcut's own; ``detail`` says which and why.
 
     On a CPU plain attention stands in until the model is moved to a GPU, with a warning, as in transformers.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if case.dtype not in (torch.bfloat16, torch.float16):
         raise UnsupportedError(
-            f"attn_implementation={FLASH!r} computes in bfloat16 or float16, not in {dtype}; load with one of these"
+            f"attn_implementation={FLASH!r} computes in bfloat16 or float16, not in {case.dtype}; load with one of "
+            "these"
         )
-    if device.type != "cuda":
+    if gpu is None:
         message = (
             f"attn_implementation={FLASH!r} needs an NVIDIA GPU; plain attention runs until the model is moved to one"
         )
@@ -275,10 +277,10 @@ def _flash_attention(config: GemmaConfig, dtype: torch.dtype, device: torch.devi
         return replace(IMPLEMENTATIONS["eager"], name=FLASH, detail="plain PyTorch, on a CPU")
     reason = prefill_attention.flash_attn_reason()
     if reason is None:
-        found = _varlen_implementation(FLASH, prefill_attention.flash_attn_varlen, lambda *case: None)
+        found = _varlen_implementation(FLASH, prefill_attention.flash_attn_varlen, lambda case, gpu: None)
         return replace(found, detail="the flash-attn package")
     for name, own in ("hopper", "kernel for Hopper"), ("triton", "Triton kernel"):
-        refused = IMPLEMENTATIONS[name].supports(config, dtype, device)
+        refused = IMPLEMENTATIONS[name].refusal(case, gpu)
         if refused is None:
             return replace(IMPLEMENTATIONS[name], name=FLASH, detail=f"gemcut's own {own}: {reason}")
     raise UnsupportedError(

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from gemcut.kernels.gpu import gpu_at
 from gemcut.kernels.linear.dispatch import Choice, choose_linear
 from gemcut.model.linear import WeightOwner
 from gemcut.model.ops import cpu, cuda
+from gemcut.model.ops.base import NetworkCase
 from gemcut.model.ops.cpu_stack import LayerStack
 from gemcut.model.ops.plain import PlainOps
 
@@ -30,12 +32,13 @@ def bind_kernels(model: Model, device: torch.device, kernels: str = "auto") -> d
 
 def _choose_ops(model: Model, device: torch.device, kernels: str) -> None:
     """What computes the layers' operations; and all layers in one call, where that can be."""
-    config, attention = model.config, model.attention_implementation
+    attention = model.attention_implementation
     model.kernels, model.fused, model.ops = kernels, None, PlainOps(model.dtype)
-    if kernels in ("auto", "cuda") and cuda.supports(config, model.dtype, device) is None:
+    case, gpu = NetworkCase(model.config, model.dtype), gpu_at(device)
+    if kernels in ("auto", "cuda") and cuda.refusal(case, gpu) is None:
         eager = model.asked_attention == "eager"
         model.ops = cuda.CudaOps(model.ropes, attention.varlen, decode=not eager)
-    elif kernels == "auto" and attention.varlen is None and cpu.supports(model.dtype, config.head_dim, device) is None:
+    elif kernels == "auto" and attention.varlen is None and cpu.refusal(case, gpu) is None:
         model.ops = ops = cpu.CpuOps()
         stack = LayerStack(model.layer_list, ops.library)
         model.fused = stack if stack.refusal is None else None

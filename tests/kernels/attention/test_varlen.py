@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from gemcut.engine.paged import PagedKeyValues
 from gemcut.errors import UnsupportedError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
+from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.varlen import (
     VarlenSegment,
     VarlenSpec,
@@ -25,6 +27,7 @@ from gemcut.kernels.attention.varlen import (
     tiles,
 )
 from gemcut.kernels.gpu import PRESETS
+from gemcut.model import attention
 from gemcut.model.attention import AttentionSpec, attend, choose_attention, eager_attention, varlen_attention
 from gemcut.model.key_values import Span
 from support import tiny_config
@@ -113,7 +116,8 @@ def test_the_kernel_for_hopper_says_which_heads_it_does_not_take() -> None:
         (8, 4, 128, None, "soft-cap of up to 60"),
         (8, 4, 128, 61.0, "soft-cap of up to 60"),
     ):
-        assert reason in str(hopper_attention.supports(heads, kv_heads, head_dim, cap, PRESETS["a100"]))
+        case = AttentionCase(heads, kv_heads, head_dim, cap, torch.bfloat16)
+        assert reason in str(hopper_attention.supports(case, PRESETS["a100"]))
 
 
 def test_flash_attention_2_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,15 +131,20 @@ def test_flash_attention_2_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UnsupportedError, match="'triton' cannot serve this model: needs an NVIDIA GPU"):
         choose_attention("triton", config, torch.bfloat16, CPU)
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(attention, "gpu_at", lambda device: PRESETS["a100"])
     monkeypatch.setattr(prefill_attention, "flash_attn_reason", lambda: None)
     assert choose_attention("flash_attention_2", config, torch.float16, cuda).varlen is flash_attn_varlen
     monkeypatch.setattr(prefill_attention, "flash_attn_reason", lambda: "it is not there")
-    monkeypatch.setattr(prefill_attention, "triton_reason", lambda: None)
+
+    def triton(reason: str | None) -> None:
+        there = replace(attention.IMPLEMENTATIONS["triton"], unavailable=lambda: reason)
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, "triton", there)
+
+    triton(None)
     found = choose_attention("flash_attention_2", config, torch.float16, cuda)
     assert found.varlen is prefill_attention.triton_varlen
     assert found.detail == "gemcut's own Triton kernel: it is not there"
-    monkeypatch.setattr(prefill_attention, "triton_reason", lambda: "needs the triton package")
+    triton("needs the triton package")
     with pytest.raises(UnsupportedError, match="it is not there, and gemcut's own kernel needs the triton package"):
         choose_attention("flash_attention_2", config, torch.float16, cuda)
     assert choose_attention("auto", config, torch.float16, cuda).name == "eager"

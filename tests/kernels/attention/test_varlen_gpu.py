@@ -12,6 +12,7 @@ from gemcut.engine.paged import PagedKeyValues
 from gemcut.errors import ParameterError
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
+from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.varlen import (
     VarlenAttention,
     VarlenSegment,
@@ -63,7 +64,8 @@ def exact(
 
 def kernels(heads: int, kv_heads: int, head_dim: int, spec: VarlenSpec) -> list[VarlenAttention]:
     """Those that serve bf16 heads of this shape here."""
-    hopper = hopper_attention.supports(heads, kv_heads, head_dim, spec.softcap, gpu_of(0)) is None
+    case = AttentionCase(heads, kv_heads, head_dim, spec.softcap, torch.bfloat16)
+    hopper = hopper_attention.supports(case, gpu_of(0)) is None
     return [triton_varlen, hopper_varlen] if hopper else [triton_varlen]
 
 
@@ -159,7 +161,7 @@ def test_a_row_that_looks_at_one_key_gets_its_value_and_rows_of_no_run_stay_as_t
 
 def test_the_kernel_for_hopper_names_what_it_does_not_take() -> None:
     query, keys = torch.randn(9, 4, 128, device=CUDA).bfloat16(), torch.randn(9, 2, 128, device=CUDA).bfloat16()
-    if hopper_attention.supports(4, 2, 128, 50.0, gpu_of(0)) is not None:
+    if hopper_attention.supports(AttentionCase(4, 2, 128, 50.0, torch.bfloat16), gpu_of(0)) is not None:
         pytest.skip("needs a Hopper GPU")
     segments, spec = ((0, 9, 0, 0),), VarlenSpec(50.0, None)
     for wrong, given, text in (

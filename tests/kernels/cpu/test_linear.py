@@ -11,6 +11,7 @@ from torch import Tensor
 from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.cpu import linear
 from gemcut.kernels.cpu.linear import MAX_M, CpuLinear, supports
+from gemcut.kernels.gpu import PRESETS
 from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.plain import plain_linear
 from gemcut.quantization.four_bit import quantize_4bit
@@ -264,7 +265,7 @@ def test_more_rows_than_the_kernel_serves() -> None:
 
 def test_refusals_say_why() -> None:
     def reason(weight: Weight, compute: torch.dtype = BF16, out: torch.dtype = BF16, **more: float) -> str:
-        return str(supports(LinearCase((weight,), compute, out, **more), CPU))
+        return str(supports(LinearCase((weight,), compute, out, **more), None))
 
     assert reason(pack(4, 64, "nf4")) == "None"
     assert "not in torch.float16" in reason(pack(4, 64, "nf4"), torch.float16)
@@ -274,7 +275,7 @@ def test_refusals_say_why() -> None:
     assert "contiguous" in reason(random_matrix(64, 4).t())
     assert "float32" in reason(random_matrix(4, 64, FP32), BF16)
     assert "inputs, not 70000" in reason(random_matrix(1, 70000))
-    assert "not on cuda" in str(supports(LinearCase((pack(4, 64, "nf4"),), BF16, BF16), torch.device("cuda")))
+    assert "on a CPU only" in str(supports(LinearCase((pack(4, 64, "nf4"),), BF16, BF16), PRESETS["a100"]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

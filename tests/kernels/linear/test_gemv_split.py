@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 
 from four_bit_reference import FP4, NF4, dequantize, quantize
 from gemcut.errors import ParameterError
+from gemcut.kernels.gpu import PRESETS, Gpu
 from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import TILE, plan_fixed, plan_split, shared_bytes
-from gemcut.quantization.weights import Int8Weight
+from gemcut.quantization.weights import CheckpointWeight, Int8Weight
 
 STORAGES = [nf4_matvec.NESTED, nf4_matvec.FLAT, bf16_matvec.STORAGE, int8_matvec.STORAGE]
 LIMIT = 227 * 1024 - 2048
@@ -94,15 +97,27 @@ def test_the_dequantized_weight_is_near_the_original() -> None:
         assert 0.08 < (error.norm() / weight.norm()).item() < 0.11
 
 
+def refusal(supports: Callable[[LinearCase, Gpu | None], str | None], *weights: CheckpointWeight) -> str:
+    reason = supports(LinearCase(weights, torch.bfloat16, torch.bfloat16), PRESETS["h100"])
+    assert reason is not None
+    return reason
+
+
 def test_weights_the_kernels_do_not_take_are_refused_with_a_reason() -> None:
     whole = quantize(torch.randn(4, 128), NF4, nested=False)
     straddling = replace(whole, shape=(16, 32))
     with pytest.raises(ParameterError, match="multiple of 64"):
         nf4_matvec.pack([straddling])
-    assert "contiguous" in (bf16_matvec.supports(torch.zeros(8, 16, dtype=torch.bfloat16).t()) or "")
-    assert "16 bytes" in (bf16_matvec.supports(torch.zeros(8, 12, dtype=torch.bfloat16)) or "")
-    int8 = int8_matvec.PackedInt8.of([Int8Weight(torch.zeros(8, 12, dtype=torch.int8), torch.zeros(8), torch.float32)])
-    assert "16 bytes" in (int8_matvec.supports(int8) or "")
+    assert "multiple of 64" in refusal(nf4_matvec.supports, straddling)
+    assert "contiguous" in refusal(bf16_matvec.supports, torch.zeros(8, 16, dtype=torch.bfloat16).t())
+    assert "16 bytes" in refusal(bf16_matvec.supports, torch.zeros(8, 12, dtype=torch.bfloat16))
+    assert "one unquantized" in refusal(bf16_matvec.supports, *[torch.zeros(8, 16, dtype=torch.bfloat16)] * 2)
+    int8 = Int8Weight(torch.zeros(8, 12, dtype=torch.int8), torch.zeros(8), torch.bfloat16)
+    assert "16 bytes" in refusal(int8_matvec.supports, int8)
+    assert "int8 matrices alone" in refusal(int8_matvec.supports, whole)
+    assert "four-bit matrices alone" in refusal(nf4_matvec.supports, int8)
+    with pytest.raises(ParameterError, match="16 bytes"):
+        int8_matvec.argument(int8_matvec.PackedInt8.of([int8]))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -115,7 +130,7 @@ def test_matrices_that_stand_together_come_back_unchanged(nested: bool) -> None:
         assert torch.equal(weight.absmax, back.absmax)
         assert torch.equal(dequantize(weight), dequantize(back))
         assert back.nbytes == weight.nbytes
-    assert "below" in (nf4_matvec.supports(weights[::-1]) or "")
+    assert "below" in refusal(nf4_matvec.supports, *weights[::-1])
 
 
 @pytest.mark.parametrize(("n", "k", "fixed"), [(8192, 4608, 2), (4608, 4096, 2), (73728, 4608, 0), (2304, 2304, 0)])

@@ -9,7 +9,8 @@ import torch
 from gemcut.engine.draw import Kind, numbers
 from gemcut.engine.sampler import uniform
 from gemcut.engine.sampling import SamplingParams
-from gemcut.kernels.sampling.draw import draw_tokens, supports
+from gemcut.kernels.gpu import gpu_of
+from gemcut.kernels.sampling.draw import DrawCase, draw_tokens, supports
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +68,7 @@ def drawn(
 def check(logits: torch.Tensor, kind: dict[str, float], seed: int, cap: float | None) -> None:
     """Draws a token of every row."""
     params = [SamplingParams(temperature=0.3 + 0.4 * i, **kind) for i in range(len(logits))]  # type: ignore[arg-type]
-    assert supports(logits.shape[1], params[0].top_k, Kind.of(params[0]).filtered) is None
+    assert supports(DrawCase(logits.shape[1], params[0].top_k, Kind.of(params[0]).filtered), gpu_of(0)) is None
     tokens, sure, values = drawn(logits, params, seed, cap)
     assert sure == [1] * len(logits)
     rows = logits.double().cpu().numpy()
@@ -129,7 +130,8 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_what_is_refused() -> None:
-    assert "262144" in (supports(262145, 0, False) or "")
-    assert supports(1000, 64, True) is None
+    gpu = gpu_of(0)
+    assert "262144" in (supports(DrawCase(262145, 0, False), gpu) or "")
+    assert supports(DrawCase(1000, 64, True), gpu) is None
     for top_k in (0, 65):
-        assert "top_k" in (supports(1000, top_k, True) or "")
+        assert "top_k" in (supports(DrawCase(1000, top_k, True), gpu) or "")

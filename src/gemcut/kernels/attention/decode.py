@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcut.kernels.gpu import gpu_of
+from gemcut.kernels.attention.case import AttentionCase
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu, gpu_of
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 WARPS = 4
@@ -49,15 +50,23 @@ class DecodeSpec:
     window: int | None
     eps: float = 1e-6
 
+    def case(self, dtype: torch.dtype, block_size: int) -> AttentionCase:
+        """What a kernel must serve, over a cache of such blocks."""
+        return AttentionCase(self.heads, self.kv_heads, self.head_dim, self.softcap, dtype, block_size)
 
-def supports(heads: int, kv_heads: int, head_dim: int, block_size: int) -> str | None:
-    """None where the kernel serves this shape, else why not."""
-    if head_dim not in (16, 32, 64, 128, 256):
-        return f"decode attention takes heads of 16 to 256 values, a power of two, not {head_dim}"
-    if heads // kv_heads not in (1, 2, 4):
-        return f"decode attention takes 1, 2 or 4 query heads a key head, not {heads / kv_heads:g}"
-    if block_size & (block_size - 1):
-        return f"decode attention needs cache blocks of a power of two tokens, not {block_size}"
+
+def supports(case: AttentionCase, gpu: Gpu | None) -> str | None:
+    """None where the kernel serves ``case``, whose block size is given; else why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if case.dtype != torch.bfloat16:
+        return f"decode attention computes in bfloat16, not in {case.dtype}"
+    if case.head_dim not in (16, 32, 64, 128, 256):
+        return f"decode attention takes heads of 16 to 256 values, a power of two, not {case.head_dim}"
+    if case.group not in (1, 2, 4):
+        return f"decode attention takes 1, 2 or 4 query heads a key head, not {case.heads / case.kv_heads:g}"
+    if case.block_size is None or case.block_size & (case.block_size - 1):
+        return f"decode attention needs cache blocks of a power of two tokens, not {case.block_size}"
     return None
 
 

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcut.kernels.attention.case import AttentionCase
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
+
 #: One sequence of a batch: (its first row in the batch, queries, its first row in the keys, index of the first query
 #: among its keys).
 VarlenSegment = tuple[int, int, int, int]
@@ -75,14 +78,18 @@ def triton_reason() -> str | None:
     return None if found is not None else "needs the triton package, 3.4 or newer (it comes with torch's CUDA wheels)"
 
 
-def shape_reason(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    """None where the Triton kernel takes such heads, else one line that says why not."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"computes in bfloat16 or float16, not in {dtype}"
-    if head_dim not in (16, 32, 64, 128, 256):
-        return f"takes heads of 16 to 256 values, a power of two, not {head_dim}"
-    if heads // kv_heads > 32:
-        return f"takes up to 32 query heads a key head, not {heads // kv_heads}"
+def supports(case: AttentionCase, gpu: Gpu | None) -> str | None:
+    """None where the Triton kernel serves ``case``, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if gpu.capability < (8, 0):
+        return "needs compute capability 8.0 (Ampere) or newer"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, not in {case.dtype}"
+    if case.head_dim not in (16, 32, 64, 128, 256):
+        return f"takes heads of 16 to 256 values, a power of two, not {case.head_dim}"
+    if case.group > 32:
+        return f"takes up to 32 query heads a key head, not {case.group}"
     return None
 
 

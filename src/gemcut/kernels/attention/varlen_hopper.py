@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import ParameterError
+from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.varlen import FIXED_CAP, LOG2E, VarlenSegment, VarlenSpec, tile_table
-from gemcut.kernels.gpu import Gpu, gpu_of
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu, gpu_of
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.runtime.wgmma import wgmma_source
 
@@ -38,13 +39,17 @@ class _Task(ctypes.Structure):
     )
 
 
-def supports(heads: int, kv_heads: int, head_dim: int, softcap: float | None, gpu: Gpu) -> str | None:
-    """None where the kernel serves bf16 heads of this shape, else one line that says why not."""
-    if head_dim not in _SHAPES:
-        return f"takes heads of {' or '.join(map(str, _SHAPES))}, not of {head_dim}"
-    if _ROWS % (heads // kv_heads):
-        return f"takes as many query heads a key head as divide {_ROWS}, not {heads // kv_heads}"
-    if softcap is None or softcap > FIXED_CAP:
+def supports(case: AttentionCase, gpu: Gpu | None) -> str | None:
+    """None where the kernel serves ``case``, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if case.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {case.dtype}"
+    if case.head_dim not in _SHAPES:
+        return f"takes heads of {' or '.join(map(str, _SHAPES))}, not of {case.head_dim}"
+    if _ROWS % case.group:
+        return f"takes as many query heads a key head as divide {_ROWS}, not {case.group}"
+    if case.softcap is None or case.softcap > FIXED_CAP:
         return f"needs a soft-cap of up to {FIXED_CAP:g}, which keeps exp(score) in range"
     return gpu.wgmma_refusal
 
@@ -88,7 +93,8 @@ def hopper_varlen(
     multiple of 16 bytes.
     """
     (rows, heads, head_dim), kv_heads, device = query.shape, keys.shape[1], query.device
-    reason = supports(heads, kv_heads, head_dim, spec.softcap, gpu_of(device.index or 0))
+    case = AttentionCase(heads, kv_heads, head_dim, spec.softcap, torch.bfloat16)  # dtypes are looked at below
+    reason = supports(case, gpu_of(device.index or 0))
     if reason is not None:
         raise ParameterError(f"this attention kernel {reason}")
     for name, part in ("query", query), ("keys", keys), ("values", values):

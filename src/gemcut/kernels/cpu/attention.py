@@ -10,8 +10,10 @@ import ctypes
 import torch
 from torch import Tensor
 
+from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.decode import DecodeSpec
 from gemcut.kernels.cpu import library as cpu
+from gemcut.kernels.gpu import NEEDS_CPU, Gpu
 
 #: decode_attention.cpp's limit.
 MAX_HEAD_DIM = 512
@@ -31,10 +33,14 @@ class AttentionCall(ctypes.Structure):
     )
 
 
-def supports(head_dim: int) -> str | None:
-    """None where heads of ``head_dim`` are served, else why not."""
-    if head_dim > MAX_HEAD_DIM or head_dim % 2:
-        return f"serves even head sizes up to {MAX_HEAD_DIM}, not {head_dim}"
+def supports(case: AttentionCase, gpu: Gpu | None) -> str | None:
+    """None where the kernel serves ``case``, which it does on a CPU alone; else why not."""
+    if gpu is not None:
+        return NEEDS_CPU
+    if case.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {case.dtype}"
+    if case.head_dim > MAX_HEAD_DIM or case.head_dim % 2:
+        return f"serves even head sizes up to {MAX_HEAD_DIM}, not {case.head_dim}"
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemcut.kernels.cpu import library as cpu
+from gemcut.kernels.gpu import NEEDS_CPU, Gpu
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.linear.plain import plain_linear
 from gemcut.quantization.tables import code_table, dynamic_map
@@ -89,12 +90,10 @@ def many_rows(library: cpu.Library) -> Any:
         return None
 
 
-def supports(case: LinearCase, device: torch.device) -> str | None:
-    """None, or why the kernel cannot serve ``case`` on ``device``."""
-    if device.type != "cpu":
-        return f"runs on a CPU only, not on {device.type}"
-    if (reason := cpu.unavailable()) is not None:
-        return reason
+def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
+    """None, or why the kernel cannot serve ``case``, which it does on a CPU alone."""
+    if gpu is not None:
+        return NEEDS_CPU
     if case.compute_dtype not in (torch.bfloat16, torch.float32):
         return f"computes in bfloat16 and float32, not in {case.compute_dtype}"
     if case.out_dtype not in (torch.bfloat16, torch.float32):
@@ -213,4 +212,4 @@ def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
     return CpuLinear(case, cpu.library())
 
 
-CPU = LinearImplementation("cpu", supports, prepare)
+CPU = LinearImplementation("cpu", supports, prepare, cpu.unavailable)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import Layout, Storage, matvec
 
 STORAGE = Storage("bf16_gemv", 64, 2048, 0, 64, Layout(8, 6, 2), Layout(16, 4, 1))
@@ -19,8 +21,16 @@ class Format(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("n", ctypes.c_int), ("k", ctypes.c_int))
 
 
-def supports(weight: torch.Tensor) -> str | None:
-    """None where `bf16_matvec` takes this weight, else one line that says why not."""
+def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
+    """None where `bf16_matvec` and `bf16_head` serve ``case``, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if len(case.weights) != 1 or not isinstance(case.weights[0], torch.Tensor):
+        return "the bf16 kernel takes one unquantized matrix at a time"
+    return _refusal(case.weights[0])
+
+
+def _refusal(weight: torch.Tensor) -> str | None:
     if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return f"the bf16 kernel needs a contiguous bf16 weight, not {weight.dtype}, strides {weight.stride()}"
     if weight.shape[1] % 8 or weight.data_ptr() % 16:
@@ -39,7 +49,7 @@ def bf16_head(x: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> t
 
 
 def _argument(x: torch.Tensor, weight: torch.Tensor) -> ctypes.Structure:
-    reason = supports(weight)
+    reason = _refusal(weight)
     if reason is not None:
         raise ParameterError(reason)
     if x.shape[-1] != weight.shape[1]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gemcut.kernels.gpu import Gpu
 from gemcut.quantization.weights import CheckpointWeight, Weight
 
 
@@ -28,6 +29,11 @@ class LinearCase:
     out_dtype: torch.dtype
     activation_threshold: float | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows of all matrices, columns)."""
+        return sum(weight.shape[0] for weight in self.weights), self.weights[0].shape[1]
+
 
 class LinearKernel(Protocol):
     """Computes a LinearCase."""
@@ -46,10 +52,16 @@ class LinearImplementation:
     """A registered way to compute a LinearCase.
 
     Attributes:
-        supports: None, or the reason why it cannot serve the case on a device.
+        supports: None, or the reason why it cannot serve the case on a GPU, None being a CPU (gemcut.kernels.gpu).
         prepare: makes the kernel.
+        unavailable: None, or what it lacks on this machine, whatever the case.
     """
 
     name: str
-    supports: Callable[[LinearCase, torch.device], str | None]
+    supports: Callable[[LinearCase, Gpu | None], str | None]
     prepare: Callable[[LinearCase, torch.device], LinearKernel]
+    unavailable: Callable[[], str | None] = lambda: None
+
+    def refusal(self, case: LinearCase, gpu: Gpu | None) -> str | None:
+        """None, or why it cannot serve ``case`` on this machine, on its GPU ``gpu`` or on its CPU."""
+        return self.supports(case, gpu) or self.unavailable()

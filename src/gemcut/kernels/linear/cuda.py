@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.gpu import gpu_of
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu, gpu_of
 from gemcut.kernels.linear import bf16 as bf16_matvec
 from gemcut.kernels.linear import four_bit as nf4_matvec
 from gemcut.kernels.linear import gated as gated_gemm
@@ -47,36 +47,20 @@ BUFFER_BYTES = 324 << 20
 HEAD_BYTES = 32 << 20
 
 
-def supports(case: LinearCase, device: torch.device) -> str | None:
+def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
     """None where these kernels serve ``case``, else one line that says why not."""
-    if device.type != "cuda":
-        return "needs an NVIDIA GPU"
-    reason = nvrtc.unavailable_reason()
-    if reason is not None:
-        return reason
+    if gpu is None:
+        return NEEDS_GPU
     if case.compute_dtype != torch.bfloat16:
         return f"computes in bfloat16 only, not in {case.compute_dtype}"
     if case.out_dtype not in (torch.bfloat16, torch.float32):
         return f"gives bfloat16 or float32, not {case.out_dtype}"
     if case.activation_threshold is not None:
         return "keeps activations whole; LLM.int8()'s arithmetic (activation_threshold) runs in plain PyTorch"
-    weights = case.weights
-    if all(isinstance(weight, FourBitWeight) for weight in weights):
-        if case.out_dtype == torch.float32:
-            return "four-bit kernels give bfloat16 only"
-        return nf4_matvec.supports([w for w in weights if isinstance(w, FourBitWeight)])
-    if all(isinstance(weight, Int8Weight) for weight in weights):
-        return _int8_reason([w for w in weights if isinstance(w, Int8Weight)])
-    if len(weights) == 1 and isinstance(weights[0], Tensor):
-        return bf16_matvec.supports(weights[0])
+    for kind, (format_supports, _) in _FORMATS.items():
+        if all(isinstance(weight, kind) for weight in case.weights):
+            return format_supports(case, gpu)
     return "takes matrices of one format together, and one whole matrix at a time"
-
-
-def _int8_reason(weights: list[Int8Weight]) -> str | None:
-    columns = weights[0].shape[1]
-    if columns % 16:
-        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {columns}"
-    return None
 
 
 #: What a kernel reads: one matrix, or several of the same inputs one below the other.
@@ -131,73 +115,62 @@ Decode = Callable[[int, int, Tensor], None]
 
 
 def _packed_kernel(
-    rows: Rows,
+    case: LinearCase,
+    packed: nf4_matvec.PackedFourBit | PackedInt8,
+    storage: Storage,
     few: Callable[[Tensor], Tensor],
     fused: Callable[[Tensor | Ordered], Tensor],
     decode: Decode,
-    shape: tuple[int, int],
-    out_dtype: torch.dtype,
-    codes: Tensor,
-    storage: Storage,
 ) -> FewRows:
+    # What is kept for later must not hold the case: its matrices go when the layer owns the packed ones.
+    shape, out_dtype, device = case.shape, case.out_dtype, packed.codes.device
+
     def many(x: Tensor) -> Tensor:
         return _by_runs(x, *shape, decode, out_dtype)
 
     # The head's logits are wanted of few rows at a time: not worth a large buffer.
-    _buffer(codes.device).announce(*shape, BUFFER_BYTES if out_dtype == torch.bfloat16 else HEAD_BYTES)
-    device = codes.device.index or 0
-    gpu = gpu_of(device)
+    _buffer(device).announce(*shape, BUFFER_BYTES if out_dtype == torch.bfloat16 else HEAD_BYTES)
+    gpu = gpu_of(device.index or 0)
     most_few, most_some, _ = (route.up_to_rows for route in routes(storage, *shape, gpu))
     assert most_few is not None
     assert most_some is not None
     if gpu.wgmma_refusal is None:
-        gated = None if _gated_reason(*shape, out_dtype, device) else functools.partial(_gated_by_runs, shape, decode)
-        return FewRows(rows, few, many, most_few, fused, most_some, ordered=True, gated=gated)
+        gated = None if gated_gemm.supports(case, gpu) else functools.partial(_gated_by_runs, shape, decode)
+        return FewRows(packed, few, many, most_few, fused, most_some, ordered=True, gated=gated)
 
     def passes(x: Tensor) -> Tensor:
         return torch.cat([few(part) for part in torch.split(x, MAX_ROWS)])
 
-    return FewRows(rows, few, many, most_few, passes, most_some)
-
-
-def _gated_reason(n: int, k: int, out_dtype: torch.dtype, device: int) -> str | None:
-    """Why a matrix of ``n`` rows is not taken for an MLP's gate above its up; None: it may be."""
-    if n % 2 or out_dtype != torch.bfloat16:
-        return "needs as many rows of gate as of up, and gives bfloat16"
-    return gated_gemm.supports(n // 2, k, gpu_of(device))
+    return FewRows(packed, few, many, most_few, passes, most_some)
 
 
 def _four_bit(case: LinearCase) -> LinearKernel:
     packed = nf4_matvec.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
     storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument
     return _packed_kernel(
+        case,
         packed,
+        storage,
         lambda x: matvec(storage, argument, x, packed.n),
         lambda x: packed_gemm.gemm(storage, argument, x, packed.n),
         lambda start, count, out: dequantize_four_bit(packed, start // TILE, -(-count // TILE), out),
-        (packed.n, packed.k),
-        torch.bfloat16,
-        packed.codes,
-        storage,
     )
 
 
 def _int8(case: LinearCase) -> LinearKernel:
     packed = PackedInt8.of([w for w in case.weights if isinstance(w, Int8Weight)])
-    n, k = packed.codes.shape
+    n = packed.codes.shape[0]
     storage, argument = int8_matvec.STORAGE, int8_matvec.argument(packed)
     out_dtype: Literal["float32", "bfloat16"] = "float32" if case.out_dtype == torch.float32 else "bfloat16"
     return _packed_kernel(
+        case,
         packed,
+        storage,
         lambda x: matvec(storage, argument, x, n, out_dtype=out_dtype),
         lambda x: packed_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
         lambda start, count, out: dequantize_int8(
             packed.codes[start : start + count], packed.scales[start : start + count], out
         ),
-        (n, k),
-        case.out_dtype,
-        packed.codes,
-        storage,
     )
 
 
@@ -211,8 +184,7 @@ def _dense(case: LinearCase) -> LinearKernel:
             lambda x: dense_product(x, weight, torch.float32),
             _few_dense(weight, float_output=True),
         )
-    n, k = weight.shape
-    gated = _gated_reason(n, k, case.out_dtype, weight.device.index or 0) is None
+    gated = gated_gemm.supports(case, gpu_of(weight.device.index or 0)) is None
     return FewRows(
         weight,
         lambda x: bf16_matvec.bf16_matvec(x, weight),
@@ -232,12 +204,18 @@ def _few_dense(weight: Tensor, *, float_output: bool) -> int:
 
 def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
     """The kernel of a case that ``supports`` takes."""
-    if isinstance(case.weights[0], FourBitWeight):
-        return _four_bit(case)
-    return _int8(case) if isinstance(case.weights[0], Int8Weight) else _dense(case)
+    _, make = next(found for kind, found in _FORMATS.items() if isinstance(case.weights[0], kind))
+    return make(case)
 
 
-CUDA = LinearImplementation("cuda", supports, prepare)
+#: For each kind of weight, which cases its kernels serve, and what makes one.
+_FORMATS: dict[type, tuple[Callable[[LinearCase, Gpu | None], str | None], Callable[[LinearCase], LinearKernel]]] = {
+    FourBitWeight: (nf4_matvec.supports, _four_bit),
+    Int8Weight: (int8_matvec.supports, _int8),
+    Tensor: (bf16_matvec.supports, _dense),
+}
+
+CUDA = LinearImplementation("cuda", supports, prepare, nvrtc.unavailable_reason)
 
 
 class _Buffer:

@@ -8,6 +8,7 @@ import torch
 
 from gemcut.errors import UnsupportedError
 from gemcut.kernels.cpu.linear import CPU
+from gemcut.kernels.gpu import gpu_at
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.linear.cuda import CUDA
 from gemcut.kernels.linear.plain import PlainLinear
@@ -24,7 +25,7 @@ class Choice:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-PLAIN = LinearImplementation("plain", lambda case, device: None, lambda case, device: PlainLinear(case))
+PLAIN = LinearImplementation("plain", lambda case, gpu: None, lambda case, device: PlainLinear(case))
 
 #: In order of preference; plain PyTorch serves everything and stands last.
 LINEAR: list[LinearImplementation] = [CUDA, CPU, PLAIN]
@@ -35,17 +36,17 @@ def choose_linear(case: LinearCase, device: torch.device, kernels: str = "auto")
 
     Raises UnsupportedError when the one asked for is unknown or cannot serve.
     """
-    known = {implementation.name: implementation for implementation in LINEAR}
+    known, gpu = {implementation.name: implementation for implementation in LINEAR}, gpu_at(device)
     if kernels != "auto":
         if kernels not in known:
             raise UnsupportedError(f"kernels={kernels!r} is unknown; choose one of: auto, {', '.join(known)}")
-        reason = known[kernels].supports(case, device)
+        reason = known[kernels].refusal(case, gpu)
         if reason is not None:
             raise UnsupportedError(f"kernels={kernels!r} cannot serve this model: {reason}")
         return Choice(kernels, known[kernels].prepare(case, device))
     refused: dict[str, str] = {}
     for implementation in LINEAR:
-        reason = implementation.supports(case, device)
+        reason = implementation.refusal(case, gpu)
         if reason is None:
             return Choice(implementation.name, implementation.prepare(case, device), refused)
         refused[implementation.name] = reason

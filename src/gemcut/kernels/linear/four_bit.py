@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import TILE, Layout, Storage, matvec
 from gemcut.quantization.four_bit import dequantize_4bit
 from gemcut.quantization.tables import code_table, dynamic_map
@@ -100,7 +102,19 @@ class PackedFourBit(PackedWeight):
         )
 
 
-def supports(weights: Sequence[FourBitWeight]) -> str | None:
+def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
+    """None where four-bit kernels serve ``case``, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    weights = [weight for weight in case.weights if isinstance(weight, FourBitWeight)]
+    if len(weights) != len(case.weights):
+        return "four-bit kernels take four-bit matrices alone"
+    if case.out_dtype == torch.float32:
+        return "four-bit kernels give bfloat16 only"
+    return _refusal(weights)
+
+
+def _refusal(weights: Sequence[FourBitWeight]) -> str | None:
     """None where `pack` takes these matrices of the same inputs together, else one line that says why not."""
     if not 1 <= len(weights) <= 3:
         return f"four-bit kernels take one to three matrices together, not {len(weights)}"
@@ -119,8 +133,8 @@ def supports(weights: Sequence[FourBitWeight]) -> str | None:
 
 
 def pack(weights: Sequence[FourBitWeight]) -> PackedFourBit:
-    """Reorders matrices for the kernel, on their device. ParameterError where `supports` gives a reason."""
-    reason = supports(weights)
+    """Reorders matrices for the kernel, on their device. ParameterError where they cannot stand together."""
+    reason = _refusal(weights)
     if reason is not None:
         raise ParameterError(reason)
     first = weights[0]

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.errors import ParameterError
-from gemcut.kernels.gpu import Gpu, gpu_of
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu, gpu_of
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import aligned_rows
 from gemcut.kernels.runtime.nvrtc import CudaKernel, TensorMap, compile_kernel, read_sources, tensor_map
 from gemcut.kernels.runtime.wgmma import wgmma_source
@@ -41,8 +42,17 @@ class _Tiles(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int) for name in ("m_pairs", "n_tiles", "k_blocks", "width"))
 
 
-def supports(width: int, k: int, gpu: Gpu) -> str | None:
-    """None where MLPs of ``width`` with ``k`` inputs are served, else one line that says why not."""
+def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
+    """None where a case whose rows are gate, then up, is served once it is bf16, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    rows, columns = case.shape
+    if rows % 2 or case.out_dtype != torch.bfloat16:
+        return "needs as many rows of gate as of up, and gives bfloat16"
+    return _refusal(rows // 2, columns, gpu)
+
+
+def _refusal(width: int, k: int, gpu: Gpu) -> str | None:
     reason = gpu.wgmma_refusal
     if reason is not None:
         return reason
@@ -84,7 +94,7 @@ def gated_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tenso
     if weight.dtype != torch.bfloat16 or weight.shape[1] != k or weight.shape[0] % 2:
         raise ParameterError(f"weight must be bf16 [2 · width, {k}], not {weight.dtype} {tuple(weight.shape)}")
     device = x.device.index or 0
-    reason = supports(width, k, gpu_of(device))
+    reason = _refusal(width, k, gpu_of(device))
     if reason is not None:
         raise ParameterError(reason)
     if out is None:

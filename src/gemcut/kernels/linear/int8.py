@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.errors import ParameterError
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import Layout, Storage, matvec
 from gemcut.quantization.weights import Int8Weight, PackedWeight
 
@@ -71,16 +73,30 @@ class Format(ctypes.Structure):
     )
 
 
-def supports(weight: PackedInt8) -> str | None:
-    """None where `int8_matvec` takes this weight, else one line that says why not."""
+def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
+    """None where `int8_matvec` and `int8_head` serve ``case``, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if not all(isinstance(weight, Int8Weight) for weight in case.weights):
+        return "the int8 kernel takes int8 matrices alone"
+    return _unaligned(case.weights[0].shape[1])
+
+
+def _unaligned(columns: int) -> str | None:
+    if columns % 16:
+        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {columns}"
+    return None
+
+
+def _refusal(weight: PackedInt8) -> str | None:
     codes, scales = weight.codes, weight.scales
     if codes.dtype != torch.int8 or not codes.is_contiguous():
         return f"the int8 kernel needs contiguous int8 codes, not {codes.dtype}, strides {codes.stride()}"
     if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.shape != codes.shape[:1]:
         return f"the int8 kernel needs one fp32 scale a row, not {scales.dtype} {tuple(scales.shape)}"
-    if codes.shape[1] % 16 or codes.data_ptr() % 16:
-        return f"the int8 kernel needs rows that begin at multiples of 16 bytes, not rows of {codes.shape[1]}"
-    return None
+    if codes.data_ptr() % 16:
+        return "the int8 kernel needs codes that begin at a multiple of 16 bytes"
+    return _unaligned(codes.shape[1])
 
 
 def int8_matvec(x: torch.Tensor, weight: PackedInt8, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -101,8 +117,8 @@ def _check_columns(x: torch.Tensor, weight: PackedInt8) -> None:
 
 
 def argument(weight: PackedInt8) -> ctypes.Structure:
-    """The kernels' ``struct Format``, which does not keep the weight alive. ParameterError as ``supports`` says."""
-    reason = supports(weight)
+    """The kernels' ``struct Format``, which does not keep the weight alive. ParameterError where they refuse it."""
+    reason = _refusal(weight)
     if reason is not None:
         raise ParameterError(reason)
     return Format(weight.codes.data_ptr(), weight.scales.data_ptr(), *weight.codes.shape)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import UnsupportedError
-from gemcut.kernels.gpu import gpu_of
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu, gpu_of
 from gemcut.kernels.linear import bf16, four_bit, int8
 from gemcut.kernels.linear.cuda import Rows
 from gemcut.kernels.linear.four_bit import PackedFourBit
@@ -129,8 +129,20 @@ def storage_of(rows: Rows) -> Storage:
     return int8.STORAGE if isinstance(rows, PackedInt8) else bf16.STORAGE
 
 
-def supports(shape: StepShape, storage: Storage, block_size: int, sms: int, shared_limit: int) -> str | None:
-    """None where the launch serves this network, else one line that says why not."""
+@dataclass(frozen=True)
+class StepCase:
+    """A network's sizes, the format of its layers' weights, tokens of a block of the cache."""
+
+    shape: StepShape
+    storage: Storage
+    block_size: int
+
+
+def supports(case: StepCase, gpu: Gpu | None) -> str | None:
+    """None where the launch serves ``case``, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    shape, block_size, shared_limit = case.shape, case.block_size, gpu.shared_memory
     if shape.head_dim not in (16, 32, 64, 128, 256) or shape.heads // shape.kv_heads not in (1, 2, 4):
         return (
             "one launch a step takes heads of 16 to 256 values, a power of two, and 1, 2 or 4 query heads a key head, "
@@ -142,7 +154,7 @@ def supports(shape: StepShape, storage: Storage, block_size: int, sms: int, shar
         return f"one launch a step needs cache blocks of a power of two tokens, not {block_size}"
     if shape.hidden > WARPS * 32 * 4 * 8:
         return f"one launch a step takes at most {WARPS * 32 * 4 * 8} values a row, not {shape.hidden}"
-    plan = _plan(shape, storage, sms, shared_limit)
+    plan = _plan(shape, case.storage, gpu.sms, shared_limit)
     if plan.stages < 2:
         return f"one launch a step needs more than the {shared_limit >> 10} KB of shared memory a block has here"
     if plan.partials > _MAX_PARTIALS:
@@ -151,13 +163,6 @@ def supports(shape: StepShape, storage: Storage, block_size: int, sms: int, shar
     if plan.blocks < shape.kv_heads:
         return f"one launch a step needs a block for each of the {shape.kv_heads} key heads and has {plan.blocks}"
     return None
-
-
-def limits(device: torch.device) -> tuple[int, int]:
-    """(SMs, bytes of shared memory a block can have) of ``device``."""
-    index = device.index or 0
-    gpu = gpu_of(index)
-    return gpu.sms, gpu.shared_memory
 
 
 @functools.lru_cache(maxsize=64)
@@ -287,11 +292,11 @@ class DecodeStep:
         device = ids.device
         (storage,) = {storage_of(rows) for layer in layers for rows in layer.matrices}
         block_size = layers[0].storage.shape[2]
-        sms, shared_limit = limits(device)
-        reason = supports(shape, storage, block_size, sms, shared_limit)
+        gpu = gpu_of(device.index or 0)
+        reason = supports(StepCase(shape, storage, block_size), gpu)
         if reason is not None:
             raise UnsupportedError(reason)
-        plan = self._plan = _plan(shape, storage, sms, shared_limit)
+        plan = self._plan = _plan(shape, storage, gpu.sms, gpu.shared_memory)
         group = shape.heads // shape.kv_heads
         self._kernel = _kernel(storage, plan, shape.head_dim, group, device.index or 0)
 

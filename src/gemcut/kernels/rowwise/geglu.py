@@ -15,7 +15,9 @@ import functools
 import torch
 from torch import Tensor
 
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
 from gemcut.kernels.linear.layout import Ordered
+from gemcut.kernels.rowwise.case import RowwiseCase
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 _MOST_ROWS = 65535  # a grid's second dimension
@@ -34,9 +36,11 @@ def _kernel(name: str, device: int) -> CudaKernel:
     return compile_kernel(read_sources("runtime/launch.cuh", "linear/layout.cuh", "rowwise/geglu.cu"), name, (), device)
 
 
-def supports(width: int) -> str | None:
-    """None where MLPs of ``width`` are served, else why not."""
-    return None if width % 8 == 0 else f"the GeGLU kernel takes widths that are a multiple of 8, not {width}"
+def supports(case: RowwiseCase, gpu: Gpu | None) -> str | None:
+    """None where a network's MLPs are served, else why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    return None if case.width % 8 == 0 else f"the GeGLU kernel takes widths that are a multiple of 8, not {case.width}"
 
 
 def geglu(gate_up: Tensor, groups: int = 0) -> Tensor | Ordered:

@@ -15,7 +15,9 @@ import functools
 import torch
 from torch import Tensor
 
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
 from gemcut.kernels.linear.layout import UNIT, Ordered
+from gemcut.kernels.rowwise.case import RowwiseCase
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 MOST_COLUMNS = 8192
@@ -31,10 +33,12 @@ class _Norm(ctypes.Structure):
     )
 
 
-def supports(columns: int) -> str | None:
-    """None where rows of ``columns`` are served, else why not."""
-    if columns % 8 or columns > MOST_COLUMNS:
-        return f"norm kernels take rows of a multiple of 8 and at most {MOST_COLUMNS} values, not {columns}"
+def supports(case: RowwiseCase, gpu: Gpu | None) -> str | None:
+    """None where a network's rows are served, else why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if case.hidden % 8 or case.hidden > MOST_COLUMNS:
+        return f"norm kernels take rows of a multiple of 8 and at most {MOST_COLUMNS} values, not {case.hidden}"
     return None
 
 

@@ -15,6 +15,8 @@ import functools
 import torch
 from torch import Tensor
 
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
+from gemcut.kernels.rowwise.case import RowwiseCase
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 
@@ -33,11 +35,13 @@ def _kernel(head_dim: int, device: int) -> CudaKernel:
     return compile_kernel(sources, "rope_write", (("HEAD_DIM", head_dim),), device)
 
 
-def supports(head_dim: int) -> str | None:
-    """None where heads of ``head_dim`` are served, else why not."""
-    if head_dim in (16, 32, 64, 128, 256):
+def supports(case: RowwiseCase, gpu: Gpu | None) -> str | None:
+    """None where a network's heads are served, else why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if case.head_dim in (16, 32, 64, 128, 256):
         return None
-    return f"the rotation kernel takes heads of 16 to 256 values, a power of two, not {head_dim}"
+    return f"the rotation kernel takes heads of 16 to 256 values, a power of two, not {case.head_dim}"
 
 
 def rope_write(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
 # As in draw.cu.
@@ -29,15 +31,32 @@ class _Draw(ctypes.Structure):
     )
 
 
-def supports(vocabulary: int, top_k: int, filtered: bool) -> str | None:
-    """None where such draws are served, else one line that says why not.
+@dataclass(frozen=True)
+class DrawCase:
+    """Draws of one kind.
 
-    ``filtered``: not every token may be drawn; ``top_k`` 0: not because of such a filter.
+    Attributes:
+        vocabulary: tokens there are.
+        top_k: how many of them may be drawn; 0: this does not say.
+        filtered: whether not every token may be drawn.
     """
-    if vocabulary > _PART * _MOST_PARTS:
-        return f"draws in one launch take vocabularies of at most {_PART * _MOST_PARTS} tokens, not {vocabulary}"
-    if filtered and not 0 < top_k <= _LIST:
-        return f"draws in one launch that look at the likeliest tokens alone take a top_k of 1 to {_LIST}, not {top_k}"
+
+    vocabulary: int
+    top_k: int
+    filtered: bool
+
+
+def supports(case: DrawCase, gpu: Gpu | None) -> str | None:
+    """None where such draws are served, else one line that says why not."""
+    if gpu is None:
+        return NEEDS_GPU
+    if case.vocabulary > _PART * _MOST_PARTS:
+        return f"draws in one launch take vocabularies of at most {_PART * _MOST_PARTS} tokens, not {case.vocabulary}"
+    if case.filtered and not 0 < case.top_k <= _LIST:
+        return (
+            f"draws in one launch that look at the likeliest tokens alone take a top_k of 1 to {_LIST}, "
+            f"not {case.top_k}"
+        )
     return None
 
 

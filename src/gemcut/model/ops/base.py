@@ -8,12 +8,18 @@ Shapes: T rows (tokens of all sequences of a batch), d hidden size, V vocabulary
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
+from gemcut.config import GemmaConfig
+from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.varlen import VarlenAttention
 from gemcut.kernels.linear.layout import Ordered
+from gemcut.kernels.rowwise.case import RowwiseCase
+from gemcut.model.attention import attention_case
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
@@ -24,6 +30,28 @@ if TYPE_CHECKING:
 
 #: Rows [T, n] in the compute dtype; or in the order that the linear layer which reads them asked for.
 Activations = Tensor | Ordered
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    """What a network asks of the kernels between its products: its sizes and its compute dtype."""
+
+    config: GemmaConfig
+    dtype: torch.dtype
+
+    @property
+    def rowwise(self) -> RowwiseCase:
+        """Of norms, of the gated product, of rotations."""
+        return RowwiseCase(self.config.hidden_size, self.config.intermediate_size, self.config.head_dim)
+
+    @property
+    def attention(self) -> AttentionCase:
+        """Of attention of many queries."""
+        return attention_case(self.config, self.dtype)
+
+    def decode_attention(self, block_size: int) -> AttentionCase:
+        """Of attention of one new token of each sequence, over a cache of such blocks."""
+        return attention_case(self.config, self.dtype, block_size)
 
 
 class Ops(Protocol):

@@ -9,29 +9,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from gemcut.kernels.attention.varlen import VarlenAttention
 from gemcut.kernels.cpu import attention, library
 from gemcut.kernels.cpu.attention import DecodeAttention
 from gemcut.kernels.cpu.rowwise import Rowwise
+from gemcut.kernels.gpu import Gpu
 from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
-from gemcut.model.ops.base import Activations, Rotations
+from gemcut.model.ops.base import Activations, NetworkCase, Rotations
 
 if TYPE_CHECKING:
     from gemcut.model.gemma import MLP, Attention
 
 
-def supports(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-    """None, or why these operations cannot serve a network of this compute dtype and head size on ``device``."""
-    if device.type != "cpu":
-        return f"runs on a CPU only, not on {device.type}"
-    if dtype != torch.bfloat16:
-        return f"computes in bfloat16, not in {dtype}"
-    return attention.supports(head_dim) or library.unavailable()
+def supports(case: NetworkCase, gpu: Gpu | None) -> str | None:
+    """None, or why these operations cannot serve a network."""
+    return attention.supports(case.attention, gpu)
+
+
+def refusal(case: NetworkCase, gpu: Gpu | None) -> str | None:
+    """None, or why they cannot serve it on this machine."""
+    return supports(case, gpu) or library.unavailable()
 
 
 class CpuOps:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemcut.config import GemmaConfig
 from gemcut.kernels.attention import decode as decode_attention
 from gemcut.kernels.attention.varlen import VarlenAttention, VarlenSpec
+from gemcut.kernels.gpu import NEEDS_GPU, Gpu, gpu_at
 from gemcut.kernels.linear import gated as gated_gemm
 from gemcut.kernels.linear.cuda import FewRows
 from gemcut.kernels.linear.layout import Ordered
@@ -25,7 +25,7 @@ from gemcut.kernels.runtime import nvrtc
 from gemcut.model.key_values import DecodeBatch, KeyValues, PagedBatch
 from gemcut.model.linear import Embedding, LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
-from gemcut.model.ops.base import Activations, Rotations
+from gemcut.model.ops.base import Activations, NetworkCase, Rotations
 from gemcut.model.quantized import Int8Embedding
 from gemcut.model.rope import RotaryTable, Rotation
 
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
     from gemcut.model.gemma import MLP, Attention
 
 
-def supports(config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None, or why these operations cannot serve a network of this shape and compute dtype on ``device``."""
-    if device.type != "cuda":
-        return f"runs on an NVIDIA GPU only, not on {device.type}"
-    if dtype != torch.bfloat16:
-        return f"computes in bfloat16, not in {dtype}"
-    return (
-        nvrtc.unavailable_reason()
-        or norms.supports(config.hidden_size)
-        or geglu.supports(config.intermediate_size)
-        or rope_write.supports(config.head_dim)
-    )
+def supports(case: NetworkCase, gpu: Gpu | None) -> str | None:
+    """None, or why these operations cannot serve a network."""
+    if gpu is None:
+        return NEEDS_GPU
+    if case.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {case.dtype}"
+    kernels = norms.supports, geglu.supports, rope_write.supports
+    return next((reason for kernel in kernels if (reason := kernel(case.rowwise, gpu)) is not None), None)
+
+
+def refusal(case: NetworkCase, gpu: Gpu | None) -> str | None:
+    """None, or why they cannot serve it on this machine."""
+    return supports(case, gpu) or nvrtc.unavailable_reason()
 
 
 class CudaOps:
@@ -94,9 +95,8 @@ class CudaOps:
         return softcap_in_place(values, cap)
 
     def _takes(self, attention: Attention, batch: DecodeBatch) -> bool:
-        spec = attention.decode_spec
-        heads = spec.heads, spec.kv_heads, spec.head_dim
-        return self._decode and decode_attention.supports(*heads, batch.block_size) is None
+        case = attention.decode_spec.case(torch.bfloat16, batch.block_size)
+        return self._decode and decode_attention.supports(case, gpu_at(batch.positions.device)) is None
 
     def _attend_decode(self, attention: Attention, qkv: Tensor, batch: DecodeBatch) -> Tensor:
         """bf16 [B, heads · head_dim] of each sequence's one new token; the cache gets its key and value."""

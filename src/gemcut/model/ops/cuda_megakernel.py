@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from gemcut.config import GemmaConfig
+from gemcut.kernels.gpu import gpu_at
 from gemcut.kernels.linear.cuda import FewRows, Rows
-from gemcut.kernels.linear.gemv import Storage
 from gemcut.kernels.megakernel import decode_step
-from gemcut.kernels.megakernel.decode_step import DecodeStep, StepLayer, StepShape
+from gemcut.kernels.megakernel.decode_step import DecodeStep, StepCase, StepLayer, StepShape
 from gemcut.model.key_values import DecodeBatch
 from gemcut.model.ops.cuda import head_norms, table_of
 
 if TYPE_CHECKING:
     from gemcut.model.gemma import Layer, Model
-
-
-def supports(config: GemmaConfig, storages: set[Storage], block_size: int, device: torch.device) -> str | None:
-    """None where all layers run in one launch for a single sequence, else why they take several a layer.
-
-    ``storages``: the formats of the layers' weights.
-    """
-    if len(storages) != 1:
-        return "one launch a step takes layers of one format"
-    return decode_step.supports(step_shape(config), next(iter(storages)), block_size, *decode_step.limits(device))
 
 
 def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tuple[Tensor, Tensor]) -> DecodeStep | str:
@@ -44,7 +33,10 @@ def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tup
         return "one launch a step takes packed weights or unquantized ones that their own kernels read"
     fours = [four for four in products if four is not None]
     storages = {decode_step.storage_of(rows) for four in fours for rows in four}
-    reason = supports(config, storages, batch.block_size, ids.device)
+    if len(storages) != 1:
+        return "one launch a step takes layers of one format"
+    case = StepCase(step_shape(config), storages.pop(), batch.block_size)
+    reason = decode_step.supports(case, gpu_at(ids.device))
     if reason is not None:
         return reason
     bound = []
@@ -59,7 +51,7 @@ def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tup
     table, absmax = table_of(model.embed)
     ropes = model.rope_full.table(ids.device), model.rope_sliding.table(ids.device)
     return DecodeStep(
-        step_shape(config), bound, layers[0].input_norm.scale, table, absmax, model.embed_scale,
+        case.shape, bound, layers[0].input_norm.scale, table, absmax, model.embed_scale,
         ids, batch.positions, tables, ropes,
     )  # fmt: skip
 
