@@ -17,6 +17,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 
+import forked
 from checkpoint import gguf_files
 from gemcut.checkpoint import hub as our_hub
 from gemcut.checkpoint import hub_header
@@ -56,12 +57,11 @@ print(json.dumps(answer))
 
 
 def ask(home: Path, url: str, mode: str = "", env: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
-    """Call ``resolve`` in a fresh process whose hub is at ``url`` and whose cache is ``home``."""
+    """Call ``resolve`` in a process of its own whose hub is at ``url`` and whose cache is ``home``."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
     environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **(env or {})}
-    command = [sys.executable, "-c", CLIENT, json.dumps(arguments), mode]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = forked.run([json.dumps(arguments), mode], env=environment, code=CLIENT)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert "\n" not in answer.get("message", "")
@@ -318,10 +318,8 @@ def planned(home: Path, url: str, name: str) -> dict[str, Any]:
     """``gemcut plan NAME --json`` for 1 GB, in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
-    command = [sys.executable, "-m", "gemcut", "plan", name, "--json", "--memory", "1GB"]
-    done = subprocess.run(
-        command, env={**environment, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=120
-    )
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    done = forked.run(["plan", name, "--json", "--memory", "1GB"], env=environment, module="gemcut")
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     return report
