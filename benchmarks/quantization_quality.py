@@ -44,7 +44,7 @@ from gemcut.kernels.cpu.memory import huge_empty
 from gemcut.loading import build_network
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
 from gemcut.quantization.weights import Weight
@@ -105,10 +105,13 @@ def _documents(texts: list[str], encode: Callable[[str], list[int]], tokens: int
 
 
 def network(source: Source, tensors: dict[str, Weight]) -> Model:
-    """The bf16 network of decoded weights."""
+    """The bf16 network of dequantized weights."""
     with torch.device("meta"):
         model = Model(source.config(), dtype=DTYPE)
-    whole = ((n, w if n.endswith(".scale") and isinstance(w, Tensor) else decode(w, DTYPE)) for n, w in tensors.items())
+    whole = (
+        (name, weight if name.endswith(".scale") and isinstance(weight, Tensor) else dequantize_weight(weight, DTYPE))
+        for name, weight in tensors.items()
+    )
     load_model_weights(model, whole, dtype=DTYPE, device="cpu")
     return model
 

@@ -26,7 +26,7 @@ from gemcut.model.quantized import (
     quantized_embedding,
     quantized_linear,
 )
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_table, quantize_tensors
 from gemcut.quantization.weights import CheckpointWeight, Incoming, move_weight
@@ -124,14 +124,14 @@ def move_network(model: Model, device: torch.device, kernels: str = "auto") -> M
 
 
 def export_network(model: Model) -> Iterator[tuple[str, CheckpointWeight]]:
-    """A network's weights under Hugging Face names, cut ones as they are; a table in 8 bits is decoded.
+    """A network's weights under Hugging Face names, cut ones as they are; a table in 8 bits is dequantized.
 
-    bitsandbytes has no stored form for a cut table; decoded to bf16 or fp32 it gives the same 8-bit codes again.
+    bitsandbytes has no stored form for a cut table; dequantized to bf16 or fp32 it gives the same 8-bit codes again.
     """
     packed: dict[str, Callable[[], CheckpointWeight]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Int8Embedding):
-            packed[f"{name}.weight"] = partial(_decoded, module, model.dtype)
+            packed[f"{name}.weight"] = partial(_dequantized, module, model.dtype)
         elif isinstance(module, QuantizedLinear):
             prefix, inner = split_layer(f"{name}.weight")
             for index, part in enumerate(FUSED.get(inner, (inner,))):
@@ -139,8 +139,8 @@ def export_network(model: Model) -> Iterator[tuple[str, CheckpointWeight]]:
     return export_tensors(dict(model.named_parameters()), model.config, packed=packed)
 
 
-def _decoded(embedding: Int8Embedding, dtype: torch.dtype) -> CheckpointWeight:
-    return decode(embedding.table, dtype)
+def _dequantized(embedding: Int8Embedding, dtype: torch.dtype) -> CheckpointWeight:
+    return dequantize_weight(embedding.table, dtype)
 
 
 def _matrix(linear: QuantizedLinear, index: int) -> CheckpointWeight:

@@ -18,7 +18,7 @@ from gemcut.checkpoint.source import Source
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.model import Model
 from gemcut.model.dense import DenseKeyValues
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
@@ -45,7 +45,7 @@ def build(source: Source, tensors: dict[str, Weight], dtype: torch.dtype = torch
     """A network of whole weights from decoded ones: what any kernel must compute, without one."""
     with torch.device("meta"):
         model = Model(source.config(), dtype=dtype)
-    whole = ((name, decode(weight, torch.float32)) for name, weight in tensors.items())
+    whole = ((name, dequantize_weight(weight, torch.float32)) for name, weight in tensors.items())
     load_model_weights(model, whole, dtype=dtype, device="cpu")
     return model
 

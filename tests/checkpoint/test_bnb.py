@@ -20,7 +20,7 @@ from gemcut.checkpoint.write import save_folder
 from gemcut.errors import CheckpointError
 from gemcut.loading import export_network, load_network
 from gemcut.model.dense import dense_logits
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.four_bit import block_absmax
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.weights import FourBitWeight, Int8Weight
@@ -114,9 +114,9 @@ def test_what_transformers_saved_loads_with_equal_weights_and_logits(
             continue
         packed += 1
         theirs = decoded_by_bitsandbytes(modules[name], torch.bfloat16)
-        ours = decode(weight, torch.bfloat16)
+        ours = dequantize_weight(weight, torch.bfloat16)
         if isinstance(weight, Int8Weight):
-            torch.testing.assert_close(decode(weight, torch.float32), theirs, rtol=1e-6, atol=0)
+            torch.testing.assert_close(dequantize_weight(weight, torch.float32), theirs, rtol=1e-6, atol=0)
         else:
             assert torch.equal(ours, theirs.view_as(ours))
             assert block_absmax(weight).isfinite().all()
@@ -161,7 +161,7 @@ def test_what_was_saved_after_a_forward_pass_on_a_cpu_loads(whole: Path, tmp_pat
     for name, found in source.tensors(dtype=dtype):
         if isinstance(found, FourBitWeight):
             module = theirs.get_submodule(hf_module(name))
-            assert torch.equal(decode(found, dtype), decoded_by_bitsandbytes(module, dtype)), name
+            assert torch.equal(dequantize_weight(found, dtype), decoded_by_bitsandbytes(module, dtype)), name
             seen += 1
     assert seen == len(layers) == 14
 

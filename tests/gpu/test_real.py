@@ -11,7 +11,7 @@ from torch import Tensor
 from gemcut import Gemma, SamplingParams
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gpu_support import check_beside_theirs
 from model.build import in_dtype
 from real_weights import PROMPTS, their_gemma3
@@ -51,7 +51,7 @@ def in_float32(plain: Model) -> Model:
     model = load(dtype="float32", kernels="plain", attn_implementation="eager").model
     for name, module in plain.named_modules():
         if hasattr(module, "case"):
-            weight = torch.cat([decode(each, torch.float32) for each in module.case.weights])
+            weight = torch.cat([dequantize_weight(each, torch.float32) for each in module.case.weights])
             twin = model.get_submodule(name)
             twin.weight, twin.kernel = torch.nn.Parameter(weight, requires_grad=False), None
     model.embed_scale = plain.embed_scale

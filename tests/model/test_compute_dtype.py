@@ -19,7 +19,7 @@ from gemcut.loading import export_network, load_network
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
 from gemcut.model.ops.plain import PlainOps
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.int8 import llm_int8_product, quantize_int8
 from gemcut.quantization.spec import Quantization
 from model.build import random_ids, rms
@@ -56,7 +56,7 @@ def _network(checkpoint: Path, dtype: torch.dtype, kernels: str = "auto", **spec
 
 def _exact(model: Model, ids: Tensor) -> Tensor:
     """float64 logits of what the network's weights stand for."""
-    weights = {name: decode(weight, torch.float32) for name, weight in export_network(model)}
+    weights = {name: dequantize_weight(weight, torch.float32) for name, weight in export_network(model)}
     return reference_logits(weights, model.config.to_dict(), ids, scale_dtype=model.dtype)
 
 

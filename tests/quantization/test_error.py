@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.error import relative_error
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8_rows
@@ -27,7 +27,7 @@ def test_pieces_add_up_to_the_whole(spec: Quantization, shape: tuple[int, int]) 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[-1] *= 5  # the last piece counts
     packed = cut("w", weight, spec)
-    expected = (decode(packed, torch.float32).double() - weight.double()).norm() / weight.double().norm()
+    expected = (dequantize_weight(packed, torch.float32).double() - weight.double()).norm() / weight.double().norm()
     assert relative_error(weight, packed) == pytest.approx(expected.item(), rel=1e-5, abs=1e-12)
 
 
@@ -36,7 +36,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     weight = torch.randn(64, 640, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = weight.clone()
     packed = quantize_4bit(weight)
-    expected = (decode(packed, torch.float32).double() - weight.double()).norm() / weight.double().norm()
+    expected = (dequantize_weight(packed, torch.float32).double() - weight.double()).norm() / weight.double().norm()
     assert relative_error(weight, packed) == pytest.approx(expected.item(), rel=1e-5)
     assert torch.equal(weight, before)
 

@@ -29,7 +29,7 @@ from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Span
 from gemcut.model.quantized import QuantizedLinear
 from gemcut.quantization.calibrate import Method, quantize_4bit_calibrated
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.moments import Moments, block_width
 from gemcut.quantization.spec import Quantization, skip_matcher
 from gemcut.quantization.stream import EMBEDDING, check_finite, quantize_tensors
@@ -149,7 +149,7 @@ def calibrate(
         for name, weight in quantize_tensors(
             source.tensors(dtype=compute, only={EMBEDDING}), spec, module_name=_module_name, dtype=compute
         ):
-            table = weight if isinstance(weight, Tensor) else decode(weight, compute)
+            table = weight if isinstance(weight, Tensor) else dequantize_weight(weight, compute)
             with torch.inference_mode():
                 state.hidden = F.embedding(ids, table).to(compute).float() * model.embed_scale
             del table
@@ -236,7 +236,7 @@ class _Run:
             stage: [prefix + part for part in FUSED.get(f"{stage}.weight", (f"{stage}.weight",))] for stage in probes
         }
         for stage, probe in probes.items():
-            probe.fill([decode(tensors[name], self.dtype) for name in parts[stage]])
+            probe.fill([dequantize_weight(tensors[name], self.dtype) for name in parts[stage]])
         attention = module.attention
         for stage, probe in probes.items():
             if stage == "mlp.gate_up_proj":  # attention is settled: compute it once for all passes that follow
@@ -247,7 +247,7 @@ class _Run:
             moments = self._moments(model, index, probe, normed=stage in _NORMED)
             for name in todo:
                 tensors[name] = self._cut(name, tensors[name], moments)
-            probe.fill([decode(tensors[name], self.dtype) for name in parts[stage]])
+            probe.fill([dequantize_weight(tensors[name], self.dtype) for name in parts[stage]])
         self._advance(model, index)
         module.attention = attention
         for probe in probes.values():  # this layer's memory goes before the next one's comes

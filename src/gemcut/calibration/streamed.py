@@ -24,7 +24,7 @@ from gemcut.model import Model
 from gemcut.model.bind import bind_products, release_products
 from gemcut.model.dense import DenseKeyValues
 from gemcut.model.norm import RMSNorm
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
 from gemcut.quantization.weights import CheckpointWeight
@@ -102,7 +102,7 @@ def compare_checkpoints(
 
     expected = states(whole)
     (_, table), *_ = whole.tensors(dtype=compute, only={_TABLE})
-    matrix = decode(table, compute)
+    matrix = dequantize_weight(table, compute)
     cap = whole.config().final_logit_softcapping
 
     product = choose_linear(LinearCase((matrix,), compute, torch.float32), matrix.device).kernel
@@ -126,7 +126,7 @@ def final_states(
     lengths = [len(document) - 1 for document in documents]
     ids = torch.tensor([token for document in documents for token in document[:-1]])
     table = next(iter(source.tensors(dtype=dtype, only={_TABLE})))[1]
-    hidden = F.embedding(ids, decode(table, dtype)).float() * model.embed_scale
+    hidden = F.embedding(ids, dequantize_weight(table, dtype)).float() * model.embed_scale
     del table
     names = list(expected_shapes(config))
     for index, layer in enumerate(model.layer_list):
@@ -150,11 +150,11 @@ def final_states(
 
 
 def _fill(layer: nn.Module, source: Weights, names: set[str], prefix: str, dtype: torch.dtype) -> None:
-    """Give one layer its weights, decoded to ``dtype``."""
+    """Give one layer its weights, dequantized to ``dtype``."""
     holder = nn.Module()
     holder.add_module("layers", nn.ModuleDict({prefix.split(".")[1]: layer}))
     stream = (
-        (name, weight if name.endswith(".scale") else decode(weight, dtype))
+        (name, weight if name.endswith(".scale") else dequantize_weight(weight, dtype))
         for name, weight in source.tensors(dtype=dtype, only=names)
     )
     load_model_weights(holder, stream, dtype=dtype, device="cpu")

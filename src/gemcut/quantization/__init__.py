@@ -1,1 +1,1 @@
-"""Number formats: what a weight is cut to, and how it is decoded. Pure functions, no kernels."""
+"""Number formats: what a weight is cut to, and how it is dequantized. Pure functions, no kernels."""

@@ -1,6 +1,6 @@
 """Cut a matrix to 4 bits so that its *outputs* stay right: same format, better codes and block statistics.
 
-A decoder only ever computes ``table[code] · absmax[block]``, so codes and statistics may be chosen freely. With
+Dequantizing only ever computes ``table[code] · absmax[block]``, so codes and statistics may be chosen freely. With
 ``H = Σ x xᵀ`` over sample inputs x of the layer, the squared error of its outputs is ``tr((W - Q) H (W - Q)ᵀ)``. Three
 steps make it small; each handles all rows of W at once, since rows do not depend on one another:
 
@@ -77,7 +77,7 @@ def quantize_4bit_calibrated(
         method: how much work is done.
 
     Returns:
-        A weight that decodes like any other of its format.
+        A weight that is dequantized like any other of its format.
     """
     how = method or Method()
     wanted = weight.float()
@@ -177,17 +177,17 @@ class Codebook:
 
 
 class Scales:
-    """Block statistics of a matrix [rows, columns], as the decoder will see them; blocks run along its flat values."""
+    """Block statistics of a matrix [rows, columns], as dequantizing will see them; blocks run along its flat values."""
 
     def __init__(self, absmax: Tensor, block_size: int, shape: tuple[int, int], double_quant: bool) -> None:
         self.block_size, self.shape = block_size, shape
         self.byte_map = dynamic_map(absmax.device)
         self.middles = (self.byte_map[:-1] + self.byte_map[1:]) / 2
-        self.stored, self.decoded = absmax, absmax
+        self.stored, self.dequantized = absmax, absmax
         self.nested: Nested | None = None
         if double_quant:
             self.stored, self.nested = nest(absmax)
-            self.decoded = self._decode(torch.arange(absmax.numel(), device=absmax.device), self.stored)
+            self.dequantized = self._dequantize(torch.arange(absmax.numel(), device=absmax.device), self.stored)
 
     @property
     def aligned(self) -> bool:
@@ -219,29 +219,29 @@ class Scales:
 
     def columns(self, start: int, stop: int, low: int, high: int) -> Tensor:
         """The statistic of each value in columns ``start … stop - 1`` of rows ``low … high - 1``: fp32, transposed."""
-        device = self.decoded.device
+        device = self.dequantized.device
         index = torch.arange(low, high, device=device)[None, :] * self.shape[1]
         index = index + torch.arange(start, stop, device=device)[:, None]
-        return self.decoded[index // self.block_size]
+        return self.dequantized[index // self.block_size]
 
     def replace(self, column: int, low: int, wanted: Tensor) -> Tensor:
         """Set the statistics of the blocks at ``column`` of rows from ``low`` on to the nearest that can be stored.
 
-        ``wanted`` fp32, one value a row; returns what the decoder will see of it. Blocks must be ``aligned``.
+        ``wanted`` fp32, one value a row; returns what dequantizing will see of it. Blocks must be ``aligned``.
         """
         rows = torch.arange(low, low + wanted.shape[0], device=wanted.device)
         blocks = (rows * self.shape[1] + column) // self.block_size
         if self.nested is None:
-            self.decoded[blocks] = wanted
+            self.dequantized[blocks] = wanted
             return wanted
         reach = self.nested.scale[blocks // NESTED_BLOCK_SIZE]
         ratios = _ratio(wanted - self.nested.offset, reach)
         codes = torch.bucketize(ratios, self.middles).to(torch.uint8)
-        decoded = self._decode(blocks, codes)
-        self.stored[blocks], self.decoded[blocks] = codes, decoded
-        return decoded
+        dequantized = self._dequantize(blocks, codes)
+        self.stored[blocks], self.dequantized[blocks] = codes, dequantized
+        return dequantized
 
-    def _decode(self, blocks: Tensor, codes: Tensor) -> Tensor:
+    def _dequantize(self, blocks: Tensor, codes: Tensor) -> Tensor:
         assert self.nested is not None
         return self.byte_map[codes.int()] * self.nested.scale[blocks // NESTED_BLOCK_SIZE] + self.nested.offset
 
@@ -328,7 +328,7 @@ def _search(values: Tensor, importance: Tensor, codebook: Codebook) -> Tensor:
     best, least = largest.clone(), torch.full_like(largest, torch.inf)
 
     def consider(absmax: Tensor) -> Tensor:
-        """Keep ``absmax`` where it beats the best so far; returns the values it decodes to, before scaling."""
+        """Keep ``absmax`` where it beats the best so far; returns the values it is dequantized to, before scaling."""
         units = codebook.at(codebook.nearest(values * _reciprocal(absmax)[:, None]))
         error = ((units * absmax[:, None] - values).square_() * importance).sum(dim=1)
         better = error < least

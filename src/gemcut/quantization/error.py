@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.pieces import PIECE
 from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitWeight, Int8Weight, Nested
 
@@ -23,10 +23,10 @@ def relative_error(whole: Tensor, cut: FourBitWeight | Int8Weight, *, sample: in
     every = 1 if sample is None else max(1, flat.numel() // sample)
     difference = norm = 0.0
     for start, piece in itertools.islice(_pieces(cut), 0, None, every):
-        decoded = decode(piece, torch.float32).view(-1)
-        original = flat[start : start + decoded.numel()].to(torch.float32, copy=True)
+        dequantized = dequantize_weight(piece, torch.float32).view(-1)
+        original = flat[start : start + dequantized.numel()].to(torch.float32, copy=True)
         norm += _energy(original)
-        difference += _energy(original.sub_(decoded))
+        difference += _energy(original.sub_(dequantized))
     return float((difference / norm) ** 0.5) if norm else 0.0
 
 

@@ -1,4 +1,4 @@
-"""NF4 and FP4 in blocks with one statistic each: stored bytes and decoded values are those of bitsandbytes on a CPU."""
+"""NF4 and FP4 in blocks with one statistic each: bytes and dequantized values are those of bitsandbytes on a CPU."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _nearest_pairs(ratios: Tensor, quant_type: FourBitType) -> Tensor:
 
 
 def nest(absmax: Tensor) -> tuple[Tensor, Nested]:
-    """Quantize block statistics fp32 [blocks] to 8 bits: (codes uint8 [blocks], how to decode them)."""
+    """Quantize block statistics fp32 [blocks] to 8 bits: (codes uint8 [blocks], how to dequantize them)."""
     offset = absmax.mean().item()
     if not math.isfinite(offset):  # the sum of huge statistics overflows fp32; their mean does not
         offset = absmax.mean(dtype=torch.float64).float().item()
@@ -100,7 +100,7 @@ def nest(absmax: Tensor) -> tuple[Tensor, Nested]:
 
 
 def block_absmax(weight: FourBitWeight) -> Tensor:
-    """The block statistics of ``weight``, decoded: fp32 [blocks]."""
+    """The block statistics of ``weight``, dequantized: fp32 [blocks]."""
     if weight.nested is None:
         return weight.absmax
     blocks = weight.absmax.numel()
@@ -121,7 +121,7 @@ def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype | None = None) -> 
     both = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).view(torch.int64).flatten()
     out = torch.empty(count, dtype=dtype or weight.dtype, device=weight.codes.device)
 
-    def decode(start: int, stop: int) -> None:
+    def dequantize_piece(start: int, stop: int) -> None:
         picked = both.index_select(0, weight.codes[start // 2 : math.ceil(stop / 2)].int())
         values = picked.view(torch.float32)[: stop - start]
         first, blocks = start // size, (stop - start) // size
@@ -129,5 +129,5 @@ def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype | None = None) -> 
         values[blocks * size :].mul_(absmax[first + blocks : first + blocks + 1])
         out[start:stop] = values
 
-    in_pieces(decode, count, PIECE, out.device)
+    in_pieces(dequantize_piece, count, PIECE, out.device)
     return out.view(n, k)

@@ -1,8 +1,8 @@
 """8 bits a value with one scale a row: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), in bitsandbytes' bytes.
 
-Where the stored form or its decoded values are at stake, results are those of bitsandbytes' CPU code, bit for bit. In
-products two things of its are left out, for they only do harm: activations do not pass through fp16, which ends at
-65,504, and products are scaled by 1 / 127², not by the constant 6.200124e-05, which is off by 2 parts in 10⁵.
+The stored form and its dequantized values are those of bitsandbytes' CPU code, bit for bit. In products two things of
+its are left out, for they only do harm: activations do not pass through fp16, which ends at 65,504, and products are
+scaled by 1 / 127², not by the constant 6.200124e-05, which is off by 2 parts in 10⁵.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def dequantize_int8(weight: Int8Weight, dtype: torch.dtype | None = None) -> Ten
     n, k = weight.shape
     out = torch.empty(n, k, dtype=dtype or weight.dtype, device=weight.codes.device)
 
-    def decode(start: int, stop: int) -> None:
+    def dequantize_piece(start: int, stop: int) -> None:
         values = weight.codes[start:stop].float()
         out[start:stop] = values.mul_(weight.absmax[start:stop, None]).mul_(1.0 / 127.0)
 
-    in_pieces(decode, n, max(1, PIECE // k), out.device)
+    in_pieces(dequantize_piece, n, max(1, PIECE // k), out.device)
     return out
 
 
@@ -70,7 +70,7 @@ def llm_int8_product(x: Tensor, weight: Int8Weight, threshold: float) -> Tensor:
     """LLM.int8()'s product of ``x`` [T, in] and ``weight`` [out, in] -> fp32 [T, out].
 
     Rows of ``x`` are rounded to 8 bits, and products of codes are added up as whole numbers. Columns with a magnitude
-    of at least ``threshold`` (0: none) are left out of that: they multiply decoded weights. A row's scale is its
+    of at least ``threshold`` (0: none) are left out of that: they multiply dequantized weights. A row's scale is its
     largest magnitude below ``threshold``, wherever that stands.
     """
     x = x.float()

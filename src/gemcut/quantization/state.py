@@ -24,8 +24,8 @@ from gemcut.quantization.weights import (
 def to_stored(name: str, weight: CheckpointWeight) -> dict[str, Tensor]:
     """The tensors of a file that hold ``weight``, whose own tensor is called ``name`` ("….up_proj.weight").
 
-    A 4-bit weight's codes are a column of bytes beside its statistics and tables; what decodes it is JSON in a tensor
-    of bytes. An 8-bit weight's row magnitudes stand beside it, as ``….up_proj.SCB``.
+    A 4-bit weight's codes are a column of bytes beside its statistics and tables; how to dequantize it is JSON in a
+    tensor of bytes. An 8-bit weight's row magnitudes stand beside it, as ``….up_proj.SCB``.
     """
     if isinstance(weight, FourBitWeight):
         return _four_bit(name, weight)
@@ -75,7 +75,7 @@ def from_stored(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Four
         name: of the weight, for messages.
         parts: its tensors: "weight", and beside it "SCB" and "weight_format", or "absmax", "quant_map",
             "quant_state.bitsandbytes__nf4" and, with double quantization, "nested_absmax" and "nested_quant_map".
-        dtype: what an 8-bit weight decodes to; a 4-bit one says so itself.
+        dtype: what an 8-bit weight is dequantized to; a 4-bit one says so itself.
 
     Only shapes, dtypes and the small tables are looked at, not the statistics (``check_statistics`` does).
     Raises CheckpointError that names the weight and what is wrong with it.
@@ -125,10 +125,10 @@ def from_stored(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Four
 
 
 def _rounded_statistics(codes: Tensor, nested: Nested, dtype: torch.dtype) -> Tensor:
-    """Block statistics fp32 [blocks] whose decoding is rounded to ``dtype`` at each step.
+    """Block statistics fp32 [blocks] whose dequantization is rounded to ``dtype`` at each step.
 
-    bitsandbytes decodes so what it has packed for a forward pass on a CPU with AVX512-BF16 and unpacked to save: in the
-    dtype of the weights.
+    bitsandbytes dequantizes so what it has packed for a forward pass on a CPU with AVX512-BF16 and unpacked to save: in
+    the dtype of the weights.
     """
     scales = nested.scale.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
     products = dynamic_map().index_select(0, codes.int()).mul_(scales).to(dtype)
@@ -205,7 +205,7 @@ def _expect(name: str, parts: dict[str, Tensor], leaf: str, dtype: torch.dtype, 
 
 
 def _expect_table(name: str, parts: dict[str, Tensor], leaf: str, table: Tensor) -> None:
-    """A stored table is for information: bitsandbytes decodes with its own, so another one would mean other numbers."""
+    """A stored table is for information: bitsandbytes dequantizes with its own; another would mean other numbers."""
     _expect(name, parts, leaf, torch.float32, table.numel())
     if not torch.allclose(parts[leaf].reshape(-1), table, rtol=0, atol=1e-6):
         raise CheckpointError(f"tensor {name}: {leaf} is not the table of its format, and no other can be decoded")

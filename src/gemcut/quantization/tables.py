@@ -18,7 +18,7 @@ NF4_VALUES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
-# The sign bit adds no second sign of zero: bitsandbytes stores and decodes code 8 as 0.
+# The sign bit adds no second sign of zero: bitsandbytes stores and dequantizes code 8 as 0.
 FP4_VALUES = (*_FP4_MAGNITUDES, 0.0, *(-value for value in _FP4_MAGNITUDES[1:]))
 
 

@@ -1,4 +1,4 @@
-"""What a cut weight matrix is: packed tensors and the few numbers that decode them. Formats are bitsandbytes'."""
+"""What a cut weight matrix is: packed tensors and the few numbers that dequantize them. Formats are bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class FourBitWeight:
         quant_type: "nf4" or "fp4".
         block_size: values that share a statistic.
         shape: (out, in).
-        dtype: what a decoded value is rounded to.
-        nested: how to decode a uint8 ``absmax``; None if it is fp32.
+        dtype: what a dequantized value is rounded to.
+        nested: how to dequantize a uint8 ``absmax``; None if it is fp32.
     """
 
     codes: Tensor
@@ -72,7 +72,7 @@ class Int8Weight:
     Attributes:
         codes: int8 [out, in].
         absmax: largest magnitude of each row, fp32 [out] (bitsandbytes' SCB).
-        dtype: what a decoded value is rounded to.
+        dtype: what a dequantized value is rounded to.
     """
 
     codes: Tensor

@@ -10,7 +10,7 @@ from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.cpu import linear
 from gemcut.kernels.linear.dispatch import LinearCase
 from gemcut.kernels.linear.plain import plain_linear
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8
 from gemcut.quantization.weights import Weight
@@ -48,7 +48,7 @@ def inputs(rows: int, k: int, seed: int = 1) -> Tensor:
 
 def exact(x: Tensor, weights: tuple[Weight, ...]) -> Tensor:
     """The product in float64 of x and the weights as decoded to bf16."""
-    return torch.cat([x.double() @ decode(weight, BF16).double().t() for weight in weights], dim=1)
+    return torch.cat([x.double() @ dequantize_weight(weight, BF16).double().t() for weight in weights], dim=1)
 
 
 def kernel(weights: tuple[Weight, ...], out_dtype: torch.dtype, variant: str | None = None) -> linear.CpuLinear:
@@ -61,7 +61,7 @@ def kernel(weights: tuple[Weight, ...], out_dtype: torch.dtype, variant: str | N
 def check(x: Tensor, weights: tuple[Weight, ...], out_dtype: torch.dtype, got: Tensor) -> None:
     """``got`` is right: within rounding of fp32 sums, and no worse than the twin for a result in bf16."""
     want = exact(x, weights)
-    magnitude = exact(x.abs(), tuple(decode(weight, BF16).abs() for weight in weights))
+    magnitude = exact(x.abs(), tuple(dequantize_weight(weight, BF16).abs() for weight in weights))
     assert got.shape == want.shape
     assert got.dtype == out_dtype
     error = (got.double() - want).abs()

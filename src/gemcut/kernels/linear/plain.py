@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.kernels.linear.case import LinearCase
-from gemcut.quantization.decode import decode
+from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.int8 import llm_int8_product
 from gemcut.quantization.weights import CheckpointWeight, Int8Weight
 
@@ -62,7 +62,7 @@ def fp16_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_linear(case: LinearCase, x: Tensor) -> Tensor:
-    """The product of a LinearCase: every matrix is decoded whole, then multiplied.
+    """The product of a LinearCase: every matrix is dequantized whole, then multiplied.
 
     ``x`` is in the compute dtype; where that is fp16, ``x`` may be wider and hold what fp16 cannot.
     """
@@ -74,9 +74,9 @@ def plain_linear(case: LinearCase, x: Tensor) -> Tensor:
             near = torch.where(x.half().isfinite(), x.half().float(), x.float()) if wider else x
             part = llm_int8_product(near, weight, case.activation_threshold).to(case.out_dtype)
         elif wider:
-            part = dense_product_fp16(x, decode(weight, torch.float16), case.out_dtype)
+            part = dense_product_fp16(x, dequantize_weight(weight, torch.float16), case.out_dtype)
         else:
-            part = dense_product(x, decode(weight, case.compute_dtype), case.out_dtype)
+            part = dense_product(x, dequantize_weight(weight, case.compute_dtype), case.out_dtype)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -10,7 +10,7 @@ from gemcut.quantization.int8 import dequantize_int8
 from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
 
-def decode(weight: CheckpointWeight, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(weight: CheckpointWeight, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] in ``dtype``."""
     if isinstance(weight, FourBitWeight):
         return dequantize_4bit(weight, dtype)
