@@ -145,7 +145,7 @@ def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
 
 
 def test_layer_kinds_without_layer_types() -> None:
-    """Gemma 2: 0-indexed even layers slide (trap 7). Gemma 3: every sixth layer sees everything."""
+    """Gemma 2: 0-indexed even layers slide. Gemma 3: every sixth layer sees everything."""
     assert GemmaConfig.from_dict(_gemma2(num_hidden_layers=5)).layer_types == (SLIDING, FULL, SLIDING, FULL, SLIDING)
     assert GemmaConfig.from_dict(_gemma3()).full_layers == (5, 11, 17, 23)
     assert GemmaConfig.from_dict(_gemma3(sliding_window_pattern=_ABSENT)).full_layers == (5, 11, 17, 23)
@@ -159,14 +159,14 @@ def test_listed_layer_types_win() -> None:
 
 
 @pytest.mark.parametrize("key", ["sliding_window", "sliding_window_size"])
-def test_trap22_either_key_of_the_window(key: str) -> None:
+def test_either_key_of_the_window(key: str) -> None:
     data = _gemma2(sliding_window=_ABSENT, sliding_window_size=_ABSENT)
     assert GemmaConfig.from_dict({**data, key: 1234}).sliding_window == 1234
     other = ({"sliding_window", "sliding_window_size"} - {key}).pop()
     assert GemmaConfig.from_dict({**data, key: 1234, other: None}).sliding_window == 1234
 
 
-def test_trap12_old_hidden_act_is_not_the_activation() -> None:
+def test_the_old_hidden_act_is_not_the_activation() -> None:
     assert GemmaConfig.from_dict(_gemma2(hidden_act="gelu")) == FAMILY["gemma-2-27b"]
     assert GemmaConfig.from_dict(_gemma2(hidden_act="gelu", hidden_activation=None)) == FAMILY["gemma-2-27b"]
 

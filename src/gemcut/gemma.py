@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from gemcut.model import Model
 from gemcut.placement.devices import parse_device, parse_dtype
 from gemcut.placement.memory import cache_bytes, check_memory
 from gemcut.placement.plan import CHUNK
-from gemcut.progress import LoadProgress
+from gemcut.progress import LoadProgress, Report
 from gemcut.prompts import (
     Prompt,
     check_n,
@@ -97,7 +97,7 @@ class Gemma:
         max_batch_size: int = 64,
         max_batch_tokens: int | None = None,
         kv_memory: int | None = None,
-        progress: bool | Callable[[int, int], None] = True,
+        progress: bool | Report = True,
     ) -> Gemma:
         """Load a checkpoint. One without tokenizer files takes token ids alone; see `tokenizer`.
 

@@ -26,6 +26,7 @@ from gemcut.model.quantized import (
     quantized_embedding,
     quantized_linear,
 )
+from gemcut.progress import Report
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_table, quantize_tensors
@@ -40,7 +41,7 @@ def load_network(
     quantization: Quantization | None = None,
     attention: str = "auto",
     kernels: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Model:
     """The network of a checkpoint on ``device``.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+#: Hears how far something is: (done, in all), in bytes or in whatever the caller is told.
 Report = Callable[[int, int], None]
 
 

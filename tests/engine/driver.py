@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcut.cache_blocks import sliding_blocks_needed
 from gemcut.config import GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent
 from gemcut.engine.blocks import BlockPool
-from gemcut.engine.cache import ROOT_KEY, block_key, sliding_blocks_needed
+from gemcut.engine.cache import ROOT_KEY, block_key
 from gemcut.engine.request import Sequence
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits

@@ -17,9 +17,10 @@ from engine.driver import (
     prompts_of,
     twins,
 )
+from gemcut.cache_blocks import sliding_blocks_needed
 from gemcut.config import GemmaConfig
 from gemcut.engine import SamplingParams
-from gemcut.engine.cache import bytes_per_block, shape_for_tokens, sliding_blocks_needed
+from gemcut.engine.cache import bytes_per_block, shape_for_tokens
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
 from support import hf_model, tiny_config

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from engine.driver import CPU, Recording, assert_nothing_held, greedy, small_model, twins
+from gemcut.cache_blocks import sliding_blocks_needed
 from gemcut.engine import Engine, EngineConfig, SamplingParams
-from gemcut.engine.cache import bytes_per_block, sliding_blocks_needed
+from gemcut.engine.cache import bytes_per_block
 from gemcut.errors import CapacityError, ContextLengthError, ParameterError
 
 # ---- refused before it starts ------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_attend_decode(spec: AttentionSpec) -> None:
 
 
 def test_fp16_softmax_survives_scores_at_the_cap() -> None:
-    """Trap 5b: exp(50) overflows fp16, and so do the raw scores here; the softmax is fp32 and subtracts the maximum."""
+    """exp(50) overflows fp16, and so do the raw scores here; the softmax is fp32 and subtracts the maximum."""
     query = torch.full((3, HEADS, HEAD_DIM), 200.0).half()
     keys, values = torch.full((3, KV_HEADS, HEAD_DIM), 200.0).half(), _random(3, KV_HEADS, HEAD_DIM).half()
     spec = AttentionSpec(50.0, None)
@@ -75,7 +75,7 @@ def test_fp16_softmax_survives_scores_at_the_cap() -> None:
     assert (out - _direct(query, keys, values, 0, spec)).abs().max() < 5e-3
 
 
-def test_trap09_an_unknown_backend_is_refused_by_name() -> None:
+def test_an_unknown_backend_is_refused_by_name() -> None:
     """transformers once ran SDPA without the soft-cap in silence."""
     arguments = (FAMILY["gemma-2-2b"], torch.bfloat16, torch.device("cpu"))
     assert choose_attention("eager", *arguments).name == "eager"

@@ -126,7 +126,7 @@ def test_half_precision_error_is_no_larger_than_transformers_own(model_type: str
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 def test_a_folder_read_by_the_loader_gives_the_same_network(model_type: str, tmp_path: Path) -> None:
-    """Through files and the streaming loader, with names mapped and q, k, v and gate, up fused by it (trap 24)."""
+    """Through files and the streaming loader, with names mapped and q, k, v and gate, up fused by it."""
     config = tiny_config(model_type, num_hidden_layers=7)
     theirs, ids = hf_model(config), random_ids(29)
     source = resolve(save_checkpoint(tmp_path, theirs))
@@ -138,7 +138,7 @@ def test_a_folder_read_by_the_loader_gives_the_same_network(model_type: str, tmp
 
 
 def test_logits_do_not_depend_on_the_positions_asked_for() -> None:
-    """Trap 15: the head takes any rows of the hidden states, so nobody needs [T, V] to get the last row."""
+    """The head takes any rows of the hidden states, so nobody needs [T, V] to get the last row."""
     model, ids = our_model(hf_model(tiny_config())), random_ids(13)
     last_of_whole = dense_logits(model, ids)[-1]
     hidden: list[Tensor] = []

@@ -1,8 +1,7 @@
-"""The known ways to get Gemma 2 wrong, one test each; the numbers are those of the project's list of traps.
+"""Known ways to get Gemma 2's network wrong, one test each.
 
-Traps of text (16-19, 21), of batches and caches (8b, 20) and of checkpoints (22, 24) have their tests elsewhere:
-tests/text, tests/engine, tests/test_config.py and tests/checkpoint. Traps 5b and 9 are in test_attention.py,
-trap 15 in test_forward.py.
+Those of text have their tests in tests/text, those of batches and caches in tests/engine, those of checkpoints in
+tests/checkpoint and tests/test_config.py; a few more of the network stand in test_attention.py and test_forward.py.
 """
 
 from __future__ import annotations
@@ -59,9 +58,7 @@ def _set(theirs: Any, ending: str, change: Any) -> None:
     ],
     ids=str,
 )
-def test_trap01_embedding_scale_is_rounded_to_the_compute_dtype(
-    hidden_size: int, dtype: torch.dtype, scale: float
-) -> None:
+def test_embedding_scale_is_rounded_to_the_compute_dtype(hidden_size: int, dtype: torch.dtype, scale: float) -> None:
     config = tiny_config(
         hidden_size=hidden_size, intermediate_size=8, num_hidden_layers=1, final_logit_softcapping=None
     )
@@ -72,7 +69,7 @@ def test_trap01_embedding_scale_is_rounded_to_the_compute_dtype(
     assert torch.equal(ours.to(dtype), theirs.model.embed_tokens(ids))
 
 
-def test_trap01b_the_scale_follows_the_compute_dtype_not_the_weight() -> None:
+def test_the_scale_follows_the_compute_dtype_not_the_weight() -> None:
     """An embedding kept in another dtype (fp32 here, int8 when quantized) must not change √d."""
     config = tiny_config(hidden_size=4608, intermediate_size=8, num_hidden_layers=1)
     model, ids = our_model(in_dtype(hf_model(config), torch.bfloat16)), random_ids(5)
@@ -82,7 +79,7 @@ def test_trap01b_the_scale_follows_the_compute_dtype_not_the_weight() -> None:
     assert torch.equal(_first_residual(model, ids), before)
 
 
-def test_trap02_one_plus_w_is_not_rounded_to_bf16() -> None:
+def test_one_plus_w_is_not_rounded_to_bf16() -> None:
     """A final norm of w = 2⁻⁹ raises logits by 0.195 %. In bf16, 1 + 2⁻⁹ is 1 and nothing would change."""
     theirs, ids = in_dtype(hf_model(tiny_config(final_logit_softcapping=None)), torch.bfloat16), random_ids(29)
     _set(theirs, "model.norm.weight", torch.zeros_like)
@@ -93,7 +90,7 @@ def test_trap02_one_plus_w_is_not_rounded_to_bf16() -> None:
     assert abs(slope - (1 + 2**-9)) < 5e-4
 
 
-def test_trap02_the_norm_is_computed_in_fp32() -> None:
+def test_the_norm_is_computed_in_fp32() -> None:
     """fp16 input whose squares overflow fp16, and a weight that bf16 would round."""
     x = (torch.randn(7, 48) * 20_000).clamp(-65_000, 65_000).half()
     w = torch.randn(48) * 0.01
@@ -104,13 +101,13 @@ def test_trap02_the_norm_is_computed_in_fp32() -> None:
     assert (norm(x) - exact).abs().max() < 1e-5
 
 
-def test_trap02_epsilon_stands_inside_the_root() -> None:
+def test_epsilon_stands_inside_the_root() -> None:
     norm, x = RMSNorm(4, 1e-2), torch.full((1, 4), 1e-3)
     assert torch.allclose(norm(x), torch.full((1, 4), 1e-3 / math.sqrt(1e-6 + 1e-2)))
 
 
 @pytest.mark.parametrize("post_norm", ["post_attention_layernorm.weight", "post_feedforward_layernorm.weight"])
-def test_trap03_the_residual_is_added_after_the_post_norm(post_norm: str) -> None:
+def test_the_residual_is_added_after_the_post_norm(post_norm: str) -> None:
     """Post-norms of w = −1 silence their half of every layer, and leave the residual alone."""
     config = tiny_config()
     theirs, ids = hf_model(config), random_ids(13)
@@ -122,7 +119,7 @@ def test_trap03_the_residual_is_added_after_the_post_norm(post_norm: str) -> Non
     assert (half_silent - their_logits(theirs, ids)).abs().max() < FP32
 
 
-def test_trap03_with_both_post_norms_silent_only_the_embedding_is_left() -> None:
+def test_with_both_post_norms_silent_only_the_embedding_is_left() -> None:
     theirs, ids = hf_model(tiny_config(final_logit_softcapping=None)), random_ids(13)
     for name in ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"):
         _set(theirs, name, lambda w: torch.full_like(w, -1.0))
@@ -132,7 +129,7 @@ def test_trap03_with_both_post_norms_silent_only_the_embedding_is_left() -> None
     assert (our_logits(theirs, ids) - expected @ table.T).abs().max() < FP32
 
 
-def test_trap04_query_scale_is_that_of_the_config() -> None:
+def test_query_scale_is_that_of_the_config() -> None:
     """27B scales by 1/12 although its head_dim is 128; doubling the queries and quadrupling the scalar cancel."""
     scales = {name: FAMILY[name].attention_scale for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")}
     assert scales == {"gemma-2-2b": 1 / 16, "gemma-2-9b": 1 / 16, "gemma-2-27b": 1 / 12}
@@ -144,7 +141,7 @@ def test_trap04_query_scale_is_that_of_the_config() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_trap05_the_future_does_not_leak_through_the_cap(dtype: torch.dtype) -> None:
+def test_the_future_does_not_leak_through_the_cap(dtype: torch.dtype) -> None:
     """Masked before the cap, −inf becomes −cap, and with a cap of 0.5 every key would get a share of the weight."""
     theirs = in_dtype(hf_model(tiny_config(attn_logit_softcapping=0.5)), dtype)
     ids = random_ids(29)
@@ -154,7 +151,7 @@ def test_trap05_the_future_does_not_leak_through_the_cap(dtype: torch.dtype) -> 
     assert (before[13:] - after[13:]).abs().amax(-1).min() > 0.01
 
 
-def test_trap05_scores_beyond_the_cap_are_squashed_not_cut() -> None:
+def test_scores_beyond_the_cap_are_squashed_not_cut() -> None:
     """Queries 30 times as large push scores far past the cap of 5; the reference says what tanh makes of them."""
     config = tiny_config()
     theirs, ids = hf_model(config), random_ids(29)
@@ -164,7 +161,7 @@ def test_trap05_scores_beyond_the_cap_are_squashed_not_cut() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_trap06_the_final_cap_is_applied_in_fp32(dtype: torch.dtype) -> None:
+def test_the_final_cap_is_applied_in_fp32(dtype: torch.dtype) -> None:
     """A result capped in bf16 would lie on bf16's grid; ours is fp32, inside the cap, and equal to 3·tanh(l/3)."""
     theirs, ids = in_dtype(hf_model(tiny_config()), dtype), random_ids(29)
     capped, raw = our_logits(theirs, ids), our_logits(theirs, ids, final_logit_softcapping=None)
@@ -184,7 +181,7 @@ def _reach(theirs: Any, token: int, length: int) -> list[int]:
     return (difference > 1e-5).nonzero().flatten().tolist()
 
 
-def test_trap07_even_layers_slide() -> None:
+def test_even_layers_slide() -> None:
     for name, layers in (("gemma-2-2b", 26), ("gemma-2-9b", 42), ("gemma-2-27b", 46)):
         with torch.device("meta"):
             model = Model(FAMILY[name])
@@ -197,7 +194,7 @@ def test_trap07_even_layers_slide() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 7])
-def test_trap08_the_window_counts_the_query_itself(window: int) -> None:
+def test_the_window_counts_the_query_itself(window: int) -> None:
     """One sliding layer: token 5 is seen by rows 5 … 5 + W − 1 and by no other; two layers double the reach."""
     one = hf_model(tiny_config(num_hidden_layers=1, sliding_window=window))
     assert _reach(one, 5, 30) == list(range(5, 5 + window))
@@ -205,7 +202,7 @@ def test_trap08_the_window_counts_the_query_itself(window: int) -> None:
     assert _reach(two, 5, 30) == list(range(5, 5 + 2 * window - 1))
 
 
-def test_trap10_rotary_angles_are_exact_to_the_last_position() -> None:
+def test_rotary_angles_are_exact_to_the_last_position() -> None:
     """cos and sin within fp32's rounding of the float64 value; fp32 angles would be off by 4e-4 at position 8191."""
     positions = torch.tensor([0, 1, 17, 4095, 4096, 8191])
     cos, sin = RotaryTable(256, 10_000.0, 8192).at(positions)
@@ -215,7 +212,7 @@ def test_trap10_rotary_angles_are_exact_to_the_last_position() -> None:
     assert (sin[:, 0] - angles.sin()).abs().max() < 1e-7
 
 
-def test_trap10_angles_do_not_depend_on_what_was_asked_before() -> None:
+def test_angles_do_not_depend_on_what_was_asked_before() -> None:
     """The table grows with the positions; in float64 by NumPy, rounded once, up to the last place."""
     grown = RotaryTable(256, 1_000_000.0, 32_768, 8.0)
     for last in (5, 2047, 2048, 2049, 9_000, 32_767):
@@ -229,7 +226,7 @@ def test_trap10_angles_do_not_depend_on_what_was_asked_before() -> None:
     assert whole.shape == (32_768, 256)
 
 
-def test_trap10_rotation_in_bf16_loses_less_than_with_bf16_angles() -> None:
+def test_rotation_in_bf16_loses_less_than_with_bf16_angles() -> None:
     """Against float64: ours rotates in fp32 and rounds once; transformers rounds cos and sin to bf16 first."""
     positions = torch.arange(8192)[::64]
     cos, sin = RotaryTable(256, 10_000.0, 8192).at(positions)
@@ -262,7 +259,7 @@ FP16_OVERFLOWS = {
 
 
 @pytest.mark.parametrize("where", FP16_OVERFLOWS)
-def test_trap11_fp16_stays_finite_where_naive_fp16_overflows(where: str) -> None:
+def test_fp16_stays_finite_where_naive_fp16_overflows(where: str) -> None:
     """Scaled-up weights overflow fp16 inside transformers; ours stays as near to float64 as bf16 of transformers."""
     theirs, ids, exact = _fp16_case(*FP16_OVERFLOWS[where])
     naive = their_logits(theirs, ids)
@@ -274,12 +271,12 @@ def test_trap11_fp16_stays_finite_where_naive_fp16_overflows(where: str) -> None
     assert rms(ours - exact) < yardstick
 
 
-def test_trap11_fp16_without_overflow_is_as_exact_as_ever() -> None:
+def test_fp16_without_overflow_is_as_exact_as_ever() -> None:
     theirs, ids, exact = _fp16_case()
     assert rms(our_logits(theirs, ids) - exact) <= rms(their_logits(theirs, ids) - exact)
 
 
-def test_trap12_the_activation_is_the_tanh_approximation() -> None:
+def test_the_activation_is_the_tanh_approximation() -> None:
     """The exact GELU differs by 5e-4 at most, which the comparison in fp32 still sees."""
     theirs, ids = hf_model(tiny_config()), random_ids(29)
     assert (our_logits(theirs, ids) - their_logits(theirs, ids)).abs().max() < FP32
@@ -289,7 +286,7 @@ def test_trap12_the_activation_is_the_tanh_approximation() -> None:
     assert (our_logits(theirs, ids) - their_logits(exact_gelu, ids)).abs().max() > 3 * FP32
 
 
-def test_trap13_and_24_heads_are_as_wide_as_head_dim_says() -> None:
+def test_heads_are_as_wide_as_head_dim_says() -> None:
     """27B: d / heads is 144, head_dim is 128. o_proj maps 4096 to 4608, and q, k, v make 8192 rows of 4608."""
     with torch.device("meta"):
         model = Model(FAMILY["gemma-2-27b"])
@@ -300,7 +297,7 @@ def test_trap13_and_24_heads_are_as_wide_as_head_dim_says() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_trap14_the_head_is_the_embedding(name: str) -> None:
+def test_the_head_is_the_embedding(name: str) -> None:
     """Nothing of the vocabulary's size is held twice: parameters and bytes are those of the config."""
     config: GemmaConfig = FAMILY[name]
     with torch.device("meta"):

@@ -28,6 +28,7 @@ from gemcut.kernels.linear.dispatch import choose_linear
 from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Span
 from gemcut.model.quantized import QuantizedLinear
+from gemcut.progress import Report
 from gemcut.quantization.calibrate import Method, quantize_4bit_calibrated
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.moments import Moments, block_width
@@ -98,7 +99,7 @@ def calibrate(
     documents: Sequence[Sequence[int]],
     *,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
     start_layer: int = 0,
     state: CalibrationState | None = None,
     memory: int = MEMORY,

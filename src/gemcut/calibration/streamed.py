@@ -24,6 +24,7 @@ from gemcut.model import Model
 from gemcut.model.bind import bind_products, release_products
 from gemcut.model.dense import DenseKeyValues
 from gemcut.model.norm import RMSNorm
+from gemcut.progress import Report
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
@@ -76,7 +77,7 @@ def compare_checkpoints(
     documents: Sequence[Sequence[int]],
     *,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> list[Divergence]:
     """How far each of ``cuts`` is from ``whole`` on held-out documents (token ids, ``<bos>`` included).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from gemcut.checkpoint.gguf_config import LAYERS_OF_27B, read_config
 from gemcut.checkpoint.gguf_header import GgufArray, GgufTensor
 from gemcut.checkpoint.gguf_parts import all_tensors, read_parts
 from gemcut.errors import CheckpointError, ConfigError
+from gemcut.progress import Report
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ class GgufFile:
 
     def tensors(
         self,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report | None = None,
         dtype: torch.dtype | None = None,
         only: Collection[str] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -86,7 +87,7 @@ class GgufFile:
 
     def weights(
         self,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report | None = None,
         dtype: torch.dtype | None = None,
         only: Collection[str] | None = None,
         dequantize: Dequantize | None = None,

@@ -12,7 +12,7 @@ from gemcut.checkpoint import foreign
 from gemcut.errors import CheckpointError, CheckpointNotFoundError, GatedRepositoryError
 
 if TYPE_CHECKING:
-    from gemcut.checkpoint.source import Progress
+    from gemcut.progress import Report
 
 _SMALL_FILES = [
     "config.json",
@@ -34,7 +34,7 @@ def download(
     token: str | bool | None,
     cache_dir: str | Path | None,
     local_files_only: bool,
-    progress: Progress | None,
+    progress: Report | None,
     weights: bool,
 ) -> tuple[Path, str]:
     """Bring the needed files of a repository into the shared cache; return (snapshot folder, commit).
@@ -70,7 +70,7 @@ def download_gguf(
     token: str | bool | None,
     cache_dir: str | Path | None,
     local_files_only: bool,
-    progress: Progress | None,
+    progress: Report | None,
     headers_to: Path | None = None,
 ) -> tuple[Path, str]:
     """Bring one GGUF file of a repository, all parts of a split one, into the shared cache.
@@ -105,7 +105,7 @@ class _Repository:
         token: str | bool | None,
         cache_dir: str | Path | None,
         local_files_only: bool,
-        progress: Progress | None,
+        progress: Report | None,
     ) -> None:
         # huggingface_hub reads the variable on import. We ask the hub for files, and tell it nothing else.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -255,7 +255,7 @@ def _line(error: object) -> str:
     return text[:200] if text else type(error).__name__
 
 
-def _bar(progress: Progress | None) -> Any:
+def _bar(progress: Report | None) -> Any:
     """A silent stand-in for tqdm that passes bytes on to ``progress``."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from gemcut.checkpoint.names import FUSED, split_layer
 from gemcut.errors import CheckpointError
+from gemcut.progress import Report
 from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Incoming, Int8Weight, StoredWeight
 
 _STAGE_BYTES = 64 << 20
@@ -38,7 +39,7 @@ def load_model_weights(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
     total: int | None = None,
     allocate: Allocate | None = None,
 ) -> None:

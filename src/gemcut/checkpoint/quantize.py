@@ -34,6 +34,7 @@ from gemcut.checkpoint.working import (
     write_json,
 )
 from gemcut.errors import CheckpointError, ParameterError
+from gemcut.progress import Report
 from gemcut.quantization.error import relative_error
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.state import to_stored
@@ -109,7 +110,7 @@ def quantize_checkpoint(
     cutter: Cutter | None = None,
     options: dict[str, Any] | None = None,
     examine: Callable[[Path], dict[str, Any]] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Write ``source`` cut as ``spec`` says into the folder ``out``, as transformers with bitsandbytes would save it.
@@ -220,7 +221,7 @@ def _cut_all(
     limit: int,
     cutter: Cutter,
     state: dict[str, Any],
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
 ) -> None:
     """Cut every tensor that no finished shard holds."""
     shapes = source.tensor_shapes()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from gemcut.checkpoint import foreign
 from gemcut.checkpoint.licence import GEMMA_NOTICE
-from gemcut.checkpoint.source import Progress, Source
+from gemcut.checkpoint.source import Source
 from gemcut.errors import CheckpointError, CheckpointNotFoundError, ConfigError, ParameterError
 from gemcut.paths import expand
+from gemcut.progress import Report
 
 _ALIAS = re.compile(r"(?:gemma-2-)?(2b|9b|27b)(-it)?", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
@@ -27,7 +28,7 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     weights: bool = True,
 ) -> Source:
     """Find a checkpoint: a folder, a ``.gguf`` file, a bundled or short name, or a hub id, in this order.

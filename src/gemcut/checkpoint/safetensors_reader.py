@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gemcut.checkpoint.mapped import MappedFile
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
 from gemcut.files import read_json, shown
+from gemcut.progress import Report
 from gemcut.quantization.state import check_statistics, from_stored
 from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
@@ -153,7 +154,7 @@ class SafetensorsFolder:
         return table
 
     def tensors(
-        self, progress: Callable[[int, int], None] | None = None, only: Collection[str] | None = None
+        self, progress: Report | None = None, only: Collection[str] | None = None
     ) -> Iterator[tuple[str, CheckpointWeight]]:
         """Stream (our name, tensor) in file order; norms come as ``1 + w`` in fp32, weights as stored.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
 from gemcut.files import UnreadableError, read_json
+from gemcut.progress import Report
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from gemcut.quantization.weights import CheckpointWeight, Incoming
     from gemcut.text.special import SpecialTokens
     from gemcut.text.tokenizer import Tokenizer
-
-#: Called with (bytes done, bytes in all) while files are downloaded or read.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Source:
 
     def tensors(
         self,
-        progress: Progress | None = None,
+        progress: Report | None = None,
         *,
         dtype: torch.dtype | None = None,
         only: Collection[str] | None = None,

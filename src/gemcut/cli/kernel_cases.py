@@ -11,7 +11,6 @@ from gemcut.kernels.linear.gemv import Storage
 from gemcut.quantization.weights import CheckpointWeight, FourBitType, FourBitWeight, Int8Weight, Nested
 
 DTYPE = torch.bfloat16
-BLOCK_SIZE = 16  # of the cache, as the engine has it by default
 
 #: What each format's matrices are packed as; four-bit ones with double quantization.
 FORMATS: dict[str, Storage] = {

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from gemcut.cli.kernel_cases import BLOCK_SIZE, DTYPE, FORMATS, layer_shapes, linear_case
+from gemcut.cache_blocks import BLOCK_SIZE
+from gemcut.cli.kernel_cases import DTYPE, FORMATS, layer_shapes, linear_case
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
 from gemcut.kernels.attention import decode, varlen_hopper

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gemcut.cli.kernel_cases import BLOCK_SIZE, DTYPE, FORMATS, layer_shapes, linear_case
+from gemcut.cache_blocks import BLOCK_SIZE
+from gemcut.cli.kernel_cases import DTYPE, FORMATS, layer_shapes, linear_case
 from gemcut.config import GemmaConfig
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.errors import UnsupportedError

@@ -16,6 +16,7 @@ import typer
 from gemcut.cli.interrupt import import_torch
 from gemcut.errors import ParameterError
 from gemcut.process import check_threads
+from gemcut.progress import Report
 from gemcut.settings import read_settings
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class HubOptions:
             weights=False,
         )
 
-    def fetch(self, name: str, progress: Callable[[int, int], None] | None = None) -> Source:
+    def fetch(self, name: str, progress: Report | None = None) -> Source:
         """A checkpoint with its weights, downloaded if need be."""
         from gemcut.checkpoint.resolve import resolve
 

@@ -15,17 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gemcut.cache_blocks import ceil_div, sliding_blocks_needed
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.blocks import BlockKey, BlockPool, block_key
 from gemcut.kernels.cpu.memory import huge_zeros
 
 ROOT_KEY: BlockKey = b"gemcut"
 FREED = -1  # stands in a table for a sliding block that was given back
-
-
-def ceil_div(a: int, b: int) -> int:
-    """``a / b`` rounded up."""
-    return -(-a // b)
 
 
 @dataclass
@@ -45,14 +41,6 @@ class CacheShape:
     block_size: int
     full_blocks: int
     sliding_blocks: int
-
-
-def sliding_blocks_needed(config: GemmaConfig, tokens: int, chunk: int, block_size: int) -> int:
-    """Most sliding blocks a sequence of ``tokens`` holds at once, with at most ``chunk`` new tokens a step.
-
-    Its queries see ``window - 1`` earlier tokens; the range may begin and end inside a block.
-    """
-    return min(ceil_div(tokens, block_size), ceil_div(config.sliding_window - 1 + chunk, block_size) + 1)
 
 
 def bytes_per_block(config: GemmaConfig, dtype: torch.dtype, block_size: int) -> tuple[int, int]:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import torch
 
 from gemcut import process
+from gemcut.cache_blocks import BLOCK_SIZE, ceil_div, sliding_blocks_needed
 from gemcut.engine.cache import (
     CacheShape,
     PagedCache,
     bytes_per_block,
-    ceil_div,
     shape_for_bytes,
     shape_for_tokens,
-    sliding_blocks_needed,
 )
 from gemcut.engine.request import FinishReason, Request, RowError, Sequence, Status, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
@@ -52,7 +51,7 @@ class EngineConfig:
     max_context: int | None = None
     max_batch_size: int = 64
     max_batch_tokens: int = 512
-    block_size: int = 16
+    block_size: int = BLOCK_SIZE
     kv_memory: int | None = None
     sequences: int = 2
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemcut.cache_blocks import ceil_div
 from gemcut.config import FULL, GemmaConfig
-from gemcut.engine.cache import PagedCache, Tables, ceil_div
+from gemcut.engine.cache import PagedCache, Tables
 from gemcut.kernels.attention.varlen import VarlenSegment, fresh_segments
 from gemcut.model.key_values import KeyValues, Pages, Span
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gemcut.cache_blocks import BLOCK_SIZE, ceil_div, sliding_blocks_needed
 from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
@@ -11,7 +12,6 @@ from gemcut.quantization.spec import Quantization, skip_matcher
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NESTED_BLOCK = 256  # statistics of blocks that share one of their own in double quantization
-BLOCK_SIZE = 16  # tokens a cache block holds
 CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step computes at most
 
 
@@ -121,9 +121,9 @@ class MemoryPlan:
 
     def kv(self, context: int) -> int:
         """Bytes of keys and values one request of ``context`` tokens holds at most, in whole blocks."""
-        full = -(-context // BLOCK_SIZE) * BLOCK_SIZE
-        window = (-(-(self.config.sliding_window - 1 + self.chunk) // BLOCK_SIZE) + 1) * BLOCK_SIZE
-        return full * self.full_kv_per_token + min(full, window) * self.sliding_kv_per_token
+        full = ceil_div(context, BLOCK_SIZE)
+        sliding = sliding_blocks_needed(self.config, context, self.chunk, BLOCK_SIZE)
+        return BLOCK_SIZE * (full * self.full_kv_per_token + sliding * self.sliding_kv_per_token)
 
     @property
     def total(self) -> int:
