@@ -393,7 +393,7 @@ class Gemma:
             params=params,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             text=text,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs_from=1 if prompt_logprobs else None,
         )
         # The stream first: whatever strikes here, a request that is started has an owner or is dropped with it.
         stream = TextStream(self.engine, self.engine.prepare(request))

@@ -112,7 +112,7 @@ class Recording(Engine):
         def run(batch: Any, tables: Any) -> Tensor:
             self.steps += 1
             logits = inner(batch, tables)
-            for row, scheduled in zip(logits, [s for s in batch if s.completes], strict=True):
+            for row, scheduled in zip(logits, [s for s in batch if s.samples], strict=True):
                 sequence = scheduled.sequence
                 self.rows.setdefault(sequence.id, {})[len(sequence.tokens)] = row.clone()
             return logits

@@ -82,7 +82,8 @@ def test_a_neighbour_in_the_same_steps_is_not_changed(dtype: torch.dtype, kernel
             # As many rows in every step, whatever becomes of the others: the third meets the token while it is decoded.
             others = [desk.submit([*prompt(1, 21), token], 1), desk.submit([token, *prompt(2, 3)], 1)]
             others.append(desk.submit(prompt(5, 4), 2, bias={token: 1e9}))
-            neighbours = [desk.submit(prompt(seed, 1 + 6 * seed)) for seed in range(4)]
+            # (None begins as another does, whose blocks it would take over only where they are sound.)
+            neighbours = [desk.submit(prompt(10 + seed, 1 + 6 * seed)) for seed in range(4)]
             desk.run()
         found.append([desk.said(neighbour) for neighbour in neighbours])
         ends = [desk.events[other.id][-1] for other in others]
@@ -241,7 +242,7 @@ def test_the_tensor_is_named(name: str, value: float) -> None:
     model = _fresh()
     model.get_parameter(name).data.view(-1)[5] = value
     desk = Desk(model)
-    asked, scored = desk.submit(prompt(1, 5)), desk.submit(prompt(2, 5), 0, prompt_logprobs=True)
+    asked, scored = desk.submit(prompt(1, 5)), desk.submit(prompt(2, 5), 0, prompt_logprobs_from=1)
     desk.run()
     for sequence in (asked, scored):
         (event,) = desk.events[sequence.id]
@@ -259,7 +260,7 @@ def test_logits_beyond_fp32_are_told_and_not_capped(sign: float, kernels: str) -
     model.norm.scale.data[5] = 1e6  # times 3e38: infinity, of either sign
     bind_kernels(model, CPU, kernels)
     desk = Desk(model)
-    asked, scored = desk.submit(prompt(1, 5)), desk.submit(prompt(2, 5), 0, prompt_logprobs=True)
+    asked, scored = desk.submit(prompt(1, 5)), desk.submit(prompt(2, 5), 0, prompt_logprobs_from=1)
     desk.run()
     for sequence in (asked, scored):
         (event,) = desk.events[sequence.id]

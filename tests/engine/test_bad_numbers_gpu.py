@@ -192,7 +192,9 @@ def test_the_tensor_is_named(new: int) -> None:
     model.layers[2].post_feedforward_norm.scale[5] = torch.nan  # type: ignore[union-attr, index]
     desk = Desk(model)
     params = SamplingParams(temperature=0, max_new_tokens=new)
-    sequence = desk.engine.submit(Request(prompt_ids=(2, 30, 31), params=params, prompt_logprobs=new == 0))
+    sequence = desk.engine.submit(
+        Request(prompt_ids=(2, 30, 31), params=params, prompt_logprobs_from=1 if new == 0 else None)
+    )
     desk.run()
     reason, text = desk.end(sequence)
     assert reason == "error"

@@ -173,7 +173,7 @@ def crowd(engine: Recording, reference: Recording) -> list[list[int]]:
     params = [SamplingParams(seed=i, max_new_tokens=10) for i in range(6)]
     prompts = [[i + 1] * (5 + 7 * i) for i in range(6)]
     for prompt, own in zip(prompts, params, strict=True):
-        engine.add(prompt, own, prompt_logprobs=True)
+        engine.add(prompt, own, prompt_logprobs_from=1)
     return reference.answers(prompts, params)
 
 
@@ -202,7 +202,7 @@ def test_failed_step_can_be_done_again(error: BaseException, place: str, monkeyp
             assert_consistent(engine)
     assert failures > 3
     assert [s.tokens[s.prompt_length :] for s in engine.live.values()] == expected
-    assert [len(s.prompt_logprobs) for s in engine.live.values()] == [s.prompt_length - 1 for s in engine.live.values()]
+    assert [len(s.prompt_scores) for s in engine.live.values()] == [s.prompt_length - 1 for s in engine.live.values()]
     assert_nothing_held(engine)
 
 
@@ -240,7 +240,7 @@ def test_failing_request_ends_alone(place: str, monkeypatch: pytest.MonkeyPatch)
     last = [e for e in events if e.request_id == broken.id][-1]
     assert (last.finish_reason, last.token_id, last.text) == ("error", None, "")
     assert last.error is not None
-    assert ("IndexError" if place == "logit_bias" else "no such token") in last.error
+    assert ("token id 1000000: this model's ids" if place == "logit_bias" else "no such token") in last.error
     assert [s.tokens[s.prompt_length :] for s in list(engine.live.values())[:6]] == expected
     assert_nothing_held(engine)
 

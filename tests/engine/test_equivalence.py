@@ -158,7 +158,9 @@ def test_prompt_logprobs_with_chunks_preemption_and_cache() -> None:
     prompts = prompts_of(33, 20, 1, 2, 27, seed=4)
     engine = scarce(model, sequences=1.5, context=56, chunk=6)
     warm = engine.answers(prompts, SamplingParams(temperature=0, max_new_tokens=20))
-    sequences = [engine.add(p, SamplingParams(temperature=0, max_new_tokens=20), prompt_logprobs=True) for p in prompts]
+    sequences = [
+        engine.add(p, SamplingParams(temperature=0, max_new_tokens=20), prompt_logprobs_from=1) for p in prompts
+    ]
     engine.finish()
     assert engine.scheduler.preemptions > 0
     assert [s.tokens[s.prompt_length :] for s in sequences] == warm
@@ -166,7 +168,7 @@ def test_prompt_logprobs_with_chunks_preemption_and_cache() -> None:
         with torch.no_grad():
             logprobs = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
         expected = [logprobs[i, token].item() for i, token in enumerate(prompt[1:])]
-        assert sequence.prompt_logprobs == pytest.approx(expected, abs=1e-4)
+        assert [score.logprob for score in sequence.prompt_scores] == pytest.approx(expected, abs=1e-4)
 
 
 # ---- the window --------------------------------------------------------------------------------------------------

@@ -38,7 +38,10 @@ class Life:
         )
         stops = frozenset(self.chance.sample(range(VOCABULARY), self.chance.choice((0, 0, 2))))
         request = Request(
-            prompt_ids=tuple(prompt), params=params, stop_ids=stops, prompt_logprobs=self.chance.random() < 0.05
+            prompt_ids=tuple(prompt),
+            params=params,
+            stop_ids=stops,
+            prompt_logprobs_from=self.chance.choice((None,) * 19 + (len(prompt) // 2 + 1,)),
         )
         sequence = self.engine.submit(request)
         self.live[sequence.id] = sequence

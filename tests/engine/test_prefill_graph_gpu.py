@@ -136,11 +136,13 @@ def test_an_engine_with_graphs_writes_the_text_of_one_without(weights: str) -> N
         for _, (one, other) in itertools.product(range(2), itertools.combinations(prompts, 2)):
             params = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
             sequences = [it.submit(Request(prompt_ids=prompt, params=params)) for prompt in (one, other, one + other)]
-            scored = it.submit(Request(prompt_ids=other, params=SamplingParams(max_new_tokens=0), prompt_logprobs=True))
+            scored = it.submit(
+                Request(prompt_ids=other, params=SamplingParams(max_new_tokens=0), prompt_logprobs_from=1)
+            )
             while it.has_work:
                 it.step()
             found.append([s.tokens for s in sequences])
-            found.append(torch.tensor(scored.prompt_logprobs))
+            found.append(torch.tensor([score.logprob for score in scored.prompt_scores]))
         results.append(found)
     same, plain = 0, network(weights, bound=False)
     for ours, theirs in zip(*results, strict=True):

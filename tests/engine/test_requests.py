@@ -152,12 +152,12 @@ def test_bytes_per_block_by_hand() -> None:
 
 def test_no_new_tokens() -> None:
     engine = Recording(small_model())
-    sequences = [engine.add([1, 2, 3], greedy(n), prompt_logprobs=True) for n in (0, 2, 0)]
+    sequences = [engine.add([1, 2, 3], greedy(n), prompt_logprobs_from=1) for n in (0, 2, 0)]
     events = engine.finish()
     ends = {e.request_id: e for e in events if e.finish_reason}
     assert [ends[s.id].finish_reason for s in sequences] == ["length"] * 3
     assert [len(s.tokens) - 3 for s in sequences] == [0, 2, 0]
-    assert [len(s.prompt_logprobs) for s in sequences] == [2, 2, 2]
+    assert [len(s.prompt_scores) for s in sequences] == [2, 2, 2]
     assert ends[sequences[0].id].token_id is None
     assert_nothing_held(engine)
 

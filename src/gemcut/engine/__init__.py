@@ -2,7 +2,7 @@
 
 from gemcut.engine.edits import Edit, LogitsEdit
 from gemcut.engine.engine import Engine, EngineConfig
-from gemcut.engine.request import Request, TokenEvent, TokenLogprob
+from gemcut.engine.request import PromptLogprob, Request, TokenEvent, TokenLogprob
 from gemcut.engine.sampling import SamplingParams
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "LogitsEdit",
+    "PromptLogprob",
     "Request",
     "SamplingParams",
     "TokenEvent",

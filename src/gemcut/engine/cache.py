@@ -125,17 +125,18 @@ class PagedCache:
         """Bytes of both groups' storage."""
         return self.full_storage.nbytes + self.sliding_storage.nbytes
 
-    def match_prefix(self, tokens: list[int], keys: list[BlockKey]) -> tuple[Tables, int]:
+    def match_prefix(self, tokens: list[int], keys: list[BlockKey], end: int | None = None) -> tuple[Tables, int]:
         """Tables of the longest usable beginning of ``tokens`` that is in the cache, and its length in tokens.
 
-        At least one token is left to compute. Nothing is taken yet: see ``adopt``. ``keys`` are the names of the
-        tokens' blocks as far as they are known; it grows as needed, so that a waiting request is hashed only once.
+        At least one token is left to compute, and one of the ``end`` first ones where that is given. Nothing is taken
+        yet: see ``adopt``. ``keys`` are the names of the tokens' blocks as far as they are known; it grows as needed,
+        so that a waiting request is hashed only once.
         """
         size = self.block_size
         full: list[int] = []
         sliding: list[int | None] = []
         unbroken: list[int] = []  # run of present sliding blocks that ends at this one
-        for index in range((len(tokens) - 1) // size):
+        for index in range((min(len(tokens), end or len(tokens)) - 1) // size):
             key = self._key(tokens, keys, index)
             block = self.full.lookup(key)
             if block is None:
@@ -209,6 +210,12 @@ class PagedCache:
         for block in reversed(tables.sliding[tables.first_sliding :]):
             self.sliding.release(block)
         tables.full, tables.sliding, tables.first_sliding, tables.published = [], [], 0, 0
+
+    def keys(self, tokens: list[int], keys: list[BlockKey], count: int) -> list[BlockKey]:
+        """Names of the first ``count`` blocks of ``tokens``; ``keys`` as in ``match_prefix``."""
+        for index in range(len(keys), count):
+            self._key(tokens, keys, index)
+        return keys[:count]
 
     def _key(self, tokens: list[int], keys: list[BlockKey], index: int) -> BlockKey:
         """Name of block ``index``, whose predecessors have been named in ``keys`` already."""

@@ -229,8 +229,7 @@ class Engine:
         tokens: Many[int | RowError] | None = self.runner.tokens(batch, tables)
         if tokens is None:
             logits = self.runner.run(batch, tables)
-            rows = logits if len(wants) == len(ready) else logits[wants]
-            tokens, logprobs = sample(rows, [ready[i] for i in wants], self.runner.explain)
+            tokens, logprobs = sample(logits, [ready[i] for i in wants], self.runner.explain) if wants else ([], [])
         chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
         self._whole = False
         failed = [ready[i] for i, (token, _) in chosen.items() if isinstance(token, RowError)]
@@ -292,6 +291,12 @@ class Engine:
             bad = next((i for i in ids if type(i) is not int or not 0 <= i < vocabulary), None)
             if bad is not None:
                 raise ParameterError(f"{name} has token id {bad!r}; this model's ids go from 0 to {vocabulary - 1}")
+        start = request.prompt_logprobs_from
+        if start is not None and (type(start) is not int or not 1 <= start <= prompt):
+            raise ParameterError(
+                f"prompt_logprobs_from is {start!r}; expected a place from 1 (the second token) to {prompt}, the "
+                "prompt's length"
+            )
         if request.params.stop and request.text is None:
             raise ParameterError("stop texts are found in decoded text only; give the request a text (a Detokenizer)")
         if prompt + new > self.max_context:

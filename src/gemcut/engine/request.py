@@ -50,7 +50,8 @@ class Request:
         stop_ids: token ids that end the answer (they are not part of its text).
         text: makes what receives the tokens and watches for stop texts; None where only ids are wanted. It is called
             again where an exception struck inside a sink: the new one is fed with the same tokens.
-        prompt_logprobs: also compute the log-probability of every prompt token after the first.
+        prompt_logprobs_from: also score the prompt's tokens from this place on, see `PromptLogprob`; 1 is the second
+            token, the first one that has any before it. None: none of them.
         edit: asked before each choice what to change of the logits; None: nothing.
         request_id: unique while the request lives.
     """
@@ -59,7 +60,7 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()
     text: Callable[[], TextSink] | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs_from: int | None = None
     edit: LogitsEdit | None = None
     request_id: int = field(default_factory=lambda: next(_ids))
 
@@ -71,6 +72,25 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """What the model makes of one token of a prompt, given those before it.
+
+    Attributes:
+        token_id: the token.
+        logprob: its log-probability (natural logarithm).
+        rank: 1 and the number of tokens that are likelier.
+        greedy_id: the likeliest token.
+        greedy_logprob: that one's log-probability.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    greedy_id: int
+    greedy_logprob: float
 
 
 @dataclass(frozen=True)
@@ -137,7 +157,8 @@ class Sequence:
         self.block_keys: list[BlockKey] = []  # names of its blocks, as far as they were needed; tokens never change
         self._seen: tuple[set[int], array[int]] | None = None
         self._sink = request.text() if request.text is not None else None
-        self.prompt_logprobs: list[float] = []
+        #: Of the prompt's tokens from ``request.prompt_logprobs_from`` on, as far as they are computed.
+        self.prompt_scores: list[PromptLogprob] = []
         #: Set while a step runs by whoever finds that this request cannot go on (prompt log-probabilities that are not
         #: finite); the engine ends it behind the step, as a RowError in the place of its token does.
         self.failure: RowError | None = None
@@ -177,6 +198,14 @@ class Sequence:
     @property
     def output_length(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def next_scored(self) -> int | None:
+        """The place of the first prompt token that still has to be scored."""
+        if self.request.prompt_logprobs_from is None:
+            return None
+        place = self.request.prompt_logprobs_from + len(self.prompt_scores)
+        return place if place < self.prompt_length else None
 
     @property
     def pending(self) -> int:
@@ -221,6 +250,6 @@ class Sequence:
         self.output_counts = dict(Counter(ids))
         self.block_keys = []
         self._seen = self._sink = None
-        self.prompt_logprobs = []
+        self.prompt_scores = []
         self.failure = None
         self.status, self.computed = Status.WAITING, 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import length_hint
 from typing import TYPE_CHECKING, NoReturn
 
-from gemcut.engine.request import FinishReason, Sequence, TokenEvent, TokenLogprob
+from gemcut.engine.request import FinishReason, PromptLogprob, Sequence, TokenEvent, TokenLogprob
 from gemcut.errors import RequestError
 from gemcut.prompts import refuse_pickle
 
@@ -66,7 +66,8 @@ class Completion:
         finish_reason: "stop" (a stop token or text), "length" (max_new_tokens reached), "cancelled" or "error".
         stop_reason: the stop token's id or the stop text that ended it.
         logprobs: one entry a token where they were asked for.
-        prompt_logprobs: log-probability of each prompt token after the first, where asked for.
+        prompt_scores: of each prompt token from the place asked for on its log-probability, its rank and the greedy
+            token.
     """
 
     prompt_ids: tuple[int, ...]
@@ -75,7 +76,7 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: int | str | None
     logprobs: tuple[TokenLogprob, ...] | None
-    prompt_logprobs: tuple[float, ...] | None
+    prompt_scores: tuple[PromptLogprob, ...] | None
     stats: Stats
     error: str | None = None  # with finish reason "error": what happened, in one line
 
@@ -100,10 +101,15 @@ class Completion:
             finish_reason=end.finish_reason,
             stop_reason=end.stop_reason,
             logprobs=logprobs if request.params.logprobs is not None else None,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if request.prompt_logprobs else None,
+            prompt_scores=None if request.prompt_logprobs_from is None else tuple(sequence.prompt_scores),
             stats=Stats.of(sequence),
             error=end.error,
         )
+
+    @property
+    def prompt_logprobs(self) -> tuple[float, ...] | None:
+        """The log-probabilities of ``prompt_scores`` alone."""
+        return None if self.prompt_scores is None else tuple(score.logprob for score in self.prompt_scores)
 
     @property
     def prompt_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,15 +13,15 @@ from gemcut.engine.diagnosis import explain_bad_logits
 from gemcut.engine.draw import numbers, same_kind
 from gemcut.engine.draw_graphs import most_draws
 from gemcut.engine.edits import changes_logits
+from gemcut.engine.logprobs import prompt_scores
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.engine.request import RowError
+from gemcut.engine.request import Sequence as EngineSequence
 from gemcut.engine.sampler import uniform
 from gemcut.engine.scheduler import Scheduled
+from gemcut.engine.tensors import indices
 from gemcut.model import Model
 from gemcut.model.key_values import Span
-
-# Rows of logits made at a time for prompt log-probabilities: 64 rows of 256,000 fp32 are 66 MB.
-PROMPT_LOGIT_ROWS = 64
 
 
 class Runner:
@@ -74,7 +73,7 @@ class Runner:
         """The decode graphs where they serve this device and step: one token of each sequence, its logits wanted."""
         if self.graph_refusal is not None or len(batch) > decode_graph.SIZES[-1]:
             return None
-        if not all(s.length == 1 and s.completes and not s.sequence.request.prompt_logprobs for s in batch):
+        if not all(s.length == 1 and s.samples and not s.scored for s in batch):
             return None
         if self._graphs is None:
             limit = self.model.config.max_position_embeddings
@@ -92,7 +91,7 @@ class Runner:
             tables: the block tables of the batch's sequences, with room for the new tokens.
 
         Returns:
-            fp32 [m, V]: the logits after the last token of each sequence that ``completes``, in order.
+            fp32 [m, V]: the logits after the last token of each sequence that ``samples``, in order.
         """
         graphs = self._graphs_for(batch)
         if graphs is not None:
@@ -107,27 +106,32 @@ class Runner:
             spans.append(Span(len(ids), scheduled.length, end))
             ids += sequence.tokens[start:end]
             positions += range(start, end)
-        ends = torch.tensor([span.start + span.length - 1 for span in spans], dtype=torch.long, device=self.device)
-        every = len(spans) == len(ids) or any(s.sequence.request.prompt_logprobs for s in batch)
-        hidden = self._hidden(ids, positions, spans, tables, None if every else ends)
-        for scheduled, span in zip(batch, spans, strict=True):
-            if scheduled.sequence.request.prompt_logprobs:
-                self._prompt_logprobs(scheduled, hidden[span.start : span.start + span.length])
-        if every:
-            hidden = hidden[ends]
-        if all(s.completes for s in batch):
-            return self.model.head(hidden)
-        self._check_parts([s for s in batch if not s.completes], hidden[[not s.completes for s in batch]])
-        if not any(s.completes for s in batch):
+        # The rows that are wanted: those that score a prompt's tokens, then each sequence's last.
+        scored = [list(scheduled.scored) for scheduled in batch]
+        rows = [
+            span.start + place - 1 - scheduled.sequence.computed
+            for scheduled, span, places in zip(batch, spans, scored, strict=True)
+            for place in places
+        ]
+        wanted = [*rows, *(span.start + span.length - 1 for span in spans)]
+        hidden = self._hidden(ids, positions, spans, tables, wanted)
+        ends = hidden[len(rows) :]
+        self._score([s.sequence for s in batch], scored, hidden[: len(rows)])
+        # The head shows what is not finite in the others.
+        self._check_parts([s for s in batch if not s.samples], ends[[not s.samples for s in batch]])
+        if not any(s.samples for s in batch):
             return torch.empty((0, self.model.config.vocab_size), device=self.device)
-        return self.model.head(hidden[[s.completes for s in batch]])
+        return self.model.head(ends if all(s.samples for s in batch) else ends[[s.samples for s in batch]])
 
     def _check_parts(self, batch: list[Scheduled], hidden: Tensor) -> None:
         """End the sequences whose prompt chunk gave NaN or infinity. ``hidden`` fp32 [n, d]: each chunk's last row.
 
+        They have no logits yet, or want none.
         The logits at the prompt's end would show it, too. But until then other requests could share the chunk's
         blocks, and attention kernels spread a NaN over its whole tile, to the tokens before it as well.
         """
+        if not batch:
+            return
         for scheduled, finite in zip(batch, hidden.isfinite().all(dim=-1).tolist(), strict=True):
             if not finite and scheduled.sequence.failure is None:
                 scheduled.sequence.failure = RowError(self.explain())
@@ -138,9 +142,9 @@ class Runner:
         positions: list[int],
         spans: list[Span],
         tables: list[Tables],
-        wanted: Tensor | None,
+        wanted: list[int],
     ) -> Tensor:
-        """Hidden states before the final norm, fp32 [T, d], or [n, d] of the ``wanted`` rows, int64 [n], n > 0.
+        """Hidden states before the final norm, fp32 [n, d], of the n ``wanted`` rows, n > 0.
 
         The next step may overwrite them.
         """
@@ -149,10 +153,11 @@ class Runner:
                 self._prefills = prefill_graph.PrefillGraphs(self.model, self.cache, self.device)
             hidden = self._prefills.hidden(ids, positions, spans, tables)
             if hidden is not None:
-                return hidden if wanted is None else hidden[wanted]
+                return hidden[indices(wanted, self.device)]
         kv = PagedKeyValues(self.model.config, self.cache, tables, spans)
+        every = None if wanted == list(range(len(ids))) else indices(wanted, self.device)
         rows: Tensor = self.model(
-            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv, wanted
+            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv, every
         )
         return rows
 
@@ -162,22 +167,24 @@ class Runner:
             self._explanation = explain_bad_logits(self.model)
         return self._explanation
 
-    def _prompt_logprobs(self, scheduled: Scheduled, hidden: Tensor) -> None:
-        """Append log P(token i + 1 | tokens 0 … i) for this chunk's positions i that have a next prompt token."""
-        sequence, start = scheduled.sequence, scheduled.sequence.computed
-        del sequence.prompt_logprobs[start:]  # of a step that failed half-way and is done again
-        targets = sequence.request.prompt_ids[start + 1 : start + scheduled.length + 1]
-        for first in range(0, len(targets), PROMPT_LOGIT_ROWS):
-            part = torch.tensor(targets[first : first + PROMPT_LOGIT_ROWS], device=self.device)
-            logits = self.model.head(hidden[first : first + len(part)])
-            chosen = logits.gather(1, part[:, None])[:, 0] - logits.logsumexp(dim=-1)
-            # Infinity minus itself is NaN: one logit of minus infinity would not be seen in the sums.
-            least = logits.amin(dim=-1)
-            found = (chosen + (least - least)).tolist()
-            if not all(map(math.isfinite, found)):
+    def _score(self, sequences: Sequence[EngineSequence], places: list[list[int]], hidden: Tensor) -> None:
+        """Add the scores of prompt tokens to their sequences.
+
+        Args:
+            sequences: the batch's.
+            places: of each, those of its prompt tokens to be scored.
+            hidden: fp32 [n, d], the hidden state before each of them, one sequence's after another's.
+        """
+        targets = [sequence.tokens[place] for sequence, own in zip(sequences, places, strict=True) for place in own]
+        found = prompt_scores(self.model, hidden, targets)
+        start = 0
+        for sequence, own in zip(sequences, places, strict=True):
+            scores, start = found[start : start + len(own)], start + len(own)
+            good = [score for score in scores if score is not None]
+            if len(good) < len(scores):
                 sequence.failure = RowError(self.explain())
-                return
-            sequence.prompt_logprobs += found
+            else:
+                sequence.prompt_scores += good
 
 
 def _wants_tokens(scheduled: Scheduled) -> bool:

@@ -5,9 +5,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 
+from gemcut.engine.blocks import BlockKey
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.request import Sequence, Status
+
+# A sequence waits for a beginning that another one computes where that is so much of what it has to compute itself: a
+# step later it starts, and a step is longer than a short beginning takes.
+LEAST_SHARED = 0.25
+# So many sequences that wait so are passed over in looking for one that does not.
+MOST_LATER = 256
+
+
+class Later(Enum):
+    """Stands in the place of a sequence's part of a step where it had better start in a later one."""
+
+    LATER = 0
+
+
+LATER = Later.LATER
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,19 @@ class Scheduled:
     def completes(self) -> bool:
         """Whether the next token can be sampled after this step."""
         return self.sequence.computed + self.length == len(self.sequence.tokens)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next token is wanted, too."""
+        return self.completes and self.sequence.request.params.max_new_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """The places of the prompt tokens to be scored behind this step: each by the hidden state one place before."""
+        first, start = self.sequence.next_scored, self.sequence.computed
+        if first is None:
+            return range(0)
+        return range(max(first, start + 1), min(start + self.length + 1, self.sequence.prompt_length))
 
 
 class Scheduler:
@@ -80,13 +110,48 @@ class Scheduler:
             batch.append(Scheduled(sequence, length))
             budget -= length
             index += 1
-        while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
-            scheduled = self._start(self.waiting[0], budget)
-            if scheduled is None:
-                break
+        if not preempted and self.waiting:
+            self._start_waiting(batch, budget)
+        return batch
+
+    def _start_waiting(self, batch: list[Scheduled], budget: int) -> None:
+        """Let waiting sequences into the batch, in their order, but for those whose beginning is just being computed
+        for another one: they take it over when it is there."""
+        coming: set[BlockKey] = set()
+        for sequence in self.running:
+            self._announce(sequence, coming)
+        later = 0
+        while budget > 0 and len(self.running) < self.max_batch_size and later < min(len(self.waiting), MOST_LATER):
+            sequence = self.waiting[later]
+            scheduled = self._start(sequence, budget, coming)
+            if scheduled is LATER:
+                later += 1
+                continue
+            if not isinstance(scheduled, Scheduled):
+                return
+            del self.waiting[later]
+            self._announce(sequence, coming)
             batch.append(scheduled)
             budget -= scheduled.length
-        return batch
+
+    def _announce(self, sequence: Sequence, coming: set[BlockKey]) -> None:
+        """Add the blocks that ``sequence`` still has to compute to those that come."""
+        if sequence.pending > 1:
+            published = self.tables[sequence.id].published
+            keys = self.cache.keys(sequence.tokens, sequence.block_keys, len(sequence.tokens) // self.cache.block_size)
+            coming.update(keys[published:])
+
+    def _comes(self, sequence: Sequence, cached: int, coming: set[BlockKey]) -> bool:
+        """Whether enough of what ``sequence`` lacks, behind its ``cached`` tokens, is computed for others now."""
+        if not coming:
+            return False
+        size, end = self.cache.block_size, len(sequence.tokens)
+        usable = (min(end, sequence.next_scored or end) - 1) // size
+        keys = self.cache.keys(sequence.tokens, sequence.block_keys, usable)
+        shared = cached // size
+        while shared < usable and keys[shared] in coming:
+            shared += 1
+        return shared * size - cached >= LEAST_SHARED * (end - cached)
 
     def computed(self, scheduled: Scheduled) -> None:
         """Note that a step is done: its blocks may be shared and those out of the window given back."""
@@ -98,22 +163,23 @@ class Scheduler:
     def _shortfall(self, sequence: Sequence, length: int) -> int:
         return self.cache.shortfall(self.tables[sequence.id], sequence.computed, length)
 
-    def _start(self, sequence: Sequence, budget: int) -> Scheduled | None:
-        """Move the first waiting sequence to the running ones if blocks for its whole prompt are there.
+    def _start(self, sequence: Sequence, budget: int, coming: set[BlockKey]) -> Scheduled | Later | None:
+        """Move a waiting sequence to the running ones if blocks for its whole prompt are there; None: they are not.
 
+        Its place among the waiting is the caller's to clear.
         Where others run it must be so in both groups: it would lose what it had computed again and again otherwise.
         """
-        tables, cached = Tables(), 0
-        if not sequence.request.prompt_logprobs:  # those need the hidden state of every prompt token
-            tables, cached = self.cache.match_prefix(sequence.tokens, sequence.block_keys)
-            self.cache.adopt(tables)
+        # A token is scored by the hidden state before it, which has to be computed.
+        tables, cached = self.cache.match_prefix(sequence.tokens, sequence.block_keys, sequence.next_scored)
+        if self._comes(sequence, cached, coming):
+            return LATER
+        self.cache.adopt(tables)
         pending = len(sequence.tokens) - cached
         length = min(pending, budget)
         room = not self.running or self.cache.has_room(tables, len(sequence.tokens) + 1, self.max_batch_tokens)
         if not room or self.cache.shortfall(tables, cached, length):
             self.cache.release(tables)
             return None
-        self.waiting.popleft()
         self.running.append(sequence)
         self.tables[sequence.id] = tables
         sequence.status, sequence.computed = Status.RUNNING, cached
@@ -127,7 +193,6 @@ class Scheduler:
         self._release(sequence)
         sequence.status, sequence.computed = Status.WAITING, 0
         sequence.preemptions += 1
-        sequence.prompt_logprobs.clear()
         self.preemptions += 1
         self.waiting.appendleft(sequence)
 
