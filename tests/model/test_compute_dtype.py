@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig as TheirConfig
 from gemcut.checkpoint.resolve import resolve
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
 from gemcut.kernels.cpu import library
-from gemcut.kernels.linear.plain import dense_product_fp16
+from gemcut.kernels.linear.plain import dense_matmul_fp16
 from gemcut.loading import export_network, load_network
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
@@ -124,7 +124,7 @@ def test_the_product_alone() -> None:
     x[2] *= 1e30
     x[3, 4] = torch.nan
     weight = torch.randn(7, 48, generator=torch.Generator().manual_seed(1)).half()
-    found, exact = dense_product_fp16(x, weight, torch.float32), x.double() @ weight.double().t()
+    found, exact = dense_matmul_fp16(x, weight, torch.float32), x.double() @ weight.double().t()
     sound = [0, 1, 2, 4]
     assert ((found - exact)[sound].norm(dim=1) < 1e-3 * exact[sound].norm(dim=1)).all()
     assert found[3].isnan().all()

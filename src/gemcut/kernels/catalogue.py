@@ -43,7 +43,7 @@ def _cpu(computes: str, schedule: str, source: str, test: str, rows: str = "") -
     )
 
 
-_GEMV, _GEMM, _DEQUANT = "linear/test_gemv_gpu.py", "linear/test_gemm_gpu.py", "linear/test_dequantized_runs.py"
+_GEMV, _GEMM = "linear/test_gemv_gpu.py", "linear/test_gemm_gpu.py"
 _OPS = "rowwise/test_decode_ops_gpu.py"
 
 KERNELS: dict[str, Kernel] = {

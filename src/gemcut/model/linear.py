@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemcut.kernels.linear.dispatch import LinearCase, LinearKernel
-from gemcut.kernels.linear.plain import dense_product
+from gemcut.kernels.linear.plain import dense_matmul
 from gemcut.quantization.weights import CheckpointWeight, Weight, unpacked
 
 
@@ -77,7 +77,7 @@ class Linear(LinearLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
-        return dense_product(x, self.weight) if self.kernel is None else self.kernel(x)
+        return dense_matmul(x, self.weight) if self.kernel is None else self.kernel(x)
 
 
 class TokenTable(WeightOwner):
@@ -111,7 +111,7 @@ class Embedding(TokenTable):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [n, hidden] in the compute dtype -> fp32 [n, vocab], before the final soft-cap."""
-        return dense_product(hidden, self.weight, torch.float32) if self.kernel is None else self.kernel(hidden)
+        return dense_matmul(hidden, self.weight, torch.float32) if self.kernel is None else self.kernel(hidden)
 
 
 #: Makes the linear layer of a name for ``in_features`` and the rows of each matrix that is fused in it, top to bottom;

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from gemcut.kernels.linear import four_bit as nf4_matvec
-from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear import four_bit as four_bit_linear
+from gemcut.kernels.linear import int8 as int8_linear
 from gemcut.kernels.linear.gemm import TILE_ROWS, choose_variant, shared_bytes
 from gemcut.kernels.runtime.wgmma import wgmma_source
 
@@ -17,7 +17,7 @@ SHAPES = [(1, 64), (4608, 4096), (8192, 4608), (73728, 4608), (4608, 36864), (25
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize(
-    "storage", [nf4_matvec.NESTED, nf4_matvec.FLAT, int8_matvec.STORAGE], ids=["nested", "flat", "int8"]
+    "storage", [four_bit_linear.NESTED, four_bit_linear.FLAT, int8_linear.STORAGE], ids=["nested", "flat", "int8"]
 )
 def test_tiles_cover_all_rows_and_fit_shared_memory(storage, n: int, k: int) -> None:
     for m in range(1, 1025):

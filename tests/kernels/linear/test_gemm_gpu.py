@@ -10,9 +10,9 @@ import torch
 from four_bit_reference import NF4, dequantize, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels.linear import cuda as cuda_linear
-from gemcut.kernels.linear import four_bit as nf4_matvec
-from gemcut.kernels.linear import gemm as packed_gemm
-from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear import four_bit as four_bit_linear
+from gemcut.kernels.linear import gemm as fused_gemm
+from gemcut.kernels.linear import int8 as int8_linear
 from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.dispatch import choose_linear
 from gemcut.kernels.linear.gemv import arrivals
@@ -141,7 +141,7 @@ def test_rows_in_order_give_the_same_products(name: str, n: int, k: int) -> None
     it = case(name, n, k)
     for m in (9, 16, 33, 100, 260):
         x = torch.randn(m, k, device="cuda").bfloat16()
-        ordered = order_x(x, packed_gemm.order_groups(m))
+        ordered = order_x(x, fused_gemm.order_groups(m))
         assert torch.equal(ordered.rows(), x)
         spoilt = Ordered.empty(ordered.groups * 8, k, ordered.groups, x.device)
         spoilt = order_x(torch.cat((x, x.new_full((spoilt.m - m, k), torch.nan))), ordered.groups)
@@ -157,10 +157,10 @@ def test_rows_in_order_give_the_same_products(name: str, n: int, k: int) -> None
 def test_blocks_that_do_not_wait_for_each_other_give_the_same_sums(name: str, n: int, k: int) -> None:
     """Without max_wait a block leaves its part of a shared tile unless all others have come."""
     it = case(name, n, k)
-    storage = int8_matvec.STORAGE if name == "int8" else nf4_matvec.NESTED
+    storage = int8_linear.STORAGE if name == "int8" else four_bit_linear.NESTED
     for m in (9, 64, 100, 200):
         x = torch.randn(m, k, device="cuda").bfloat16()
-        want, hasty = it.gemm(x), replace(packed_gemm.choose_variant(storage, m, n, k), max_wait=0)
+        want, hasty = it.gemm(x), replace(fused_gemm.choose_variant(storage, m, n, k), max_wait=0)
         for _ in range(20):
             out = torch.full_like(want, torch.nan)
             assert torch.equal(it.gemm(x, out=out, variant=hasty), want)

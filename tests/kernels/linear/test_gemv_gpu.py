@@ -9,9 +9,9 @@ import torch
 
 from four_bit_reference import NF4, quantize
 from gemcut.errors import ParameterError
-from gemcut.kernels.linear import bf16 as bf16_matvec
-from gemcut.kernels.linear import four_bit as nf4_matvec
-from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear import bf16 as bf16_linear
+from gemcut.kernels.linear import four_bit as four_bit_linear
+from gemcut.kernels.linear import int8 as int8_linear
 from gemcut.quantization.int8 import quantize_int8
 from gpu_products import FORMATS, case, check_replays
 from gpu_support import relative_error
@@ -42,12 +42,12 @@ def test_every_row_count_against_float64(name: str, n: int, k: int) -> None:
     for m in range(1, it.most_rows + 1):
         x = torch.randn(m, k, device="cuda").bfloat16()
         out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
-        assert it.matvec(x, out=out) is out
+        assert it.gemv(x, out=out) is out
         reference = x.double() @ it.dense.T
         error, twin = relative_error(out, reference), relative_error(it.plain(x), reference)
         # Both round the output to bf16 (0.17 % rms). With few outputs the two errors are one draw each.
         assert error <= (1.1 * twin if m * n > 500 else 4e-3), (m, error, twin)
-        assert torch.equal(out, it.matvec(x)), "the same inputs gave another sum"
+        assert torch.equal(out, it.gemv(x)), "the same inputs gave another sum"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -59,7 +59,7 @@ def test_each_output_uses_its_own_row_and_column(name: str) -> None:
         for row in range(m):
             x[row, begin + row] = 1
         reference = it.dense[:, begin : begin + m].T
-        difference = (it.matvec(x).double() - reference).abs()
+        difference = (it.gemv(x).double() - reference).abs()
         assert bool((difference <= 0.008 * reference.abs() + 1e-12).all())
 
 
@@ -68,14 +68,14 @@ def test_strided_and_misaligned_inputs(name: str) -> None:
     it = case(name, 100, 512)
     wide = torch.randn(5, 1024, device="cuda").bfloat16()
     for x in (wide[:, :512], wide[:, 512:], wide[:, 3:515], wide[::2, :512], wide.flatten()[1:513].view(1, 512)):
-        assert torch.equal(it.matvec(x), it.matvec(x.clone().contiguous()))
+        assert torch.equal(it.gemv(x), it.gemv(x.clone().contiguous()))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_values_beyond_fp16_do_not_overflow(name: str) -> None:
     it = case(name, 64, 512)
     x = torch.randn(2, 512, device="cuda").bfloat16() * 1e6
-    out = it.matvec(x)
+    out = it.gemv(x)
     assert bool(out.isfinite().all())
     assert out.abs().max().item() > 65504
     assert relative_error(out, x.double() @ it.dense.T) < 4e-3
@@ -84,10 +84,10 @@ def test_values_beyond_fp16_do_not_overflow(name: str) -> None:
 def test_blocks_of_zeros_stay_zero() -> None:
     weight = torch.randn(32, 512, device="cuda")
     weight[:, 64:192] = 0
-    packed = nf4_matvec.pack([quantize(weight, NF4, nested=True)])
+    packed = four_bit_linear.pack([quantize(weight, NF4, nested=True)])
     x = torch.zeros(1, 512, device="cuda", dtype=torch.bfloat16)
     x[:, 64:192] = 1e4
-    assert not nf4_matvec.nf4_matvec(x, packed).any()
+    assert not four_bit_linear.four_bit_gemv(x, packed).any()
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -96,12 +96,12 @@ def test_head(name: str, softcap: float | None) -> None:
     weight = (torch.randn(4097, 2304, device="cuda") * 0.3).bfloat16()
     x = torch.randn(3, 2304, device="cuda").bfloat16()
     if name == "bf16":
-        out, dense = bf16_matvec.bf16_head(x, weight, softcap), weight.double()
-        plain = bf16_matvec.bf16_head_plain(x, weight, softcap)
+        out, dense = bf16_linear.bf16_head(x, weight, softcap), weight.double()
+        plain = bf16_linear.bf16_head_plain(x, weight, softcap)
     else:
-        int8 = int8_matvec.PackedInt8.of([quantize_int8(weight)])
-        out, dense = int8_matvec.int8_head(x, int8, softcap), int8.dequantize().double()
-        plain = int8_matvec.int8_head_plain(x, int8, softcap)
+        int8 = int8_linear.PackedInt8.of([quantize_int8(weight)])
+        out, dense = int8_linear.int8_head(x, int8, softcap), int8.dequantize().double()
+        plain = int8_linear.int8_head_plain(x, int8, softcap)
     reference = x.double() @ dense.T
     if softcap is not None:
         reference = softcap * torch.tanh(reference / softcap)
@@ -121,7 +121,7 @@ def test_a_graph_of_many_products_replays_the_same_sums(format: str, m: int) -> 
         y = x
         for _ in range(20):
             for it in cases:
-                y = it.matvec(y)
+                y = it.gemv(y)
                 y = y / y.float().norm().to(y.dtype)
             y = y[:, :4096].contiguous()
         return y
@@ -135,18 +135,18 @@ def test_back_to_back_products_without_anything_between() -> None:
     y = torch.randn(1, 4608, device="cuda").bfloat16()
     values = [y]
     for _ in range(30):
-        values.append(square.matvec(values[-1]))
+        values.append(square.gemv(values[-1]))
     torch.cuda.synchronize()
     for before, after in itertools.pairwise(values):
-        assert torch.equal(square.matvec(before.clone()), after)
+        assert torch.equal(square.gemv(before.clone()), after)
         torch.cuda.synchronize()
 
 
 def test_wrong_inputs_are_refused() -> None:
     weight = torch.zeros(32, 64, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ParameterError, match="columns"):
-        bf16_matvec.bf16_matvec(torch.zeros(1, 32, device="cuda", dtype=torch.bfloat16), weight)
+        bf16_linear.bf16_gemv(torch.zeros(1, 32, device="cuda", dtype=torch.bfloat16), weight)
     with pytest.raises(ParameterError, match="bf16"):
-        bf16_matvec.bf16_matvec(torch.zeros(1, 64, device="cuda"), weight)
+        bf16_linear.bf16_gemv(torch.zeros(1, 64, device="cuda"), weight)
     with pytest.raises(ParameterError, match="rows"):
-        bf16_matvec.bf16_matvec(torch.zeros(9, 64, device="cuda", dtype=torch.bfloat16), weight)
+        bf16_linear.bf16_gemv(torch.zeros(9, 64, device="cuda", dtype=torch.bfloat16), weight)

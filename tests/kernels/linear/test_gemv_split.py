@@ -11,14 +11,14 @@ import torch
 from four_bit_reference import FP4, NF4, dequantize, quantize
 from gemcut.errors import ParameterError
 from gemcut.kernels.gpu import PRESETS, Gpu
-from gemcut.kernels.linear import bf16 as bf16_matvec
-from gemcut.kernels.linear import four_bit as nf4_matvec
-from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear import bf16 as bf16_linear
+from gemcut.kernels.linear import four_bit as four_bit_linear
+from gemcut.kernels.linear import int8 as int8_linear
 from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import TILE, plan_fixed, plan_split, shared_bytes
 from gemcut.quantization.weights import CheckpointWeight, Int8Weight
 
-STORAGES = [nf4_matvec.NESTED, nf4_matvec.FLAT, bf16_matvec.STORAGE, int8_matvec.STORAGE]
+STORAGES = [four_bit_linear.NESTED, four_bit_linear.FLAT, bf16_linear.STORAGE, int8_linear.STORAGE]
 LIMIT = 227 * 1024 - 2048
 
 
@@ -38,7 +38,7 @@ def test_every_k_block_is_in_one_slice_and_shared_memory_suffices(storage, n, k,
 
 @pytest.mark.parametrize(("n", "k"), [(8192, 4608), (4608, 4096), (73728, 4608), (4608, 36864)])
 def test_the_busiest_block_of_27b_has_little_more_than_its_share(n: int, k: int) -> None:
-    split = plan_split(nf4_matvec.NESTED, n // 16, k // 256, 1, 132, LIMIT)
+    split = plan_split(four_bit_linear.NESTED, n // 16, k // 256, 1, 132, LIMIT)
     busiest = -(-n // 16 // split.chunks) * split.slice_k_blocks
     assert busiest * 132 <= 1.40 * (n // 16) * (k // 256)
 
@@ -69,7 +69,7 @@ def test_warps_of_fixed_columns_cover_their_slice(storage, n, k, fixed, limit) -
 
 def test_too_many_columns_for_shared_memory_is_an_error() -> None:
     with pytest.raises(ParameterError, match="shared memory"):
-        plan_split(nf4_matvec.NESTED, 1, 1, 8, 132, 1000)
+        plan_split(four_bit_linear.NESTED, 1, 1, 8, 132, 1000)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -77,7 +77,7 @@ def test_too_many_columns_for_shared_memory_is_an_error() -> None:
 @pytest.mark.parametrize("table", [NF4, FP4], ids=["nf4", "fp4"])
 def test_packing_keeps_every_weight(n: int, k: int, nested: bool, table: torch.Tensor) -> None:
     weight = quantize(torch.randn(n, k), table, nested=nested)
-    packed = nf4_matvec.pack([weight])
+    packed = four_bit_linear.pack([weight])
     codes = packed.codes.permute(0, 5, 3, 1, 2, 4, 6).reshape(packed.codes.shape[0] * 16, -1)
     assert torch.equal(codes[:n, : k // 2], weight.codes.view(n, -1))
     scales = packed.scales.permute(0, 4, 2, 1, 3).reshape(packed.scales.shape[0] * 16, -1)
@@ -107,35 +107,35 @@ def test_weights_the_kernels_do_not_take_are_refused_with_a_reason() -> None:
     whole = quantize(torch.randn(4, 128), NF4, nested=False)
     straddling = replace(whole, shape=(16, 32))
     with pytest.raises(ParameterError, match="multiple of 64"):
-        nf4_matvec.pack([straddling])
-    assert "multiple of 64" in refusal(nf4_matvec.supports, straddling)
-    assert "contiguous" in refusal(bf16_matvec.supports, torch.zeros(8, 16, dtype=torch.bfloat16).t())
-    assert "16 bytes" in refusal(bf16_matvec.supports, torch.zeros(8, 12, dtype=torch.bfloat16))
-    assert "one unquantized" in refusal(bf16_matvec.supports, *[torch.zeros(8, 16, dtype=torch.bfloat16)] * 2)
+        four_bit_linear.pack([straddling])
+    assert "multiple of 64" in refusal(four_bit_linear.supports, straddling)
+    assert "contiguous" in refusal(bf16_linear.supports, torch.zeros(8, 16, dtype=torch.bfloat16).t())
+    assert "16 bytes" in refusal(bf16_linear.supports, torch.zeros(8, 12, dtype=torch.bfloat16))
+    assert "one unquantized" in refusal(bf16_linear.supports, *[torch.zeros(8, 16, dtype=torch.bfloat16)] * 2)
     int8 = Int8Weight(torch.zeros(8, 12, dtype=torch.int8), torch.zeros(8), torch.bfloat16)
-    assert "16 bytes" in refusal(int8_matvec.supports, int8)
-    assert "int8 matrices alone" in refusal(int8_matvec.supports, whole)
-    assert "four-bit matrices alone" in refusal(nf4_matvec.supports, int8)
+    assert "16 bytes" in refusal(int8_linear.supports, int8)
+    assert "int8 matrices alone" in refusal(int8_linear.supports, whole)
+    assert "four-bit matrices alone" in refusal(four_bit_linear.supports, int8)
     with pytest.raises(ParameterError, match="16 bytes"):
-        int8_matvec.argument(int8_matvec.PackedInt8.of([int8]))
+        int8_linear.argument(int8_linear.PackedInt8.of([int8]))
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_matrices_that_stand_together_come_back_unchanged(nested: bool) -> None:
     weights = [quantize(torch.randn(n, 256), NF4, nested=nested) for n in (64, 128, 30)]
-    packed = nf4_matvec.pack(weights)
+    packed = four_bit_linear.pack(weights)
     assert (packed.n, packed.codes.shape[0]) == (222, 14)
     for weight, back in zip(weights, packed.unpack(), strict=True):
         assert torch.equal(weight.codes, back.codes)
         assert torch.equal(weight.absmax, back.absmax)
         assert torch.equal(dequantize(weight), dequantize(back))
         assert back.nbytes == weight.nbytes
-    assert "below" in refusal(nf4_matvec.supports, *weights[::-1])
+    assert "below" in refusal(four_bit_linear.supports, *weights[::-1])
 
 
 @pytest.mark.parametrize(("n", "k", "fixed"), [(8192, 4608, 2), (4608, 4096, 2), (73728, 4608, 0), (2304, 2304, 0)])
 def test_int8_rows_keep_two_k_blocks_a_warp_for_up_to_eight_rows_of_small_gemvs(n: int, k: int, fixed: int) -> None:
-    storage, tiles, k_blocks = int8_matvec.STORAGE, n // 16, k // 128
+    storage, tiles, k_blocks = int8_linear.STORAGE, n // 16, k // 128
     frame = plan_split(storage, tiles, k_blocks, 1, 132, LIMIT)
     assert plan_fixed(storage, frame, tiles, k_blocks, 9, LIMIT) is None
     for m in range(1, 9):

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from gemcut.kernels.gpu import PRESETS
-from gemcut.kernels.linear import bf16 as bf16_matvec
-from gemcut.kernels.linear import four_bit as nf4_matvec
-from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear import bf16 as bf16_linear
+from gemcut.kernels.linear import four_bit as four_bit_linear
+from gemcut.kernels.linear import int8 as int8_linear
 from gemcut.kernels.linear.gemv import Storage
 from gemcut.kernels.megakernel import decode_step
 from gemcut.kernels.megakernel.decode_step import StepCase, StepShape
@@ -21,7 +21,7 @@ SHAPES = {
     "27b": StepShape(46, 4608, 36864, 32, 16, 128, 1 / 12, 50.0, 1e-6, 4096),
     "270m": StepShape(18, 640, 2048, 4, 1, 256, 1 / 16, None, 1e-6, 512),
 }
-STORAGES = [nf4_matvec.NESTED, nf4_matvec.FLAT, int8_matvec.STORAGE, bf16_matvec.STORAGE]
+STORAGES = [four_bit_linear.NESTED, four_bit_linear.FLAT, int8_linear.STORAGE, bf16_linear.STORAGE]
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda storage: storage.kernel)
@@ -42,7 +42,7 @@ def test_every_block_has_a_part_of_every_product(size: str, storage: Storage) ->
 
 
 def test_what_it_refuses_and_why() -> None:
-    shape, storage = SHAPES["2b"], bf16_matvec.STORAGE
+    shape, storage = SHAPES["2b"], bf16_linear.STORAGE
     for changed, word in [
         (replace(shape, heads=32), "query heads"),
         (replace(shape, head_dim=96), "power of two"),
@@ -55,5 +55,5 @@ def test_what_it_refuses_and_why() -> None:
         assert reason is not None
         assert word in reason
     assert "block" in (decode_step.supports(StepCase(shape, storage, 12), H100) or "")
-    large = StepCase(SHAPES["27b"], nf4_matvec.NESTED, 16)
+    large = StepCase(SHAPES["27b"], four_bit_linear.NESTED, 16)
     assert "shared memory" in (decode_step.supports(large, PRESETS["rtx4090"]) or "")

@@ -244,11 +244,11 @@ def test_several_matrices_in_one_call_against_float64(name: str, m: int) -> None
 
 def test_decoding_many_rows_is_exact() -> None:
     weight = quantize(torch.randn(40, 320, device="cuda"), NF4, nested=True)
-    from gemcut.kernels.linear import four_bit as nf4_matvec
+    from gemcut.kernels.linear import four_bit as four_bit_linear
     from gemcut.quantization.four_bit import dequantize_4bit
 
     out = torch.full((40, 320), torch.nan, device="cuda", dtype=torch.bfloat16)
-    cuda_linear.dequantize_four_bit(nf4_matvec.pack([weight]), 0, 3, out)
+    cuda_linear.dequantize_four_bit(four_bit_linear.pack([weight]), 0, 3, out)
     assert relative_error(out, dequantize(weight)) < 2e-3
     assert (out != dequantize_4bit(weight, torch.bfloat16)).float().mean() < 1e-3  # fp32 contraction at a tie
     int8 = quantize_int8(torch.randn(40, 320, device="cuda").bfloat16())

@@ -1,1 +1,1 @@
-"""Products of activations and weights in every format: GEMV, GEMM, gated GEMM, and dequantization for cuBLAS."""
+"""Linear layers in every weight format: GEMV, GEMM, gated GEMM, and dequantization for cuBLAS."""

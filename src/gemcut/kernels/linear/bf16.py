@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gemcut.errors import ParameterError
 from gemcut.kernels.gpu import NEEDS_GPU, Gpu
 from gemcut.kernels.linear.case import LinearCase
-from gemcut.kernels.linear.gemv import Layout, Storage, matvec
+from gemcut.kernels.linear.gemv import Layout, Storage, gemv
 
 STORAGE = Storage("bf16_gemv", 64, 2048, 0, 64, Layout(8, 6, 2), Layout(16, 4, 1))
 
@@ -22,7 +22,7 @@ class Format(ctypes.Structure):
 
 
 def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
-    """None where `bf16_matvec` and `bf16_head` serve ``case``, else one line that says why not."""
+    """None where `bf16_gemv` and `bf16_head` serve ``case``, else one line that says why not."""
     if gpu is None:
         return NEEDS_GPU
     if len(case.weights) != 1 or not isinstance(case.weights[0], torch.Tensor):
@@ -38,14 +38,14 @@ def _refusal(weight: torch.Tensor) -> str | None:
     return None
 
 
-def bf16_matvec(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def bf16_gemv(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [m, k] bf16, m from 1 to 8; weight [n, k] -> bf16 [m, n], summed in fp32."""
-    return matvec(STORAGE, _argument(x, weight), x, weight.shape[0], out=out)
+    return gemv(STORAGE, _argument(x, weight), x, weight.shape[0], out=out)
 
 
 def bf16_head(x: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """x [m, d] bf16, m from 1 to 8; weight [vocabulary, d] -> fp32 logits, after the soft-cap if any."""
-    return matvec(STORAGE, _argument(x, weight), x, weight.shape[0], out_dtype="float32", softcap=softcap)
+    return gemv(STORAGE, _argument(x, weight), x, weight.shape[0], out_dtype="float32", softcap=softcap)
 
 
 def _argument(x: torch.Tensor, weight: torch.Tensor) -> ctypes.Structure:
@@ -57,12 +57,12 @@ def _argument(x: torch.Tensor, weight: torch.Tensor) -> ctypes.Structure:
     return Format(weight.data_ptr(), *weight.shape)
 
 
-def bf16_matvec_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def bf16_gemv_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The same in plain torch."""
     return F.linear(x, weight)
 
 
 def bf16_head_plain(x: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """The same in plain torch; the product in fp32, so that logits are not rounded to bf16."""
+    """The same in plain torch; the GEMM in fp32, so that logits are not rounded to bf16."""
     logits = F.linear(x.float(), weight.float())
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

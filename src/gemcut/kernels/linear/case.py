@@ -15,11 +15,11 @@ from gemcut.quantization.weights import CheckpointWeight, Weight
 
 @dataclass(frozen=True)
 class LinearCase:
-    """A product to be computed: ``x [W₀; W₁; …]ᵀ``.
+    """A GEMV or GEMM to be computed: ``x [W₀; W₁; …]ᵀ``.
 
     Attributes:
         weights: matrices of the same inputs whose results stand side by side.
-        compute_dtype: of ``x``; what packed weights are decoded to. Sums are fp32.
+        compute_dtype: of ``x``; what packed weights are dequantized to. Sums are fp32.
         out_dtype: of the result.
         activation_threshold: see gemcut.quantization.spec.Quantization.
     """

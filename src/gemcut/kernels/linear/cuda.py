@@ -1,4 +1,4 @@
-"""Products on an NVIDIA GPU for dispatch: GEMV, fused GEMM, dequantization and cuBLAS, by the rows of x.
+"""Linear layers on an NVIDIA GPU: GEMV, fused GEMM, dequantization and cuBLAS, by the rows of x.
 
 Computes: y = x W^T on an NVIDIA GPU, by the rows of x: GEMV, fused GEMM, or dequantization and cuBLAS
 Shapes: x bf16 [m, k], a LinearCase's weights -> bf16 or fp32 [m, n]
@@ -9,8 +9,8 @@ Invariants: W is read packed up to the last route; beyond it, it is dequantized 
 `gemcut.kernels.linear.routes` says up to how many rows each serves. Beyond the last the weights are dequantized to
 bf16, as many rows at a time as fit a buffer that all layers share, for cuBLAS.
 
-An MLP's two products of the same x are multiplied, gated and rounded in one launch where that serves and pays
-(gemcut.kernels.linear.gated); packed ones are dequantized for it, too.
+The two GEMMs of an MLP's gate and up, the gating and the rounding are one launch where that serves and pays
+(gemcut.kernels.linear.gated); packed weights are dequantized for it, too.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch import Tensor
 
 from gemcut.errors import ParameterError
 from gemcut.kernels.gpu import NEEDS_GPU, Gpu, gpu_of
-from gemcut.kernels.linear import bf16 as bf16_matvec
-from gemcut.kernels.linear import four_bit as nf4_matvec
+from gemcut.kernels.linear import bf16 as bf16_linear
+from gemcut.kernels.linear import four_bit as four_bit_linear
 from gemcut.kernels.linear import gated as gated_gemm
-from gemcut.kernels.linear import gemm as packed_gemm
-from gemcut.kernels.linear import int8 as int8_matvec
+from gemcut.kernels.linear import gemm as fused_gemm
+from gemcut.kernels.linear import int8 as int8_linear
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
-from gemcut.kernels.linear.gemv import MAX_ROWS, TILE, Storage, matvec
+from gemcut.kernels.linear.gemv import MAX_ROWS, TILE, Storage, gemv
 from gemcut.kernels.linear.int8 import PackedInt8
 from gemcut.kernels.linear.layout import Ordered
-from gemcut.kernels.linear.plain import dense_product
+from gemcut.kernels.linear.plain import dense_matmul
 from gemcut.kernels.linear.routes import routes
 from gemcut.kernels.runtime import nvrtc
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 from gemcut.quantization.tables import code_table
 from gemcut.quantization.weights import FourBitWeight, Int8Weight
 
-# Decoded weights stand here. The more rows at a time, the smaller the share of processors that have nothing to do at a
-# product's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
+# Dequantized weights stand here. The more rows at a time, the smaller the share of SMs that have nothing to do at a
+# GEMM's end; so much holds 27B's largest small side whole, and less will do where a GPU has less memory.
 BUFFER_BYTES = 324 << 20
 HEAD_BYTES = 32 << 20
 
@@ -64,7 +64,7 @@ def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
 
 
 #: What a kernel reads: one matrix, or several of the same inputs one below the other.
-Rows = nf4_matvec.PackedFourBit | PackedInt8 | Tensor
+Rows = four_bit_linear.PackedFourBit | PackedInt8 | Tensor
 
 
 class FewRows:
@@ -96,7 +96,7 @@ class FewRows:
     def __call__(self, x: Tensor | Ordered) -> Tensor:
         if isinstance(x, Ordered):
             if not self.groups(x.m):
-                raise ParameterError(f"a product of {x.m} rows reads them as they are, not in order")
+                raise ParameterError(f"a GEMM of {x.m} rows reads them as they are, not in order")
             return self.some(x)  # type: ignore[misc, arg-type]
         rows = x.shape[0]
         if 0 < rows <= self.most_few:
@@ -107,26 +107,26 @@ class FewRows:
 
     def groups(self, m: int) -> int:
         """Groups of eight rows that ``m`` rows of x are best put in order by; 0: they are read as they are."""
-        return packed_gemm.order_groups(m) if self.ordered and self.most_few < m <= self.most_some else 0
+        return fused_gemm.order_groups(m) if self.ordered and self.most_few < m <= self.most_some else 0
 
 
-#: Decodes rows of W, from one (a multiple of ``TILE``) on so many, into bf16 [rows, k].
-Decode = Callable[[int, int, Tensor], None]
+#: Dequantizes rows of W, from one (a multiple of ``TILE``) on so many, into bf16 [rows, k].
+Dequantize = Callable[[int, int, Tensor], None]
 
 
 def _packed_kernel(
     case: LinearCase,
-    packed: nf4_matvec.PackedFourBit | PackedInt8,
+    packed: four_bit_linear.PackedFourBit | PackedInt8,
     storage: Storage,
     few: Callable[[Tensor], Tensor],
     fused: Callable[[Tensor | Ordered], Tensor],
-    decode: Decode,
+    dequantize: Dequantize,
 ) -> FewRows:
     # What is kept for later must not hold the case: its matrices go when the layer owns the packed ones.
     shape, out_dtype, device = case.shape, case.out_dtype, packed.codes.device
 
     def many(x: Tensor) -> Tensor:
-        return _by_runs(x, *shape, decode, out_dtype)
+        return _by_segments(x, *shape, dequantize, out_dtype)
 
     # The head's logits are wanted of few rows at a time: not worth a large buffer.
     _buffer(device).announce(*shape, BUFFER_BYTES if out_dtype == torch.bfloat16 else HEAD_BYTES)
@@ -135,7 +135,7 @@ def _packed_kernel(
     assert most_few is not None
     assert most_some is not None
     if gpu.wgmma_refusal is None:
-        gated = None if gated_gemm.supports(case, gpu) else functools.partial(_gated_by_runs, shape, decode)
+        gated = None if gated_gemm.supports(case, gpu) else functools.partial(_gated_by_segments, shape, dequantize)
         return FewRows(packed, few, many, most_few, fused, most_some, ordered=True, gated=gated)
 
     def passes(x: Tensor) -> Tensor:
@@ -145,14 +145,14 @@ def _packed_kernel(
 
 
 def _four_bit(case: LinearCase) -> LinearKernel:
-    packed = nf4_matvec.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
-    storage, argument = nf4_matvec.NESTED if packed.nested else nf4_matvec.FLAT, packed.argument
+    packed = four_bit_linear.pack([w for w in case.weights if isinstance(w, FourBitWeight)])
+    storage, argument = four_bit_linear.NESTED if packed.nested else four_bit_linear.FLAT, packed.argument
     return _packed_kernel(
         case,
         packed,
         storage,
-        lambda x: matvec(storage, argument, x, packed.n),
-        lambda x: packed_gemm.gemm(storage, argument, x, packed.n),
+        lambda x: gemv(storage, argument, x, packed.n),
+        lambda x: fused_gemm.gemm(storage, argument, x, packed.n),
         lambda start, count, out: dequantize_four_bit(packed, start // TILE, -(-count // TILE), out),
     )
 
@@ -160,14 +160,14 @@ def _four_bit(case: LinearCase) -> LinearKernel:
 def _int8(case: LinearCase) -> LinearKernel:
     packed = PackedInt8.of([w for w in case.weights if isinstance(w, Int8Weight)])
     n = packed.codes.shape[0]
-    storage, argument = int8_matvec.STORAGE, int8_matvec.argument(packed)
+    storage, argument = int8_linear.STORAGE, int8_linear.argument(packed)
     out_dtype: Literal["float32", "bfloat16"] = "float32" if case.out_dtype == torch.float32 else "bfloat16"
     return _packed_kernel(
         case,
         packed,
         storage,
-        lambda x: matvec(storage, argument, x, n, out_dtype=out_dtype),
-        lambda x: packed_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
+        lambda x: gemv(storage, argument, x, n, out_dtype=out_dtype),
+        lambda x: fused_gemm.gemm(storage, argument, x, n, out_dtype=out_dtype),
         lambda start, count, out: dequantize_int8(
             packed.codes[start : start + count], packed.scales[start : start + count], out
         ),
@@ -180,15 +180,15 @@ def _dense(case: LinearCase) -> LinearKernel:
     if case.out_dtype == torch.float32:
         return FewRows(
             weight,
-            lambda x: bf16_matvec.bf16_head(x, weight, None),
-            lambda x: dense_product(x, weight, torch.float32),
+            lambda x: bf16_linear.bf16_head(x, weight, None),
+            lambda x: dense_matmul(x, weight, torch.float32),
             _few_dense(weight, float_output=True),
         )
     gated = gated_gemm.supports(case, gpu_of(weight.device.index or 0)) is None
     return FewRows(
         weight,
-        lambda x: bf16_matvec.bf16_matvec(x, weight),
-        lambda x: dense_product(x, weight),
+        lambda x: bf16_linear.bf16_gemv(x, weight),
+        lambda x: dense_matmul(x, weight),
         _few_dense(weight, float_output=False),
         gated=(lambda x: gated_gemm.gated_gemm(x, weight)) if gated else None,
     )
@@ -197,7 +197,7 @@ def _dense(case: LinearCase) -> LinearKernel:
 def _few_dense(weight: Tensor, *, float_output: bool) -> int:
     """Rows of x that an unquantized weight's GEMV takes."""
     n, k = weight.shape
-    found = routes(bf16_matvec.STORAGE, n, k, gpu_of(weight.device.index or 0), float_output=float_output)
+    found = routes(bf16_linear.STORAGE, n, k, gpu_of(weight.device.index or 0), float_output=float_output)
     assert found[0].up_to_rows is not None
     return found[0].up_to_rows
 
@@ -210,16 +210,16 @@ def prepare(case: LinearCase, device: torch.device) -> LinearKernel:
 
 #: For each kind of weight, which cases its kernels serve, and what makes one.
 _FORMATS: dict[type, tuple[Callable[[LinearCase, Gpu | None], str | None], Callable[[LinearCase], LinearKernel]]] = {
-    FourBitWeight: (nf4_matvec.supports, _four_bit),
-    Int8Weight: (int8_matvec.supports, _int8),
-    Tensor: (bf16_matvec.supports, _dense),
+    FourBitWeight: (four_bit_linear.supports, _four_bit),
+    Int8Weight: (int8_linear.supports, _int8),
+    Tensor: (bf16_linear.supports, _dense),
 }
 
 CUDA = LinearImplementation("cuda", supports, prepare, nvrtc.unavailable_reason)
 
 
 class _Buffer:
-    """Where decoded weights stand: one for all layers of a device, since what is queued on the stream uses it in turn.
+    """Where dequantized weights stand, one for all layers of a device: what is queued on the stream uses it in turn.
 
     As large as the largest matrix that was announced, up to `BUFFER_BYTES` and a small part of the device's memory.
     """
@@ -231,7 +231,7 @@ class _Buffer:
         self.kept: list[Tensor] = []
 
     def announce(self, n: int, k: int, most: int) -> None:
-        """A matrix [n, k] will be decoded, whole or in parts of up to ``most`` bytes."""
+        """A matrix [n, k] will be dequantized, whole or in parts of up to ``most`` bytes."""
         self._announced = max(self._announced, min(-(-n // TILE) * TILE * k * 2, most))
 
     def values(self, least: int) -> Tensor:
@@ -255,7 +255,7 @@ def _four_bit_kernel(nested: bool, device: int) -> CudaKernel:
     return compile_kernel(sources, "four_bit_dequant", (("NESTED", int(nested)),), device)
 
 
-class _FourBitDecode(ctypes.Structure):
+class _FourBitDequant(ctypes.Structure):
     _fields_ = (
         ("codebook", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -265,15 +265,15 @@ class _FourBitDecode(ctypes.Structure):
     )
 
 
-def dequantize_four_bit(packed: nf4_matvec.PackedFourBit, first_tile: int, tiles: int, out: Tensor) -> None:
-    """Rows of ``tiles`` tiles of 16 from ``first_tile`` on, decoded into ``out`` bf16 [rows, k]."""
+def dequantize_four_bit(packed: four_bit_linear.PackedFourBit, first_tile: int, tiles: int, out: Tensor) -> None:
+    """Rows of ``tiles`` tiles of 16 from ``first_tile`` on, dequantized into ``out`` bf16 [rows, k]."""
     codebook = code_table(packed.quant_type, out.device)
-    task = _FourBitDecode(codebook.data_ptr(), out.data_ptr(), first_tile, tiles, packed.k)
+    task = _FourBitDequant(codebook.data_ptr(), out.data_ptr(), first_tile, tiles, packed.k)
     blocks = min(-(-tiles * packed.codes.shape[1] // 8), 132 * 16)
     _four_bit_kernel(packed.nested, out.device.index or 0).launch((blocks, 1), 256, 0, (task, packed.argument))
 
 
-class _Int8Decode(ctypes.Structure):
+class _Int8Dequant(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
@@ -288,21 +288,21 @@ def dequantize_int8(values: Tensor, scales: Tensor, out: Tensor) -> None:
     kernel = compile_kernel(
         read_sources("runtime/launch.cuh", "linear/int8_dequant.cu"), "int8_dequant", (), out.device.index or 0
     )
-    task = _Int8Decode(values.data_ptr(), scales.data_ptr(), out.data_ptr(), k)
+    task = _Int8Dequant(values.data_ptr(), scales.data_ptr(), out.data_ptr(), k)
     kernel.launch((-(-k // 4096), n), 256, 0, (task,))
 
 
-def _by_runs(x: Tensor, n: int, k: int, decode: Decode, out_dtype: torch.dtype) -> Tensor:
-    """x bf16 [m, k], any m, times W [n, k] transposed -> [m, n], W decoded a run of rows at a time for cuBLAS."""
+def _by_segments(x: Tensor, n: int, k: int, dequantize: Dequantize, out_dtype: torch.dtype) -> Tensor:
+    """x bf16 [m, k], any m, times W [n, k] transposed -> [m, n]. W is dequantized some rows at a time, for cuBLAS."""
     buffer = _buffer(x.device).values(TILE * k)
-    step = min(max(buffer.numel() // k // TILE * TILE, TILE), 65520)
-    runs = -(-n // step)
-    step = -(-n // runs // TILE) * TILE if runs > 1 else n
+    segment_rows = min(max(buffer.numel() // k // TILE * TILE, TILE), 65520)
+    segments = -(-n // segment_rows)
+    segment_rows = -(-n // segments // TILE) * TILE if segments > 1 else n
     out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
-    for start in range(0, n, step):
-        count = min(step, n - start)
+    for start in range(0, n, segment_rows):
+        count = min(segment_rows, n - start)
         weight = buffer[: count * k].view(count, k)
-        decode(start, count, weight)
+        dequantize(start, count, weight)
         target = out[:, start : start + count]
         if out_dtype == x.dtype:
             torch.mm(x, weight.t(), out=target)
@@ -311,21 +311,21 @@ def _by_runs(x: Tensor, n: int, k: int, decode: Decode, out_dtype: torch.dtype) 
     return out
 
 
-def _gated_by_runs(shape: tuple[int, int], decode: Decode, x: Tensor) -> Tensor:
+def _gated_by_segments(shape: tuple[int, int], dequantize: Dequantize, x: Tensor) -> Tensor:
     """bf16 ``gelu(gate) · up`` [m, n / 2] of x bf16 [m, k] and packed weights [n, k] = ``shape``, gate before up.
 
-    As many rows of both as the buffer holds are decoded at a time.
+    As many rows of both as the buffer holds are dequantized at a time.
     """
     n, k = shape
     buffer = _buffer(x.device).values(2 * TILE * k)
     width, most = n // 2, max(min(buffer.numel() // k // 2, 65520) // TILE * TILE, TILE)
-    runs = -(-width // most)
-    step = -(-width // runs // TILE) * TILE
+    segments = -(-width // most)
+    segment_rows = -(-width // segments // TILE) * TILE
     out = torch.empty((x.shape[0], width), dtype=torch.bfloat16, device=x.device)
-    for start in range(0, width, step):
-        count = min(step, width - start)
+    for start in range(0, width, segment_rows):
+        count = min(segment_rows, width - start)
         weight = buffer[: 2 * count * k].view(2 * count, k)
-        decode(start, count, weight[:count])
-        decode(width + start, count, weight[count:])
+        dequantize(start, count, weight[:count])
+        dequantize(width + start, count, weight[count:])
         gated_gemm.gated_gemm(x, weight, out=out[:, start : start + count])
     return out

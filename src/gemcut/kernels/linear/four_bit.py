@@ -17,18 +17,21 @@ import torch.nn.functional as F
 from gemcut.errors import ParameterError
 from gemcut.kernels.gpu import NEEDS_GPU, Gpu
 from gemcut.kernels.linear.case import LinearCase
-from gemcut.kernels.linear.gemv import TILE, Layout, Storage, matvec
+from gemcut.kernels.linear.gemv import TILE, Layout, Storage, gemv
 from gemcut.quantization.four_bit import dequantize_4bit
 from gemcut.quantization.tables import code_table, dynamic_map
 from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Nested, PackedWeight
 
 BLOCK = 64
-STEP = 256
+K_BLOCK = 256
 NESTED_BLOCK = NESTED_BLOCK_SIZE
 
 _LAYOUTS = (Layout(8, 3, 2), Layout(16, 3, 1))
-NESTED = Storage("four_bit_gemv", STEP, 2048 + 128, 256 * 128 + 1024, 16, *_LAYOUTS, (("NESTED", 1),), "four_bit_fixed")
-FLAT = Storage("four_bit_gemv", STEP, 2048 + 256, 256 * 128 + 1024, 16, *_LAYOUTS, (("NESTED", 0),), "four_bit_fixed")
+_CODEBOOK_BYTES = 256 * 128 + 1024
+NESTED = Storage(
+    "four_bit_gemv", K_BLOCK, 2048 + 128, _CODEBOOK_BYTES, 16, *_LAYOUTS, (("NESTED", 1),), "four_bit_fixed"
+)
+FLAT = Storage("four_bit_gemv", K_BLOCK, 2048 + 256, _CODEBOOK_BYTES, 16, *_LAYOUTS, (("NESTED", 0),), "four_bit_fixed")
 
 
 class Format(ctypes.Structure):
@@ -38,7 +41,7 @@ class Format(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "pairs", "byte_map", "groups")),
         ("offsets", ctypes.c_float * 3),
         ("part_tiles", ctypes.c_int * 2),
-        *((name, ctypes.c_int) for name in ("n", "blocks", "group_last", "steps")),
+        *((name, ctypes.c_int) for name in ("n", "blocks", "group_last", "k_blocks")),
     )
 
 
@@ -46,8 +49,8 @@ class Format(ctypes.Structure):
 class PackedFourBit(PackedWeight):
     """Up to three matrices of the same inputs, one below the other, in the kernel's order. See ``pack``."""
 
-    codes: torch.Tensor  # uint8 [tiles, steps, 4 blocks, 8 row pairs, 4 quarters, 2 rows, 8]
-    scales: torch.Tensor  # uint8 or fp32 [tiles, steps, 8 row pairs, 4 blocks, 2 rows]
+    codes: torch.Tensor  # uint8 [tiles, k_blocks, 4 blocks, 8 row pairs, 4 quarters, 2 rows, 8]
+    scales: torch.Tensor  # uint8 or fp32 [tiles, k_blocks, 8 row pairs, 4 blocks, 2 rows]
     pairs: torch.Tensor  # int32 [512]: two codes for each byte, in bf16, then in fp16
     byte_map: torch.Tensor  # fp32 [256], empty without double quantization
     groups: torch.Tensor  # fp32, empty without double quantization
@@ -55,7 +58,7 @@ class PackedFourBit(PackedWeight):
     rows: tuple[int, ...]  # of each matrix
     k: int
     quant_type: FourBitType
-    dtypes: tuple[torch.dtype, ...]  # what each matrix's decoded values are rounded to
+    dtypes: tuple[torch.dtype, ...]  # what each matrix's dequantized values are rounded to
 
     @property
     def n(self) -> int:
@@ -69,7 +72,7 @@ class PackedFourBit(PackedWeight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes one product reads."""
+        """Bytes one GEMV reads."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.groups))
 
     @functools.cached_property
@@ -139,23 +142,23 @@ def pack(weights: Sequence[FourBitWeight]) -> PackedFourBit:
         raise ParameterError(reason)
     first = weights[0]
     device, k = first.codes.device, first.shape[1]
-    table = code_table(first.quant_type, device)
-    steps = -(-k // STEP)
-    zero = int(table.abs().argmin())
+    codebook = code_table(first.quant_type, device)
+    k_blocks = -(-k // K_BLOCK)
+    zero = int(codebook.abs().argmin())
     tiles = [-(-weight.shape[0] // TILE) for weight in weights]
-    codes = torch.empty((sum(tiles), steps, 4, 8, 4, 2, 8), dtype=torch.uint8, device=device)
-    scales = torch.empty((sum(tiles), steps, 8, 4, 2), dtype=first.absmax.dtype, device=device)
+    codes = torch.empty((sum(tiles), k_blocks, 4, 8, 4, 2, 8), dtype=torch.uint8, device=device)
+    scales = torch.empty((sum(tiles), k_blocks, 8, 4, 2), dtype=first.absmax.dtype, device=device)
     at = 0
     for weight, count in zip(weights, tiles, strict=True):
         n = weight.shape[0]
-        missing, columns = count * TILE - n, steps * STEP - k
+        missing, columns = count * TILE - n, k_blocks * K_BLOCK - k
         part = F.pad(weight.codes.view(torch.uint8).view(n, k // 2), (0, columns // 2, 0, missing), value=zero * 17)
-        codes[at : at + count] = part.view(count, 2, 8, steps, 4, 4, 8).permute(0, 3, 4, 2, 5, 1, 6)
+        codes[at : at + count] = part.view(count, 2, 8, k_blocks, 4, 4, 8).permute(0, 3, 4, 2, 5, 1, 6)
         part = F.pad(weight.absmax.view(n, -1), (0, columns // BLOCK, 0, missing))
-        scales[at : at + count] = part.view(count, 2, 8, steps, 4).permute(0, 3, 2, 4, 1)
+        scales[at : at + count] = part.view(count, 2, 8, k_blocks, 4).permute(0, 3, 2, 4, 1)
         at += count
     rounded = (
-        torch.stack([table.to(dtype).view(torch.int16) for dtype in (torch.bfloat16, torch.float16)]).int() & 0xFFFF
+        torch.stack([codebook.to(dtype).view(torch.int16) for dtype in (torch.bfloat16, torch.float16)]).int() & 0xFFFF
     )
     pairs = (rounded[:, :, None] | rounded[:, None, :] << 16).flatten()  # [dtype, high nibble, low nibble]
     nested = [weight.nested for weight in weights if weight.nested is not None]
@@ -177,13 +180,13 @@ def pack(weights: Sequence[FourBitWeight]) -> PackedFourBit:
     return packed
 
 
-def nf4_matvec(x: torch.Tensor, weight: PackedFourBit, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def four_bit_gemv(x: torch.Tensor, weight: PackedFourBit, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [m, k] bf16, m from 1 to 8 -> bf16 [m, n], summed in fp32. The sum's order does not depend on timing."""
     if x.shape[-1] != weight.k:
         raise ParameterError(f"x has {x.shape[-1]} columns, the weight {weight.k}")
-    return matvec(NESTED if weight.nested else FLAT, weight.argument, x, weight.n, out=out)
+    return gemv(NESTED if weight.nested else FLAT, weight.argument, x, weight.n, out=out)
 
 
-def nf4_matvec_plain(x: torch.Tensor, weights: Sequence[FourBitWeight]) -> torch.Tensor:
-    """The same in plain torch: the weights decoded to bf16, then a matmul."""
+def four_bit_gemv_plain(x: torch.Tensor, weights: Sequence[FourBitWeight]) -> torch.Tensor:
+    """The same in plain torch: the weights dequantized to bf16, then a matmul."""
     return F.linear(x, torch.cat([dequantize_4bit(weight, x.dtype) for weight in weights]))

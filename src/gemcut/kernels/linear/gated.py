@@ -1,13 +1,12 @@
-"""``gelu(gate) · up`` of an MLP for many rows of x in one launch, with both products, on Hopper GPUs.
+"""``gelu(gate) · up`` of an MLP for many rows of x in one launch, with both GEMMs, on Hopper GPUs.
 
 Computes: the launch of gated.cu: gelu(gate) · up of an MLP for many rows, with both GEMMs
 Shapes: x bf16 [m, k], weight bf16 [2 · width, k], gate before up -> bf16 [m, width]
 Runs: linear/cuda.py on Hopper where `pays` says so (from 768 rows on)
 Schedule: persistent clusters of two thread blocks, 256 rows by 128 columns at a time
-Invariants: gate and up stay in registers; cuBLAS would write both, twice what the next GEMM reads
+Invariants: gate and up are never stored; cuBLAS would write both, twice what the next GEMM reads
 
-cuBLAS would write gate and up, twice what the MLP's next product reads, for another kernel to read; here they stay in
-registers. The kernel is in kernels/linear/gated.cu.
+cuBLAS would write gate and up for another kernel to read; here they stay in registers.
 """
 
 from __future__ import annotations
@@ -70,9 +69,9 @@ def pays(m: int) -> bool:
 
 @functools.cache
 def _kernel(device: int) -> CudaKernel:
-    products = wgmma_source("wgmma", 2 * _COLUMNS)
+    wgmma = wgmma_source("wgmma", 2 * _COLUMNS)
     source = "\n".join(
-        (read_sources("runtime/launch.cuh", "runtime/hopper.cuh"), products, read_sources("linear/gated.cu"))
+        (read_sources("runtime/launch.cuh", "runtime/hopper.cuh"), wgmma, read_sources("linear/gated.cu"))
     )
     return compile_kernel(source, "gated_gemm", (), device)
 

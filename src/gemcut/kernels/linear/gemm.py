@@ -120,8 +120,8 @@ def _kernel(storage: Storage, variant: Variant, float_output: bool, device: int)
     )
     name = storage.kernel.replace("gemv", "gemm")
     frame = read_sources("runtime/launch.cuh", "runtime/hopper.cuh", "linear/gemv.cuh", f"linear/{storage.kernel}.cu")
-    product = wgmma_source("wgmma", variant.rows, a_in_registers=True)
-    source = "\n".join((frame, product, read_sources("linear/gemm.cuh", f"linear/{name}.cu")))
+    wgmma = wgmma_source("wgmma", variant.rows, a_in_registers=True)
+    source = "\n".join((frame, wgmma, read_sources("linear/gemm.cuh", f"linear/{name}.cu")))
     return compile_kernel(source, name, defines, device)
 
 

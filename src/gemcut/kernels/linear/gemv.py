@@ -220,7 +220,7 @@ def _launch(
 
 
 def most_rows(storage: Storage, n: int, k: int, gpu: Gpu) -> int:
-    """Rows of x that `matvec` takes for such a weight."""
+    """Rows of x that `gemv` takes for such a weight."""
     return MAX_ROWS if plan(storage, MAX_FIXED_ROWS, n, k, gpu) is None else MAX_FIXED_ROWS
 
 
@@ -253,7 +253,7 @@ def output(
     return out
 
 
-def matvec(
+def gemv(
     storage: Storage,
     weight: ctypes.Structure,
     x: torch.Tensor,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gemcut.errors import ParameterError
 from gemcut.kernels.gpu import NEEDS_GPU, Gpu
 from gemcut.kernels.linear.case import LinearCase
-from gemcut.kernels.linear.gemv import Layout, Storage, matvec
+from gemcut.kernels.linear.gemv import Layout, Storage, gemv
 from gemcut.quantization.weights import Int8Weight, PackedWeight
 
 STORAGE = Storage("int8_gemv", 128, 2048, 0, 16, Layout(8, 5, 2), Layout(16, 4, 1), fixed_kernel="int8_fixed")
@@ -29,7 +29,7 @@ class PackedInt8(PackedWeight):
     absmax: torch.Tensor  # fp32 [n]: each row's largest magnitude
     scales: torch.Tensor  # fp32 [n]: absmax / 127
     rows: tuple[int, ...]  # of each matrix
-    dtypes: tuple[torch.dtype, ...]  # what each matrix's decoded values are rounded to
+    dtypes: tuple[torch.dtype, ...]  # what each matrix's dequantized values are rounded to
 
     @classmethod
     def of(cls, weights: Sequence[Int8Weight]) -> PackedInt8:
@@ -49,7 +49,7 @@ class PackedInt8(PackedWeight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes one product reads."""
+        """Bytes one GEMV reads."""
         return self.codes.nbytes + self.scales.nbytes
 
     def unpack(self) -> tuple[Int8Weight, ...]:
@@ -74,7 +74,7 @@ class Format(ctypes.Structure):
 
 
 def supports(case: LinearCase, gpu: Gpu | None) -> str | None:
-    """None where `int8_matvec` and `int8_head` serve ``case``, else one line that says why not."""
+    """None where `int8_gemv` and `int8_head` serve ``case``, else one line that says why not."""
     if gpu is None:
         return NEEDS_GPU
     if not all(isinstance(weight, Int8Weight) for weight in case.weights):
@@ -99,16 +99,16 @@ def _refusal(weight: PackedInt8) -> str | None:
     return _unaligned(codes.shape[1])
 
 
-def int8_matvec(x: torch.Tensor, weight: PackedInt8, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def int8_gemv(x: torch.Tensor, weight: PackedInt8, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [m, k] bf16, m from 1 to 8 -> bf16 [m, n], summed in fp32."""
     _check_columns(x, weight)
-    return matvec(STORAGE, argument(weight), x, weight.codes.shape[0], out=out)
+    return gemv(STORAGE, argument(weight), x, weight.codes.shape[0], out=out)
 
 
 def int8_head(x: torch.Tensor, weight: PackedInt8, softcap: float | None) -> torch.Tensor:
     """x [m, d] bf16, m from 1 to 8 -> fp32 logits [m, n], `softcap * tanh(logit / softcap)` where given."""
     _check_columns(x, weight)
-    return matvec(STORAGE, argument(weight), x, weight.codes.shape[0], out_dtype="float32", softcap=softcap)
+    return gemv(STORAGE, argument(weight), x, weight.codes.shape[0], out_dtype="float32", softcap=softcap)
 
 
 def _check_columns(x: torch.Tensor, weight: PackedInt8) -> None:
@@ -124,8 +124,8 @@ def argument(weight: PackedInt8) -> ctypes.Structure:
     return Format(weight.codes.data_ptr(), weight.scales.data_ptr(), *weight.codes.shape)
 
 
-def int8_matvec_plain(x: torch.Tensor, weight: PackedInt8) -> torch.Tensor:
-    """The same in plain torch: the weight decoded to bf16, then a matmul."""
+def int8_gemv_plain(x: torch.Tensor, weight: PackedInt8) -> torch.Tensor:
+    """The same in plain torch: the weight dequantized to bf16, then a matmul."""
     return F.linear(x, weight.dequantize().to(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch products: right on any device, the twin every kernel is tested against, and the fallback."""
+"""Linear layers in plain PyTorch: right on any device, the twin every kernel is tested against, and the fallback."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def softcap_in_place(values: Tensor, cap: float) -> Tensor:
     return values.div_(cap).tanh_().mul_(cap).add_(nothing)
 
 
-def dense_product(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def dense_matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """``x`` [T, in] times ``weight`` [out, in] transposed -> [T, out] in ``out_dtype`` (None: that of ``x``).
 
-    One row in bf16 on a CPU goes through the matrix-vector product, which reads a quarter to a half faster there; both
+    One row in bf16 on a CPU goes through PyTorch's GEMV, which reads a quarter to a half faster there; both
     accumulate in fp32.
     """
     if out_dtype == torch.float32 and x.is_cuda and x.dtype != torch.float32:
-        # A bf16 result would put logits near 25 on a grid of 0.125, so the product is kept as fp32.
+        # A bf16 result would put logits near 25 on a grid of 0.125, so the result is kept as fp32.
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     if x.shape[0] == 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
         out = torch.mv(weight, x[0])[None]
@@ -42,13 +42,13 @@ def dense_product(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = Non
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def dense_product_fp16(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+def dense_matmul_fp16(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``x`` [T, in] in bf16 or fp32 times ``weight`` fp16 [out, in] transposed -> [T, out], computed in fp16.
 
     ``x`` may hold what fp16 cannot (an MLP's gated product passes 65,504 in real weights): see ``fp16_rows``.
     """
     rows, factor = fp16_rows(x.float())
-    return (dense_product(rows, weight, torch.float32) * factor).to(out_dtype)
+    return (dense_matmul(rows, weight, torch.float32) * factor).to(out_dtype)
 
 
 def fp16_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def fp16_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_linear(case: LinearCase, x: Tensor) -> Tensor:
-    """The product of a LinearCase: every matrix is dequantized whole, then multiplied.
+    """The result of a LinearCase: every matrix is dequantized whole, then multiplied.
 
     ``x`` is in the compute dtype; where that is fp16, ``x`` may be wider and hold what fp16 cannot.
     """
@@ -74,9 +74,9 @@ def plain_linear(case: LinearCase, x: Tensor) -> Tensor:
             near = torch.where(x.half().isfinite(), x.half().float(), x.float()) if wider else x
             part = llm_int8_product(near, weight, case.activation_threshold).to(case.out_dtype)
         elif wider:
-            part = dense_product_fp16(x, dequantize_weight(weight, torch.float16), case.out_dtype)
+            part = dense_matmul_fp16(x, dequantize_weight(weight, torch.float16), case.out_dtype)
         else:
-            part = dense_product(x, dequantize_weight(weight, case.compute_dtype), case.out_dtype)
+            part = dense_matmul(x, dequantize_weight(weight, case.compute_dtype), case.out_dtype)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

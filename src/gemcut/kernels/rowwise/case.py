@@ -1,4 +1,4 @@
-"""What a network asks of the kernels between its products."""
+"""What a network asks of the kernels between its GEMMs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Hopper's warpgroup matrix instruction as device functions, written out for one size each.
 
-Computes: d (+)= a b for one 64 x columns x 16 product: the source of a device function
+Computes: d (+)= a b for 64 x 16 times 16 x columns: the source of a device function
 Shapes: a [64, 16] bf16, b [16, columns] bf16 in shared memory, d [64, columns] fp32 in 128 threads' registers
 Runs: inlined by linear/gemm.cuh, linear/gated.cu and attention/varlen_hopper.cu; their .py files ask for it
 Schedule: one asynchronous wgmma.mma_async (PTX ISA); the caller fences, commits and waits

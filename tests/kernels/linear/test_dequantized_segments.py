@@ -1,4 +1,4 @@
-"""Products of weights that are decoded a run of rows at a time, and the buffer they share; no GPU needed."""
+"""GEMMs with weights that are dequantized a segment of rows at a time, and the buffer they share; no GPU needed."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ def buffer(monkeypatch: pytest.MonkeyPatch) -> cuda_linear._Buffer:
     return fresh
 
 
-def decoder(weight: Tensor, runs: list[int]) -> cuda_linear.Decode:
-    """Copies rows as the kernels decode them: whole tiles from a tile's first row on."""
+def copier(weight: Tensor, segments: list[int]) -> cuda_linear.Dequantize:
+    """Copies rows as the kernels dequantize them: whole tiles from a tile's first row on."""
 
-    def decode(start: int, count: int, out: Tensor) -> None:
+    def copy(start: int, count: int, out: Tensor) -> None:
         assert start % cuda_linear.TILE == 0
         assert out.shape == (count, weight.shape[1])
         out.copy_(weight[start : start + count])
-        runs.append(count)
+        segments.append(count)
 
-    return decode
+    return copy
 
 
 @pytest.mark.parametrize("limit", [1, 16 * 40 * 2, 300 * 40 * 2, 1 << 30])
-def test_runs_cover_every_row_once(buffer: cuda_linear._Buffer, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_segments_cover_every_row_once(
+    buffer: cuda_linear._Buffer, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
     monkeypatch.setattr(cuda_linear, "BUFFER_BYTES", limit)
     monkeypatch.setattr(gated_gemm, "gated_gemm", lambda x, w, out: out.copy_(gated_gemm.gated_gemm_plain(x, w)))
     x = torch.randn(5, 40).bfloat16()
     for n in (16, 32, 336, 2080):
-        weight, runs = torch.randn(n, 40).bfloat16(), []
+        weight, segments = torch.randn(n, 40).bfloat16(), []
         buffer.announce(n, 40, limit)
-        out = cuda_linear._by_runs(x, n, 40, decoder(weight, runs), torch.bfloat16)
+        out = cuda_linear._by_segments(x, n, 40, copier(weight, segments), torch.bfloat16)
         assert torch.allclose(out.float(), x.float() @ weight.float().T, atol=0.05, rtol=0.02)
-        assert sum(runs) == n
-        runs.clear()
+        assert sum(segments) == n
+        segments.clear()
         if n % 32 == 0:
-            gated = cuda_linear._gated_by_runs((n, 40), decoder(weight, runs), x)
+            gated = cuda_linear._gated_by_segments((n, 40), copier(weight, segments), x)
             assert torch.allclose(gated.float(), gated_gemm.gated_gemm_plain(x, weight).float(), atol=0.05, rtol=0.02)
-            assert sum(runs) == n
+            assert sum(segments) == n
 
 
 def test_the_buffer_is_as_large_as_the_largest_matrix_and_no_larger(buffer: cuda_linear._Buffer) -> None:
