@@ -132,9 +132,9 @@ def _in_slices(work: Callable[[int, int], None], rows: int, device: torch.device
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     slices = min(rows, max(workers, math.ceil(rows / (at_most or rows))))
     edges = [rows * i // slices for i in range(slices + 1)]
-    if device.type != "cpu":
+    if workers == 1:
         for low, high in itertools.pairwise(edges):
-            work(low, high)
+            torch.inference_mode()(work)(low, high)
         return
     # A thread's count of its own helpers is its own: the caller's stays as it is.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

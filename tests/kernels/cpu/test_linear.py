@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import forked
 from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.cpu import linear
 from gemcut.kernels.cpu.linear import MAX_M, CpuLinear, supports
@@ -18,6 +21,7 @@ from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8
 from gemcut.quantization.spec import BLOCK_SIZES
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from support import ROOT
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 VARIANTS = cpu.variants()
@@ -291,32 +295,71 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(kernel(x), want)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_threads_that_nobody_asks_for_any_more_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call leaves its 40 threads to the next one; hundreds that ask for 2 let them go, with the same results."""
+
+    def count() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    kernel = CpuLinear(LinearCase((pack(8000, 640, "whole"),), BF16, BF16), cpu.library())
+    x = torch.randn(1, 640).to(BF16)
+    monkeypatch.setattr(linear.cpu, "threads", lambda: 1)
+    want = kernel(x)
+    for _ in range(2):
+        monkeypatch.setattr(linear.cpu, "threads", lambda: 40)
+        assert torch.equal(kernel(x), want)
+        assert count() >= 40
+        monkeypatch.setattr(linear.cpu, "threads", lambda: 2)
+        assert all(torch.equal(kernel(x), want) for _ in range(257))
+        end = time.monotonic() + 60
+        while count() >= 30 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert count() < 30
+
+
+#: In a process of its own, whose memory is small: a fork of a test process takes a second.
+FORKS = """
+import os, threading, warnings
+import torch
+from gemcut.kernels.cpu import library, linear
+from gemcut.kernels.linear.case import LinearCase
+
+warnings.simplefilter("ignore")  # of forks of a process with threads: that is the point
+linear.cpu.threads = lambda: 4
+BF16 = torch.bfloat16
+
+def kernel(rows, k):
+    matrix = (torch.randn(rows, k) * 0.1).to(BF16)
+    return linear.CpuLinear(LinearCase((matrix,), BF16, BF16), library.library())
+
+large, small = kernel(8192, 1024), kernel(4096, 512)
+x, y = torch.randn(1, 1024).to(BF16), torch.randn(1, 512).to(BF16)
+want, over = small(y), threading.Event()
+
+def keep_busy():
+    while not over.is_set():
+        large(x)
+
+other = threading.Thread(target=keep_busy)
+other.start()
+failed = 0
+for _ in range(60):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(torch.equal(small(y), want) for _ in range(3)) else 1)
+    failed += os.waitpid(child, 0)[1] != 0
+over.set()
+other.join()
+print("failed:", failed)
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_child_forked_in_the_middle_of_a_loop_leaves_that_loop_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    monkeypatch.setattr(linear.cpu, "threads", lambda: 4)
-    large = CpuLinear(LinearCase((pack(8192, 1024, "whole"),), BF16, BF16), cpu.library())
-    small = CpuLinear(LinearCase((pack(4096, 512, "whole"),), BF16, BF16), cpu.library())
-    x, y = torch.randn(1, 1024).to(BF16), torch.randn(1, 512).to(BF16)
-    want, over = small(y), threading.Event()
-
-    def keep_busy() -> None:
-        while not over.is_set():
-            large(x)
-
-    other = threading.Thread(target=keep_busy)
-    other.start()
-    try:
-        for _ in range(20):  # a child's thread would rarely be soon enough to take pieces of that loop
-            child = os.fork()
-            if child == 0:  # nothing of pytest may run here
-                os._exit(0 if all(torch.equal(small(y), want) for _ in range(3)) else 1)
-            assert os.waitpid(child, 0)[1] == 0
-    finally:
-        over.set()
-        other.join()
+def test_a_child_forked_in_the_middle_of_a_loop_leaves_that_loop_alone() -> None:
+    """60 times: a child's thread is rarely soon enough to take chunks of that loop."""
+    done = forked.run([], env=dict(os.environ) | {"PYTHONPATH": str(ROOT / "src")}, code=FORKS)
+    assert done.stdout == "failed: 0\n", done.stderr
 
 
 def test_many_callers_at_once() -> None:
