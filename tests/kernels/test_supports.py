@@ -22,6 +22,7 @@ from gemcut.kernels.megakernel.decode_step import StepCase
 from gemcut.kernels.sampling.draw import DrawCase
 from gemcut.model.ops.base import NetworkCase
 from gemcut.model.ops.cuda_megakernel import step_shape
+from gemcut.quantization import spec
 
 CONFIG = FAMILY["gemma-2-27b"]
 NETWORK = NetworkCase(CONFIG, torch.bfloat16)
@@ -56,6 +57,10 @@ def case_of(name: str) -> Any:
         return NETWORK.rowwise
     assert module in ("attention", "decode", "varlen", "varlen_hopper")
     return NETWORK.decode_attention(16)
+
+
+def test_every_format_can_be_asked_about() -> None:
+    assert set(FORMATS) == {*spec.FORMATS, "bf16"}
 
 
 def test_all_families_are_looked_at() -> None:

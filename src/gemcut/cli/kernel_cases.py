@@ -8,7 +8,8 @@ from gemcut.config import GemmaConfig
 from gemcut.kernels.linear import bf16, four_bit, int8
 from gemcut.kernels.linear.dispatch import LinearCase
 from gemcut.kernels.linear.gemv import Storage
-from gemcut.quantization.weights import CheckpointWeight, FourBitType, FourBitWeight, Int8Weight, Nested
+from gemcut.quantization.spec import FourBitType
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight, Nested
 
 DTYPE = torch.bfloat16
 

@@ -115,7 +115,7 @@ class QuantizationOptions:
             if given:
                 raise ParameterError(f"{given[0]} needs {self.NAME} nf4, fp4 or int8")
             return None
-        from gemcut.quantization.spec import BLOCK_SIZES, FORMATS, Format, Quantization
+        from gemcut.quantization.spec import BLOCK_SIZES, FORMATS, Quantization
 
         if self.quantization not in FORMATS:
             raise ParameterError(f"{self.NAME} is {self.quantization!r}; expected one of {', '.join(FORMATS)}")
@@ -128,7 +128,7 @@ class QuantizationOptions:
         if self.quantization == "int8" and only_four_bit:
             raise ParameterError(f"{only_four_bit[0]} is for nf4 and fp4; int8 has one statistic for each row")
         return Quantization(
-            cast(Format, self.quantization),
+            self.quantization,
             double_quant=self.double_quant,
             block_size=self.block_size,
             head=cast("Literal['int8'] | None", self.head),

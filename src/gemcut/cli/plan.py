@@ -15,15 +15,13 @@ from gemcut.cli.options import Debug, HubOptions, QuantizationOptions, flag, nee
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.paths import expand
-from gemcut.placement.plan import CHUNK, DTYPE_BYTES, MemoryPlan
-from gemcut.quantization.spec import Quantization
+from gemcut.placement.plan import CHUNK, MemoryPlan
+from gemcut.quantization.spec import DTYPE_BYTES, DTYPE_NAMES, Quantization
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-# Spelled here as in gemcut.placement.devices, which imports torch.
-DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PUBLISHED = "published shape"

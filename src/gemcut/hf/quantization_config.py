@@ -14,7 +14,7 @@ import torch
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.hf.common import warn_once
 from gemcut.placement.devices import parse_dtype
-from gemcut.quantization.spec import Format, Quantization
+from gemcut.quantization.spec import FOUR_BIT, Format, Quantization
 from gemcut.text.files import write_text
 
 _STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
@@ -125,7 +125,7 @@ class BitsAndBytesConfig:
             raise ParameterError(f"llm_int8_threshold is {threshold!r}; expected a number of 0 or more")
         if skip is not None and (not isinstance(skip, list) or not all(isinstance(module, str) for module in skip)):
             raise ParameterError(f"llm_int8_skip_modules is {skip!r}; expected a list of module names")
-        if self.bnb_4bit_quant_type not in ("fp4", "nf4"):
+        if self.bnb_4bit_quant_type not in FOUR_BIT:
             raise ParameterError(f"bnb_4bit_quant_type is {self.bnb_4bit_quant_type!r}; expected 'nf4' or 'fp4'")
         _require("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype, torch.dtype, "a torch.dtype")
         if self.load_in_8bit and self.llm_int8_has_fp16_weight:

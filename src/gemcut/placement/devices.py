@@ -8,16 +8,10 @@ from pathlib import Path
 import torch
 
 from gemcut.errors import ParameterError
+from gemcut.quantization.spec import COMPUTE_DTYPES, DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float": torch.float32,
+    name: getattr(torch, DTYPE_NAMES.get(name, name)) for name in (*COMPUTE_DTYPES, *DTYPE_NAMES)
 }
 
 

@@ -8,10 +8,8 @@ from gemcut.cache_blocks import BLOCK_SIZE, ceil_div, sliding_blocks_needed
 from gemcut.checkpoint.names import expected_shapes, hf_module
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
-from gemcut.quantization.spec import Quantization, skip_matcher
+from gemcut.quantization.spec import DTYPE_BYTES, NESTED_BLOCK_SIZE, Quantization, skip_matcher
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-NESTED_BLOCK = 256  # statistics of blocks that share one of their own in double quantization
 CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step computes at most
 
 
@@ -38,7 +36,7 @@ def _matrix_bytes(rows: int, columns: int, cut: Quantization) -> int:
     if cut.format == "int8":
         return count + 4 * rows
     blocks = -(-count // cut.block_size)
-    return -(-count // 2) + (blocks + 4 * -(-blocks // NESTED_BLOCK) if cut.double_quant else 4 * blocks)
+    return -(-count // 2) + (blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) if cut.double_quant else 4 * blocks)
 
 
 def workspace_bytes(config: GemmaConfig, dtype: str, chunk: int) -> int:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from gemcut.quantization.four_bit import nest
 from gemcut.quantization.moments import Moments
+from gemcut.quantization.spec import NESTED_BLOCK_SIZE, FourBitType
 from gemcut.quantization.tables import code_table, dynamic_map
-from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Nested
+from gemcut.quantization.weights import FourBitWeight, Nested
 
 #: Columns whose corrections are gathered before they reach all later columns in one matrix product.
 _LAZY = 128

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.pieces import PIECE
-from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitWeight, Int8Weight, Nested
+from gemcut.quantization.spec import NESTED_BLOCK_SIZE
+from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested
 
 
 def relative_error(whole: Tensor, cut: FourBitWeight | Int8Weight, *, sample: int | None = None) -> float:

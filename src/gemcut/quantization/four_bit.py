@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gemcut.quantization.pieces import PIECE, in_pieces
+from gemcut.quantization.spec import NESTED_BLOCK_SIZE, FourBitType
 from gemcut.quantization.tables import code_table, dynamic_map, nearest_dynamic, rising_codes
-from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Nested
+from gemcut.quantization.weights import FourBitWeight, Nested
 
 # A statistic below this is taken as this when values are divided by it: its reciprocal would overflow.
 _LEAST = 1e-38

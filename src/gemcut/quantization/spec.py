@@ -10,16 +10,23 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from gemcut.errors import ParameterError
 
 if TYPE_CHECKING:
     import torch
 
-Format = Literal["nf4", "fp4", "int8"]
-FORMATS = ("nf4", "fp4", "int8")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+FourBitType = Literal["nf4", "fp4"]
+Format = Literal[FourBitType, "int8"]
+FOUR_BIT: tuple[FourBitType, ...] = get_args(FourBitType)
+FORMATS: tuple[Format, ...] = get_args(Format)
+#: What layers compute in and unquantized weights are kept in, by its bytes; and what people call these.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+COMPUTE_DTYPES = tuple(DTYPE_BYTES)
+#: Blocks one nested statistic covers in double quantization.
+NESTED_BLOCK_SIZE = 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from gemcut.errors import CheckpointError
-from gemcut.quantization.spec import BLOCK_SIZES
-from gemcut.quantization.tables import code_table, dynamic_map
-from gemcut.quantization.weights import (
+from gemcut.quantization.spec import (
+    BLOCK_SIZES,
+    COMPUTE_DTYPES,
+    FOUR_BIT,
     NESTED_BLOCK_SIZE,
-    CheckpointWeight,
     FourBitType,
-    FourBitWeight,
-    Int8Weight,
-    Nested,
 )
+from gemcut.quantization.tables import code_table, dynamic_map
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight, Nested
 
 
 def to_stored(name: str, weight: CheckpointWeight) -> dict[str, Tensor]:
@@ -65,7 +64,7 @@ _STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _MAX_STATE_BYTES = 4096
 _LARGEST = torch.finfo(torch.float32).max
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in COMPUTE_DTYPES}
 
 
 def from_stored(name: str, parts: dict[str, Tensor], dtype: torch.dtype) -> FourBitWeight | Int8Weight:
@@ -178,7 +177,7 @@ def _read_state(name: str, packed: Tensor, quant_type: str) -> dict[str, Any]:
         raise damaged(f"{'lacks' if odd[0] not in keys else 'has an unknown'} {odd[0]!r}")
     shape = state["shape"]
     whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
-    if quant_type not in ("nf4", "fp4") or state["quant_type"] != quant_type:
+    if quant_type not in FOUR_BIT or state["quant_type"] != quant_type:
         raise damaged(f"says {str(state['quant_type'])[:20]!r}; expected nf4 or fp4, as its name does")
     if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_SIZES:
         raise damaged(f"says blocksize {str(state['blocksize'])[:20]}; expected one of {BLOCK_SIZES}")

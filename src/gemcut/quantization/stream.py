@@ -12,8 +12,18 @@ from torch import Tensor
 from gemcut.errors import CheckpointError
 from gemcut.quantization.four_bit import nest, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8, quantize_int8_rows
-from gemcut.quantization.spec import Quantization, skip_matcher
-from gemcut.quantization.weights import CheckpointWeight, FourBitType, FourBitWeight, Incoming, Int8Weight, StoredWeight
+from gemcut.quantization.spec import (
+    FourBitType,
+    Quantization,
+    skip_matcher,
+)
+from gemcut.quantization.weights import (
+    CheckpointWeight,
+    FourBitWeight,
+    Incoming,
+    Int8Weight,
+    StoredWeight,
+)
 
 #: The embedding, which is also the output head, under our name.
 EMBEDDING = "embed.weight"

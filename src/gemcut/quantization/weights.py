@@ -5,14 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor, device, dtype
 
-FourBitType = Literal["nf4", "fp4"]
-
-#: Blocks one nested statistic covers in double quantization.
-NESTED_BLOCK_SIZE = 256
+from gemcut.quantization.spec import FourBitType
 
 
 @dataclass(frozen=True, eq=False)

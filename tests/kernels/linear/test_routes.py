@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from gemcut.kernels.catalogue import KERNELS
 from gemcut.kernels.gpu import PRESETS, Gpu
-from gemcut.kernels.linear import bf16, four_bit, int8
+from gemcut.kernels.linear import bf16, cuda, four_bit, int8
+from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import MAX_FIXED_ROWS, MAX_ROWS, Storage, plan
 from gemcut.kernels.linear.routes import route_of, routes
+from gemcut.quantization.four_bit import quantize_4bit
 
 STORAGES = {"nf4": four_bit.NESTED, "nf4-flat": four_bit.FLAT, "int8": int8.STORAGE, "bf16": bf16.STORAGE}
 MATRICES = [
@@ -54,3 +57,27 @@ def test_what_the_measurements_say() -> None:
     assert route_of(routes(four_bit.NESTED, 73728, 4608, PRESETS["a100"]), 16).kernel == "four_bit_gemv"
     assert route_of(routes(four_bit.NESTED, 73728, 4608, PRESETS["a100"]), 65).kernel == "four_bit_dequant"
     assert route_of(routes(bf16.STORAGE, 73728, 4608, PRESETS["a100"]), 5).kernel == "cublas"
+
+
+@pytest.mark.parametrize("name", ["h100", "a100"])
+def test_a_prepared_product_takes_as_many_rows_at_once_as_its_first_route(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small four-bit matrices have a kernel for 16 rows on every GPU; nothing is launched here."""
+
+    class Buffer:
+        def announce(self, n: int, k: int, most: int) -> None:
+            pass
+
+    n, k = 512, 4096
+    monkeypatch.setattr(cuda, "gpu_of", lambda device: PRESETS[name])
+    monkeypatch.setattr(cuda, "_buffer", lambda device: Buffer())
+    weight = quantize_4bit(torch.randn(n, k, generator=torch.Generator().manual_seed(0)).bfloat16())
+    kernel = cuda.prepare(LinearCase((weight,), torch.bfloat16, torch.bfloat16), torch.device("cpu"))
+    assert isinstance(kernel, cuda.FewRows)
+    seen: list[tuple[str, int]] = []
+    for part in ("few", "some", "many"):
+        monkeypatch.setattr(kernel, part, lambda x, part=part: seen.append((part, len(x))) or x)
+    for rows in (1, 16, 17):
+        kernel(torch.zeros(rows, k))
+    assert seen == [("few", 1), ("few", 16), ("some", 17)]

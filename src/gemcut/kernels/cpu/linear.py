@@ -13,6 +13,7 @@ from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.gpu import NEEDS_CPU, Gpu
 from gemcut.kernels.linear.case import LinearCase, LinearImplementation, LinearKernel
 from gemcut.kernels.linear.plain import plain_linear
+from gemcut.quantization.spec import FourBitType
 from gemcut.quantization.tables import code_table, dynamic_map
 from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
@@ -126,9 +127,9 @@ def _refused(weight: CheckpointWeight, case: LinearCase) -> str | None:
 
 
 @functools.cache
-def _tables(quant_type: str) -> tuple[Tensor, Tensor]:
+def _tables(quant_type: FourBitType) -> tuple[Tensor, Tensor]:
     """(fp32 [16], int16 [16]: the same times the format's factor)."""
-    table = code_table("nf4" if quant_type == "nf4" else "fp4")
+    table = code_table(quant_type)
     return table, (table * _SHORT_FACTORS[quant_type]).round().to(torch.int16)
 
 

@@ -19,8 +19,9 @@ from gemcut.kernels.gpu import NEEDS_GPU, Gpu
 from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.gemv import TILE, Layout, Storage, gemv
 from gemcut.quantization.four_bit import dequantize_4bit
+from gemcut.quantization.spec import NESTED_BLOCK_SIZE, FourBitType
 from gemcut.quantization.tables import code_table, dynamic_map
-from gemcut.quantization.weights import NESTED_BLOCK_SIZE, FourBitType, FourBitWeight, Nested, PackedWeight
+from gemcut.quantization.weights import FourBitWeight, Nested, PackedWeight
 
 BLOCK = 64
 K_BLOCK = 256
