@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from gpu_timing import replay_seconds
 from torch import Tensor
 
-from gemcut.engine.draw import Kind, draw
+from gemcut.engine.draw import DrawMode, draw
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
 from gemcut.kernels.attention.case import AttentionCase
 from gemcut.kernels.attention.decode import DecodeSpec, decode_attention
@@ -171,17 +171,17 @@ def gated_products(repetitions: int) -> Iterator[Timed]:
 def draws(repetitions: int) -> Iterator[Timed]:
     """A token from one row of 256,000 logits. The peer is the same with PyTorch's operations, in a graph too."""
     logits = torch.randn(1, 256000, device="cuda") * 3
-    ids, sure = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
-    for name, kind, top_p in (
-        ("any token", Kind(0, filtered=False), 2.0),
-        ("top-k 64, top-p 0.95", Kind(64, filtered=True), 0.95),
+    ids, exact = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+    for name, mode, top_p in (
+        ("any token", DrawMode(0, filtered=False), 2.0),
+        ("top-k 64, top-p 0.95", DrawMode(64, filtered=True), 0.95),
     ):
-        numbers = torch.tensor([[1.25, top_p, 0.0, 0.4]], dtype=torch.float64, device="cuda")
+        params = torch.tensor([[1.25, top_p, 0.0, 0.4]], dtype=torch.float64, device="cuda")
 
-        def ours(n: Tensor = numbers, k: Kind = kind) -> None:
-            draw_tokens(logits, n, ids, sure, top_k=k.top_k, softcap=30.0)
+        def ours(n: Tensor = params, k: DrawMode = mode) -> None:
+            draw_tokens(logits, n, ids, exact, top_k=k.top_k, softcap=30.0)
 
-        def plain(n: Tensor = numbers, k: Kind = kind) -> object:
+        def plain(n: Tensor = params, k: DrawMode = mode) -> object:
             return draw(logits[0].div(30).tanh_().mul_(30), k, n[0])
 
         peer = statistics.median(replay_seconds([plain], repetitions, 8))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemcut.engine.draw import SORT_FIRST, Kind, draw, numbers, same_kind
+from gemcut.engine.draw import SORT_FIRST, DrawMode, DrawParams, common_mode, draw
 from gemcut.engine.request import Request, Sequence
 from gemcut.engine.sampler import sample, uniform
 from gemcut.engine.sampling import LEAST, SamplingParams
 
-KINDS: list[dict[str, float]] = [
+MODES: list[dict[str, float]] = [
     {},
     {"top_k": 40},
     {"top_k": 40, "top_p": 0.9},
@@ -24,9 +24,9 @@ KINDS: list[dict[str, float]] = [
 
 
 def drawn(row: torch.Tensor, params: SamplingParams, seed: int) -> tuple[int, bool]:
-    values = torch.tensor(numbers(params, uniform(seed, 0)), dtype=torch.float64, device=row.device)
-    token, sure = draw(row, Kind.of(params), values)
-    return int(token), bool(sure)
+    values = torch.tensor(DrawParams.of(params, uniform(seed, 0)), dtype=torch.float64, device=row.device)
+    token, exact = draw(row, DrawMode.of(params), values)
+    return int(token), bool(exact)
 
 
 def expected(row: torch.Tensor, params: SamplingParams, seed: int) -> int:
@@ -35,16 +35,16 @@ def expected(row: torch.Tensor, params: SamplingParams, seed: int) -> int:
     return sample(row[None], [sequence])[0][0]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("vocabulary", [50, 5000])
-def test_the_same_tokens(kind: dict[str, float], vocabulary: int) -> None:
+def test_the_same_tokens(mode: dict[str, float], vocabulary: int) -> None:
     for seed in range(60):
         row = torch.randn(vocabulary) * (2 + seed % 7)
         # Powers of two, for which dividing and multiplying by the inverse (as GPUs do) are the same.
-        params = SamplingParams(temperature=2.0 ** (seed % 3 - 1), **kind)  # type: ignore[arg-type]
-        token, sure = drawn(row, params, seed)
-        if sure or vocabulary <= SORT_FIRST or "top_k" in kind:
-            assert sure
+        params = SamplingParams(temperature=2.0 ** (seed % 3 - 1), **mode)  # type: ignore[arg-type]
+        token, exact = drawn(row, params, seed)
+        if exact or vocabulary <= SORT_FIRST or "top_k" in mode:
+            assert exact
             assert token == expected(row, params, seed), seed
 
 
@@ -55,29 +55,29 @@ def test_a_flat_distribution_is_left_to_the_sampler() -> None:
     assert drawn(torch.randn(900) * 0.01, params, 1)[1]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_least_temperature_takes_the_likeliest(kind: dict[str, float]) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_the_least_temperature_takes_the_likeliest(mode: dict[str, float]) -> None:
     row = torch.randn(300)
-    token, sure = drawn(row, SamplingParams(temperature=LEAST, **kind), 3)  # type: ignore[arg-type]
-    assert sure
+    token, exact = drawn(row, SamplingParams(temperature=LEAST, **mode), 3)  # type: ignore[arg-type]
+    assert exact
     assert token == int(row.argmax())
 
 
-def test_same_kind() -> None:
+def test_common_mode() -> None:
     one, other = SamplingParams(top_p=0.5), SamplingParams(min_p=0.1, temperature=3.0)
-    assert same_kind([one, other]) == Kind(0, True)
-    assert same_kind([one, SamplingParams(top_k=5)]) is None
-    assert same_kind([one, SamplingParams(temperature=0)]) is None
-    assert same_kind([SamplingParams()]) == Kind(0, False)
+    assert common_mode([one, other]) == DrawMode(0, True)
+    assert common_mode([one, SamplingParams(top_k=5)]) is None
+    assert common_mode([one, SamplingParams(temperature=0)]) is None
+    assert common_mode([SamplingParams()]) == DrawMode(0, False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_same_tokens_on_a_gpu(kind: dict[str, float]) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_the_same_tokens_on_a_gpu(mode: dict[str, float]) -> None:
     for seed in range(25):
         row = torch.randn(256000, device="cuda") * (2 + seed % 7)
-        params = SamplingParams(temperature=0.3 + 0.13 * seed, **kind)  # type: ignore[arg-type]
-        token, sure = drawn(row, params, seed)
-        assert sure or "top_k" not in kind
-        if sure:
+        params = SamplingParams(temperature=0.3 + 0.13 * seed, **mode)  # type: ignore[arg-type]
+        token, exact = drawn(row, params, seed)
+        assert exact or "top_k" not in mode
+        if exact:
             assert token == expected(row, params, seed), seed

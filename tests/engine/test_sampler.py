@@ -25,7 +25,7 @@ from transformers import (
 from engine.chi_square import chi_square, critical
 from engine.driver import Recording, twins
 from gemcut.engine import Request, SamplingParams
-from gemcut.engine.draw import SORT_FIRST, Kind, draw, numbers
+from gemcut.engine.draw import SORT_FIRST, DrawMode, DrawParams, draw
 from gemcut.engine.edits import change_logits
 from gemcut.engine.request import Sequence
 from gemcut.engine.sampler import candidates, sample
@@ -397,6 +397,8 @@ def test_every_accepted_extreme_draws_what_float64_says() -> None:
         if not params.greedy:
             changed32 = row.clone()
             change_logits(changed32[None], [sequence])
-            drawn, sure = draw(changed32, Kind.of(params), torch.tensor(numbers(params, 0.3), dtype=torch.float64))
-            assert bool(sure)
+            drawn, exact = draw(
+                changed32, DrawMode.of(params), torch.tensor(DrawParams.of(params, 0.3), dtype=torch.float64)
+            )
+            assert bool(exact)
             assert share[int(drawn)] > 0 or likely[int(drawn)], params

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.cache import PagedCache, Tables
-from gemcut.engine.draw import Kind
+from gemcut.engine.draw import DrawMode, DrawParams
 from gemcut.engine.draw_graphs import DrawGraphs
 from gemcut.kernels.attention import decode as decode_attention
 from gemcut.kernels.gpu import NEEDS_GPU, gpu_at
@@ -157,14 +157,14 @@ class DecodeGraph:
         self._inputs.copy_(self._host.view(-1), non_blocking=True)
         self._copied.record()
 
-    def launch(self, kind: Kind | None = None, numbers: Sequence[Sequence[float]] = ()) -> None:
-        """Queue a step; with a ``kind``, tokens are drawn with each sequence's ``numbers`` (gemcut.engine.draw)."""
+    def launch(self, mode: DrawMode | None = None, params: Sequence[DrawParams] = ()) -> None:
+        """Queue a step; with a ``mode``, tokens are drawn with each sequence's ``params``."""
         slot = self._launched % _AHEAD
-        drawing = None if kind is None else self._draws.graph(kind, len(numbers))
+        drawing = None if mode is None else self._draws.graph(mode, len(params))
         self.graph.replay()
         if drawing is not None:
-            self._draws.queue(drawing, numbers, slot)
-            self._results[slot][2].copy_(self._draws.sure, non_blocking=True)
+            self._draws.queue(drawing, params, slot)
+            self._results[slot][2].copy_(self._draws.exact, non_blocking=True)
         self._results[slot][:2].view(-1).copy_(self._inputs[: 2 * self.rows], non_blocking=True)
         self._events[slot].record()
         self._launched += 1
@@ -180,8 +180,8 @@ class DecodeGraph:
         slot = self._taken % _AHEAD
         self._events[slot].synchronize()
         self._taken += 1
-        tokens, positions, sure = self._results[slot].tolist()
-        return tokens, positions, sure
+        tokens, positions, exact = self._results[slot].tolist()
+        return tokens, positions, exact
 
 
 class DecodeGraphs:
@@ -194,22 +194,22 @@ class DecodeGraphs:
         self.most_tokens, self.most_blocks = most_tokens, -(-most_tokens // cache.block_size)
         self._graphs: dict[int, DecodeGraph] = {}
         self._expected: tuple[tuple[int, int], ...] = ()  # (sequence, position) of the step computed ahead
-        self._last: tuple[DecodeGraph, list[int], Kind | None] | None = None
+        self._last: tuple[DecodeGraph, list[int], DrawMode | None] | None = None
 
     def tokens(
         self,
         sequences: Sequence[tuple[int, int, int]],
         tables: Sequence[Tables],
-        kind: Kind | None = None,
-        numbers: Callable[[int], list[tuple[float, ...]]] = lambda ahead: [],
+        mode: DrawMode | None = None,
+        params: Callable[[int], list[DrawParams]] = lambda ahead: [],
     ) -> list[int | None] | None:
         """The next token of each sequence; None for one whose logits are not finite.
 
         Args:
             sequences: (its id, its last token, that token's position) of each.
             tables: their blocks.
-            kind: None takes the likeliest tokens; else they are drawn so.
-            numbers: each sequence's numbers for the draw of this step, given 0, and of the next, given 1.
+            mode: None takes the likeliest tokens; else they are drawn so.
+            params: each sequence's for the draw of this step, given 0, and of the next, given 1.
 
         Returns:
             The tokens; None in place of all where a draw needs more than a graph can do.
@@ -217,24 +217,24 @@ class DecodeGraphs:
         graph = self._graph(len(sequences))
         now = tuple((identity, position) for identity, _, position in sequences)
         ids = [token for _, token, _ in sequences]
-        foreseen = self._last == (graph, ids, kind) and self._expected == now and graph.ahead > 0
+        foreseen = self._last == (graph, ids, mode) and self._expected == now and graph.ahead > 0
         if not foreseen:
             graph.load(ids, [position for _, position in now], tables)
-            graph.launch(kind, numbers(0))
+            graph.launch(mode, params(0))
         size = self.cache.block_size
         self._expected = ()
         room = ((len(table.full) * size, position + 1) for (_, position), table in zip(now, tables, strict=True))
         if all(place < min(end, self.most_tokens) for end, place in room):
-            graph.launch(kind, numbers(1))  # the next step's places lie in blocks these sequences have already
+            graph.launch(mode, params(1))  # the next step's places lie in blocks these sequences have already
             self._expected = tuple((identity, position + 1) for identity, position in now)
         count = len(sequences)
-        tokens, positions, sure = (values[:count] for values in graph.take())
+        tokens, positions, exact = (values[:count] for values in graph.take())
         finite = [position >= 0 for position in positions]
-        if kind is not None and not all(right for right, good in zip(sure, finite, strict=True) if good):
+        if mode is not None and not all(right for right, good in zip(exact, finite, strict=True) if good):
             self.forget()
             return None
         if all(finite):
-            self._last = (graph, tokens, kind)
+            self._last = (graph, tokens, mode)
         else:
             self.forget()  # a sequence without a token ends here
         return [token if good else None for token, good in zip(tokens, finite, strict=True)]

@@ -1,13 +1,14 @@
 """Drawing tokens from rows of logits with shapes that never change, so that it can stand in a CUDA graph.
 
 Filters keep a beginning of the tokens in order of their probability, so nothing needs to be cut out: what lies behind
-the last one kept is not looked at. ``sampler`` draws with the same functions, all rows of a kind at once.
+the last one kept is not looked at. ``sampler`` draws with the same functions, all rows of a mode at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,26 +22,31 @@ _EVERYTHING = 2.0  # a top_p that keeps all: 1 would not, sums of probabilities 
 
 
 @dataclass(frozen=True)
-class Kind:
+class DrawMode:
     """What decides which operations a draw needs. ``filtered``: not every token may be drawn."""
 
     top_k: int
     filtered: bool
 
     @classmethod
-    def of(cls, params: SamplingParams) -> Kind:
-        """The kind of a request that draws."""
+    def of(cls, params: SamplingParams) -> DrawMode:
+        """That of a request that draws."""
         return cls(params.top_k, bool(params.top_k or params.top_p < 1 or params.min_p > 0))
 
 
-#: A row's numbers, fp64: 1 / temperature, top_p, min_p. The uniform number of the draw is the fourth.
-NUMBERS = 4
+class DrawParams(NamedTuple):
+    """A row of the fp64 table that ``draw`` reads; ``uniform`` is the draw's random number."""
 
+    inverse_temperature: float
+    top_p: float
+    min_p: float
+    uniform: float
 
-def numbers(params: SamplingParams, uniform: float) -> tuple[float, float, float, float]:
-    """A row of the table that ``draw`` reads. Dividing by a number is multiplying by its fp32 inverse on a GPU."""
-    inverse = float(np.float32(1) / np.float32(params.temperature))  # at most 1 / sampling.LEAST
-    return inverse, params.top_p if params.top_p < 1 else _EVERYTHING, params.min_p, uniform
+    @classmethod
+    def of(cls, params: SamplingParams, uniform: float) -> DrawParams:
+        """Those of a request. Dividing by a temperature is multiplying by its fp32 inverse on a GPU."""
+        inverse = float(np.float32(1) / np.float32(params.temperature))  # at most 1 / sampling.LEAST
+        return cls(inverse, params.top_p if params.top_p < 1 else _EVERYTHING, params.min_p, uniform)
 
 
 @dataclass(frozen=True)
@@ -62,26 +68,26 @@ class Shortlist:
     enough: Tensor
 
 
-def shortlist(scaled: Tensor, kind: Kind, top_p: Tensor, min_p: Tensor, *, everything: bool = False) -> Shortlist:
+def shortlist(scaled: Tensor, mode: DrawMode, top_p: Tensor, min_p: Tensor, *, everything: bool = False) -> Shortlist:
     """The tokens that may be drawn.
 
     Args:
         scaled: fp32 [..., V]: logits less their largest, divided by the temperature.
-        kind: of all rows.
+        mode: of all rows.
         top_p: fp64 [...]; above 1 it keeps all.
         min_p: fp64 [...]; 0 keeps all.
         everything: look at all tokens, where ``SORT_FIRST`` were not enough.
     """
     vocabulary, device = scaled.shape[-1], scaled.device
     enough = torch.ones(scaled.shape[:-1], dtype=torch.bool, device=device)
-    if not kind.filtered:
+    if not mode.filtered:
         probabilities = scaled.softmax(dim=-1)
         cumulative = probabilities.double().cumsum(-1)
         last = torch.full((*scaled.shape[:-1], 1), vocabulary - 1, dtype=torch.long, device=device)
         return Shortlist(None, probabilities, cumulative, last, enough)
     least = min_p.float().unsqueeze(-1)
-    if kind.top_k:
-        best, ids = scaled.topk(min(kind.top_k, vocabulary), dim=-1)
+    if mode.top_k:
+        best, ids = scaled.topk(min(mode.top_k, vocabulary), dim=-1)
         probabilities = best.softmax(dim=-1)
     elif everything:
         probabilities, ids = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
@@ -104,28 +110,28 @@ def choose(among: Shortlist, uniform: Tensor) -> Tensor:
     return (place if among.ids is None else among.ids.gather(-1, place)).squeeze(-1)
 
 
-def draw(row: Tensor, kind: Kind, values: Tensor) -> tuple[Tensor, Tensor]:
+def draw(row: Tensor, mode: DrawMode, values: Tensor) -> tuple[Tensor, Tensor]:
     """One token of each row of fp32 logits [..., V], after the final soft-cap.
 
     Args:
         row: the logits.
-        kind: of the requests.
-        values: fp64 [..., 4] on the rows' device, see ``numbers``.
+        mode: of the requests.
+        values: fp64 [..., 4] on the rows' device, a ``DrawParams`` each.
 
     Returns:
-        (token int64 [...], sure bool [...]). Where ``sure`` is false more than the ``SORT_FIRST`` likeliest tokens were
-        needed, and the token is to be drawn by ``sampler`` instead.
+        (token int64 [...], exact bool [...]). Where ``exact`` is false more than the ``SORT_FIRST`` likeliest tokens
+        were needed, and the token is to be drawn by ``sampler`` instead.
     """
     inverse, top_p, min_p, uniform = values.unbind(-1)
     scaled = (row - row.amax(dim=-1, keepdim=True)) * inverse.float().unsqueeze(-1)
-    among = shortlist(scaled, kind, top_p, min_p)
+    among = shortlist(scaled, mode, top_p, min_p)
     all_there = among.ids is None or among.ids.shape[-1] == row.shape[-1]
     return choose(among, uniform), torch.ones_like(among.enough) if all_there else among.enough
 
 
-def same_kind(params: Many[SamplingParams]) -> Kind | None:
-    """The kind all these requests share; None where they do not, or where one does not draw."""
+def common_mode(params: Many[SamplingParams]) -> DrawMode | None:
+    """The mode all these requests share; None where they do not, or where one does not draw."""
     if any(p.greedy for p in params):
         return None
-    kinds = {Kind.of(p) for p in params}
-    return kinds.pop() if len(kinds) == 1 else None
+    modes = {DrawMode.of(p) for p in params}
+    return modes.pop() if len(modes) == 1 else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.diagnosis import explain_bad_logits
-from gemcut.engine.draw import numbers, same_kind
+from gemcut.engine.draw import DrawParams, common_mode
 from gemcut.engine.draw_graphs import most_draws
 from gemcut.engine.edits import changes_logits
 from gemcut.engine.logprobs import prompt_scores
@@ -48,23 +48,23 @@ class Runner:
         """
         graphs = self._graphs_for(batch)
         params = [scheduled.sequence.request.params for scheduled in batch]
-        kind = same_kind(params)
+        mode = common_mode(params)
         vocabulary = self.model.config.vocab_size
-        if kind is not None and len(batch) > most_draws(kind, vocabulary, decode_graph.SIZES[-1], self.device):
-            kind = None
-        if graphs is None or not all(map(_wants_tokens, batch)) or (kind is None and not all(p.greedy for p in params)):
+        if mode is not None and len(batch) > most_draws(mode, vocabulary, decode_graph.SIZES[-1], self.device):
+            mode = None
+        if graphs is None or not all(map(_wants_tokens, batch)) or (mode is None and not all(p.greedy for p in params)):
             if self._graphs is not None:
                 self._graphs.forget()
             return None
 
-        def row(ahead: int) -> list[tuple[float, ...]]:
+        def row(ahead: int) -> list[DrawParams]:
             return [
-                numbers(p, uniform(s.sequence.seed, s.sequence.output_length + ahead))
+                DrawParams.of(p, uniform(s.sequence.seed, s.sequence.output_length + ahead))
                 for p, s in zip(params, batch, strict=True)
             ]
 
         sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
-        tokens = graphs.tokens(sequences, tables) if kind is None else graphs.tokens(sequences, tables, kind, row)
+        tokens = graphs.tokens(sequences, tables) if mode is None else graphs.tokens(sequences, tables, mode, row)
         if tokens is None:
             return None
         return [RowError(self.explain()) if token is None else token for token in tokens]

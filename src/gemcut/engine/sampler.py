@@ -4,7 +4,7 @@ The order is transformers': penalties and bias change logits, then temperature, 
 before it left, renormalised. A draw uses one uniform number that depends on the request's seed and the token's place
 alone, so neighbours, batch size, chunking and preemption do not change it, nor does the device.
 
-Rows are drawn together, whatever their parameters are: those that need the same operations (``draw.Kind``) at once,
+Rows are drawn together, whatever their parameters are: those that need the same operations (``draw.DrawMode``) at once,
 with their temperatures, top_p, min_p and random numbers as tensors. A GPU is waited for once for the likeliest tokens,
 once for all draws, once more where a nucleus is wider than ``SORT_FIRST`` tokens, and once for log-probabilities.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemcut.engine.draw import Kind, choose, numbers, shortlist
+from gemcut.engine.draw import DrawMode, DrawParams, choose, shortlist
 from gemcut.engine.edits import change_logits, changes_logits
 from gemcut.engine.logprobs import token_logprobs
 from gemcut.engine.request import RowError, Sequence, TokenLogprob
@@ -37,11 +37,11 @@ CHANGED_NOT_FINITE = "the request's own bias makes logits NaN or infinite; expec
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A row whose token is drawn; ``numbers`` are those of ``draw.numbers``."""
+    """A row whose token is drawn; ``params`` are what ``draw`` reads."""
 
     index: int
     temperature: float
-    numbers: tuple[float, float, float, float]
+    params: DrawParams
 
 
 def uniform(seed: int, place: int) -> float:
@@ -77,7 +77,7 @@ def sample(
         if index not in errors and not (finite and math.isfinite(value)):
             changed = NO_TOKEN_LEFT if value == -math.inf else CHANGED_NOT_FINITE
             errors[index] = RowError(changed if finite else explain())
-    drawn: dict[Kind, list[_Drawn]] = {}
+    drawn: dict[DrawMode, list[_Drawn]] = {}
     wanted: list[int | None] = [None] * len(sequences)
     for index, sequence in enumerate(sequences):
         p = sequence.request.params
@@ -85,8 +85,8 @@ def sample(
             continue
         try:
             if not p.greedy:
-                own = numbers(p, uniform(sequence.seed, sequence.output_length))
-                drawn.setdefault(Kind.of(p), []).append(_Drawn(index, p.temperature, own))
+                own = DrawParams.of(p, uniform(sequence.seed, sequence.output_length))
+                drawn.setdefault(DrawMode.of(p), []).append(_Drawn(index, p.temperature, own))
             wanted[index] = p.logprobs
         except Exception as error:
             errors[index] = RowError.of(error)
@@ -171,22 +171,22 @@ def _parts(rows: Tensor) -> Many[Tensor]:
     return torch.split(rows, rows_at_once(rows))
 
 
-def _draw(rows: _Rows, drawn: dict[Kind, list[_Drawn]]) -> dict[int, int]:
+def _draw(rows: _Rows, drawn: dict[DrawMode, list[_Drawn]]) -> dict[int, int]:
     """The tokens of the rows that draw, by row."""
     most = rows_at_once(rows.raw)
     found = [
-        _draw_part(rows, kind, members[start : start + most])
-        for kind, members in drawn.items()
+        _draw_part(rows, mode, members[start : start + most])
+        for mode, members in drawn.items()
         for start in range(0, len(members), most)
     ]
     tokens = _together(found)
     few = [index for index, (_, enough) in tokens.items() if not enough]
     if few:
         again = {member.index: member for members in drawn.values() for member in members}
-        kind = Kind(0, filtered=True)
+        mode = DrawMode(0, filtered=True)
         tokens |= _together(
             [
-                _draw_part(rows, kind, [again[index] for index in few[start : start + most]], everything=True)
+                _draw_part(rows, mode, [again[index] for index in few[start : start + most]], everything=True)
                 for start in range(0, len(few), most)
             ]
         )
@@ -194,19 +194,19 @@ def _draw(rows: _Rows, drawn: dict[Kind, list[_Drawn]]) -> dict[int, int]:
 
 
 def _draw_part(
-    rows: _Rows, kind: Kind, members: list[_Drawn], *, everything: bool = False
+    rows: _Rows, mode: DrawMode, members: list[_Drawn], *, everything: bool = False
 ) -> tuple[list[int], Tensor, Tensor]:
-    """(rows, their tokens int64 [k], whether each is right bool [k]) of some rows of one kind."""
+    """(rows, their tokens int64 [k], whether each is right bool [k]) of some rows of one mode."""
     logits, order = rows.take([member.index for member in members])
     by_index = {member.index: member for member in members}
-    table = np.array([(by_index[index].temperature, *by_index[index].numbers) for index in order])
+    table = np.array([(by_index[index].temperature, *by_index[index].params) for index in order])
     temperature, inverse, top_p, min_p, point = upload(table, logits.device).unbind(-1)
     logits -= logits.amax(dim=-1, keepdim=True)  # first: a tiny temperature must not make two infinities
     if logits.is_cuda:
         logits *= inverse.float()[:, None]  # as the graphs' draws do
     else:
         logits /= temperature.float()[:, None]
-    among = shortlist(logits, kind, top_p, min_p, everything=everything)
+    among = shortlist(logits, mode, top_p, min_p, everything=everything)
     return order, choose(among, point), among.enough
 
 
@@ -226,12 +226,12 @@ def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p:
     probability i.
     """
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    kind = Kind.of(params)
-    _, *limits, _ = numbers(params, 0.0)
+    mode = DrawMode.of(params)
+    _, *limits, _ = DrawParams.of(params, 0.0)
     bounds = torch.tensor(limits, dtype=torch.float64, device=row.device)
     scaled = (row - row.max()) / temperature
-    among = shortlist(scaled, kind, *bounds)
+    among = shortlist(scaled, mode, *bounds)
     if not among.enough:
-        among = shortlist(scaled, kind, *bounds, everything=True)
+        among = shortlist(scaled, mode, *bounds, everything=True)
     kept = slice(int(among.last) + 1)
     return among.probabilities[kept], None if among.ids is None else among.ids[kept]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemcut.engine.draw import Kind, numbers
+from gemcut.engine.draw import DrawMode, DrawParams
 from gemcut.engine.sampler import uniform
 from gemcut.engine.sampling import SamplingParams
 from gemcut.kernels.gpu import gpu_of
@@ -14,7 +14,7 @@ from gemcut.kernels.sampling.draw import DrawCase, draw_tokens, supports
 
 pytestmark = pytest.mark.gpu
 
-KINDS: list[dict[str, float]] = [
+MODES: list[dict[str, float]] = [
     {},
     {"top_k": 1},
     {"top_k": 64},
@@ -56,75 +56,75 @@ def allowed(row: np.ndarray, params: SamplingParams, number: float) -> set[int]:
 def drawn(
     logits: torch.Tensor, params: list[SamplingParams], seed: int, cap: float | None
 ) -> tuple[list[int], list[int], list[float]]:
-    kind = Kind.of(params[0])
+    mode = DrawMode.of(params[0])
     values = [uniform(seed, i) for i in range(len(params))]
-    table = torch.tensor([numbers(p, u) for p, u in zip(params, values, strict=True)], dtype=torch.float64).cuda()
-    ids, sure = (torch.full((len(params) + 2,), -7, dtype=torch.int32, device="cuda") for _ in range(2))
-    draw_tokens(logits, table, ids, sure, top_k=kind.top_k, softcap=cap)
-    assert ids[-2:].tolist() == sure[-2:].tolist() == [-7, -7]
-    return ids[:-2].tolist(), sure[:-2].tolist(), values
+    table = torch.tensor([DrawParams.of(p, u) for p, u in zip(params, values, strict=True)], dtype=torch.float64).cuda()
+    ids, exact = (torch.full((len(params) + 2,), -7, dtype=torch.int32, device="cuda") for _ in range(2))
+    draw_tokens(logits, table, ids, exact, top_k=mode.top_k, softcap=cap)
+    assert ids[-2:].tolist() == exact[-2:].tolist() == [-7, -7]
+    return ids[:-2].tolist(), exact[:-2].tolist(), values
 
 
-def check(logits: torch.Tensor, kind: dict[str, float], seed: int, cap: float | None) -> None:
+def check(logits: torch.Tensor, mode: dict[str, float], seed: int, cap: float | None) -> None:
     """Draws a token of every row."""
-    params = [SamplingParams(temperature=0.3 + 0.4 * i, **kind) for i in range(len(logits))]  # type: ignore[arg-type]
-    assert supports(DrawCase(logits.shape[1], params[0].top_k, Kind.of(params[0]).filtered), gpu_of(0)) is None
-    tokens, sure, values = drawn(logits, params, seed, cap)
-    assert sure == [1] * len(logits)
+    params = [SamplingParams(temperature=0.3 + 0.4 * i, **mode) for i in range(len(logits))]  # type: ignore[arg-type]
+    assert supports(DrawCase(logits.shape[1], params[0].top_k, DrawMode.of(params[0]).filtered), gpu_of(0)) is None
+    tokens, exact, values = drawn(logits, params, seed, cap)
+    assert exact == [1] * len(logits)
     rows = logits.double().cpu().numpy()
     rows = rows if cap is None else cap * np.tanh(rows / cap)
     for row, p, token, number in zip(rows, params, tokens, values, strict=True):
         assert token in allowed(row, p, number), (p, token)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 50, 65, 2048, 2049, 5000, 256000, 262144])
 @pytest.mark.parametrize("cap", [None, 30.0])
-def test_tokens_against_float64(kind: dict[str, float], vocabulary: int, cap: float | None) -> None:
+def test_tokens_against_float64(mode: dict[str, float], vocabulary: int, cap: float | None) -> None:
     for seed in (0, 5) if vocabulary > 10000 else range(6):
         logits = torch.randn(5, vocabulary, device="cuda") * (3 + seed)
-        check(logits, kind, seed, cap)
+        check(logits, mode, seed, cap)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_equal_logits_and_tokens_that_cannot_be(kind: dict[str, float]) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_equal_logits_and_tokens_that_cannot_be(mode: dict[str, float]) -> None:
     for seed in range(6):
         logits = (torch.randn(4, 7001, device="cuda") * 3).round()
         logits[:, seed::2] = -torch.inf
-        check(logits, kind, seed, None)
+        check(logits, mode, seed, None)
 
 
 def test_tokens_of_probability_zero_are_never_drawn() -> None:
     logits = torch.full((8, 9000), -torch.inf, device="cuda")
     logits[:, [17, 2500, 8999]] = torch.tensor([1.0, 0.5, 0.0], device="cuda")
-    for kind in KINDS:
+    for mode in MODES:
         for seed in range(20):
-            params = [SamplingParams(temperature=1.0, **kind)] * 8  # type: ignore[arg-type]
-            tokens, sure, _ = drawn(logits, params, seed, None)
+            params = [SamplingParams(temperature=1.0, **mode)] * 8  # type: ignore[arg-type]
+            tokens, exact, _ = drawn(logits, params, seed, None)
             assert set(tokens) <= {17, 2500, 8999}
-            assert sure == [1] * 8
+            assert exact == [1] * 8
 
 
 def test_likeliest_tokens_side_by_side() -> None:
     """All in one part of the row, more than it passes on at first."""
     sloped = torch.arange(20000, device="cuda").flip(0)[None].expand(3, -1) * 0.002
-    for kind in KINDS:
-        check(sloped.contiguous(), kind, 1, None)
-        check(sloped.flip(1).contiguous(), kind, 2, 30.0)
+    for mode in MODES:
+        check(sloped.contiguous(), mode, 1, None)
+        check(sloped.flip(1).contiguous(), mode, 2, 30.0)
 
 
-def test_logits_that_are_not_numbers_give_a_token_in_range_and_are_not_sure() -> None:
+def test_logits_that_are_not_numbers_give_a_token_in_range_and_are_not_exact() -> None:
     logits = torch.full((2, 5000), torch.nan, device="cuda")
-    tokens, sure, _ = drawn(logits, [SamplingParams(temperature=1.0, top_k=9)] * 2, 1, None)
+    tokens, exact, _ = drawn(logits, [SamplingParams(temperature=1.0, top_k=9)] * 2, 1, None)
     assert all(0 <= token < 5000 for token in tokens)
-    assert sure == [0, 0]
+    assert exact == [0, 0]
 
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0] + [-20.0] * 3000, device="cuda").repeat(1000, 1)
     shares = torch.softmax(logits[0, :4].double(), 0).tolist()
-    for kind in ({}, {"top_k": 4}):
-        tokens, _, _ = drawn(logits, [SamplingParams(temperature=1.0, **kind)] * 1000, 5, None)  # type: ignore[arg-type]
+    for mode in ({}, {"top_k": 4}):
+        tokens, _, _ = drawn(logits, [SamplingParams(temperature=1.0, **mode)] * 1000, 5, None)  # type: ignore[arg-type]
         for token, share in enumerate(shares):
             assert abs(tokens.count(token) / 1000 - share) < 4 * (share * (1 - share) / 1000) ** 0.5
 

@@ -25,7 +25,7 @@ _THREADS, _PART, _LIST, _MOST_PARTS = 1024, 2048, 64, 128
 
 class _Draw(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "numbers", "lists", "sums", "arrivals", "ids", "sure")),
+        *((name, ctypes.c_void_p) for name in ("logits", "params", "lists", "sums", "arrivals", "ids", "exact")),
         ("softcap", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("vocabulary", "top_k")),
     )
@@ -71,25 +71,25 @@ def _arrivals(device: torch.device) -> Tensor:
 
 
 def draw_tokens(
-    logits: Tensor, numbers: Tensor, ids: Tensor, sure: Tensor, *, top_k: int, softcap: float | None
+    logits: Tensor, params: Tensor, ids: Tensor, exact: Tensor, *, top_k: int, softcap: float | None
 ) -> None:
-    """Writes a token for each of the first rows of ``ids``, as many as ``numbers`` has.
+    """Writes a token for each of the first rows of ``ids``, as many as ``params`` has.
 
     Args:
         logits: fp32 [m or more, V], contiguous, before the final soft-cap.
-        numbers: fp64 [m, 4], contiguous, m at most 1024: 1 / temperature, top_p, min_p, the draw's uniform number.
+        params: fp64 [m, 4], contiguous, m at most 1024: 1 / temperature, top_p, min_p, the draw's uniform number.
         ids: int32 [m or more], gets the tokens.
-        sure: int32 [m or more]: 0 where logits are not numbers and the token is any.
-        top_k: of all rows; 0: any token may be drawn, whatever ``numbers`` say of top_p and min_p. ``supports`` has
+        exact: int32 [m or more]: 0 where logits are not numbers and the token is any.
+        top_k: of all rows; 0: any token may be drawn, whatever ``params`` say of top_p and min_p. ``supports`` has
             taken it.
         softcap: the final one.
     """
-    m, vocabulary = numbers.shape[0], logits.shape[1]
+    m, vocabulary = params.shape[0], logits.shape[1]
     parts, device = -(-vocabulary // _PART), logits.device
     lists = torch.empty((m, parts, _LIST) if top_k else 0, dtype=torch.int64, device=device)
     sums = torch.empty((m, parts, 2), dtype=torch.float32, device=device)
     task = _Draw(
-        *(t.data_ptr() for t in (logits, numbers, lists, sums, _arrivals(device), ids, sure)),
+        *(t.data_ptr() for t in (logits, params, lists, sums, _arrivals(device), ids, exact)),
         softcap or 0.0, vocabulary, top_k,
     )  # fmt: skip
     shared_bytes = _MOST_PARTS * _LIST * 8 if top_k else 0
