@@ -40,6 +40,7 @@ def test_one_variable_moves_every_cache(tmp_path: Path, monkeypatch: pytest.Monk
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "code", "part"),
     [

@@ -54,6 +54,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("before", ["loaded", "used"])
 def test_forked_worker_gets_an_error(before: str, tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_forked_worker_gets_an_error(before: str, tmp_path: Path) -> None:
         assert lines[6] == "parent 9"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_worker_forked_before_anything_was_loaded_works() -> None:
     """Importing gemcut alone is harmless: servers import their modules before they fork."""
@@ -105,6 +107,7 @@ def test_thread_numbers_have_bounds() -> None:
             check_threads(bad, "--threads")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_threads_are_refused() -> None:
     program = (
         "import torch\n"

@@ -151,6 +151,7 @@ def test_sampling_params_of_complete(params: Any, gemma: Gemma) -> None:
 # ---- several answers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_n_answers(gemma: Gemma) -> None:
     texts = ["The capital of France is", "one"]
     options: dict[str, Any] = {"max_new_tokens": 12, "seed": 7}

@@ -16,6 +16,7 @@ from gemcut.text import Tokenizer, tokenizer_json
 from support import tokenizer_dir
 
 
+@pytest.mark.slow
 def test_a_shared_tokenizer_is_as_read_anew() -> None:
     data = (tokenizer_dir() / "tokenizer.json").read_bytes()
     first, anew = tokenizer_json.read_backend(data), read_once._read_backend(data)

@@ -162,6 +162,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return support.save_checkpoint(tmp_path_factory.mktemp("defaults") / "tiny", model, tokenizer=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*max_new_tokens counts")
 @pytest.mark.parametrize(
     ("stored", "given"),

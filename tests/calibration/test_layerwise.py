@@ -73,6 +73,7 @@ def test_every_tensor_comes_once_and_in_order(source: Source, documents: list[li
     assert heard[-1][0] == heard[-1][1]
 
 
+@pytest.mark.slow
 def test_the_hidden_states_are_the_networks_own(source: Source, documents: list[list[int]]) -> None:
     """Layer by layer and in chunks, they are what the cut network computes when it is loaded."""
     state = CalibrationState()
@@ -95,6 +96,7 @@ def test_nearer_to_the_whole_network_than_plain_rounding(source: Source, documen
     assert after.same_top > before.same_top
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [1, 3, 4])
 def test_it_goes_on_from_a_saved_state(source: Source, documents: list[list[int]], layer: int, tmp_path: Path) -> None:
     expected = dict(calibrate(source, SPEC, documents))

@@ -14,6 +14,7 @@ from gemcut.errors import CheckpointError, CheckpointNotFoundError
 from support import gguf_path
 
 
+@pytest.mark.slow
 def test_joined_once_then_only_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf_path()  # skips where the demo extra is absent
     source = resolve("gemma-3-270m", cache_dir=tmp_path)

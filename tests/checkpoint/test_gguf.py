@@ -401,6 +401,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_all(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_random_damage_never_surprises(tmp_path: Path, seed: int) -> None:
     """Whatever bytes change, the answer is a GemcutError or (in tensor data, names, scores) other values."""

@@ -67,6 +67,7 @@ def beside_the_weights(path: Path, *forms: str) -> dict[str, int]:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 
 
+@pytest.mark.slow
 @needs_proc
 def test_loading_the_real_270m_holds_no_tensor_twice() -> None:
     """Its embedding is 336 MB in bf16 and 178 MB in the file."""
@@ -76,6 +77,7 @@ def test_loading_the_real_270m_holds_no_tensor_twice() -> None:
         assert spare < (SPARE_INT8 if form == "int8" else SPARE), {form: spare >> 20 for form, spare in found.items()}
 
 
+@pytest.mark.slow
 @needs_proc
 def test_loading_large_matrices_holds_none_twice(tmp_path: Path) -> None:
     """Other shapes: matrices of 100 MB in bf16 and 53 MB in the file."""

@@ -128,6 +128,7 @@ def mutated(whole: bytes, header: int, dice: random.Random) -> bytes:
     return bytes(raw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["llama.cpp", "ollama", "split"])
 @pytest.mark.filterwarnings("ignore")
 def test_damage_is_one_line(tmp_path: Path, style: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,7 @@ def test_additional_chat_templates_are_fetched_and_taken_by_name(tmp_path: Path)
     assert ours == theirs == ["<Hello>", "[Hello]"]
 
 
+@pytest.mark.slow
 def test_gated_repositories_say_what_to_do(tmp_path: Path, branches: dict[str, Path]) -> None:
     with FakeHub({"google/gemma-2-27b-it": Repository(branches, gated_for="hf_good")}) as hub:
         page = f"{hub.url}/google/gemma-2-27b-it"
@@ -176,6 +177,7 @@ def test_gated_repositories_say_what_to_do(tmp_path: Path, branches: dict[str, P
         assert not [path for _, path, _ in hub.requests if "telemetry" in path]
 
 
+@pytest.mark.slow
 def test_names_the_hub_does_not_have(tmp_path: Path, branches: dict[str, Path]) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -194,6 +196,7 @@ def test_names_the_hub_does_not_have(tmp_path: Path, branches: dict[str, Path]) 
         assert invalid["error"] == "CheckpointNotFoundError"
 
 
+@pytest.mark.slow
 def test_nothing_cached_and_nobody_there(tmp_path: Path) -> None:
     offline = ask(tmp_path, "http://127.0.0.1:9", env={"HF_HUB_OFFLINE": "1"}, name="2b-it")
     assert offline["error"] == "CheckpointNotFoundError"
@@ -203,6 +206,7 @@ def test_nothing_cached_and_nobody_there(tmp_path: Path) -> None:
     assert "cannot reach http://127.0.0.1:9" in down["message"]
 
 
+@pytest.mark.slow
 def test_a_broken_connection_resumes(tmp_path: Path) -> None:
     """huggingface_hub keeps what it has in steps of 10 MiB, so the file must be larger than that."""
     model = save_checkpoint(tmp_path / "large", hf_model(tiny_config(vocab_size=120_000)))
@@ -219,6 +223,7 @@ def test_a_broken_connection_resumes(tmp_path: Path) -> None:
         assert not list((tmp_path / "other").rglob("model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_downloading(tmp_path: Path, branches: dict[str, Path]) -> None:
     with FakeHub({"acme/tiny": Repository({"main": branches["float16"]})}) as hub:
         answer = ask(tmp_path, hub.url, "small-disk", name="acme/tiny")

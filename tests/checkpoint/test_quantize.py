@@ -170,6 +170,7 @@ def test_other_work_starts_anew(change: str, folder: Path, tmp_path: Path) -> No
     assert any(f"bitsandbytes__{spec.format}" in name for name in tensors(out))
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(folder: Path, tmp_path: Path) -> None:
     program = f"""
 import os, signal
@@ -294,6 +295,7 @@ def test_two_runs_of_one_folder_are_refused(folder: Path, tmp_path: Path) -> Non
         quantize_checkpoint(resolve(folder), tmp_path / "out", NF4)
 
 
+@pytest.mark.slow
 def test_a_calibrated_run_goes_on_layer_by_layer(folder: Path, tmp_path: Path) -> None:
     from gemcut.calibration.cutter import CalibratedCutter
 

@@ -116,6 +116,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_halfway_leaves_nothing(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", FULL_DISK, str(folder), str(tmp_path / "out" / "new")]

@@ -71,6 +71,7 @@ def test_no_token_has_more_bytes_than_is_counted_on() -> None:
     assert max(len(vocabulary.token_bytes(i)) for i in range(vocabulary.vocab_size)) == TOKEN_BYTES
 
 
+@pytest.mark.slow
 def test_closed_streams() -> None:
     gemcut = f"{sys.executable} -m gemcut"
     code, _, err = shell(f"{gemcut} generate -m gemma-3-270m <&-")

@@ -73,6 +73,7 @@ def test_bad_input(cli: Cli, tiny: Path, args: tuple[str, ...], stdin: bytes, pa
     assert part in run.error
 
 
+@pytest.mark.slow
 def test_a_base_model_is_called_one_and_talks_at_a_low_temperature_unless_something_else_is_set(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +112,7 @@ def test_what_a_base_model_is(name: str, template: str | None, expected: bool) -
     assert tuned(source, SimpleNamespace(chat_template=template)) is expected  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_model_without_turn_markers_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -201,6 +203,7 @@ class Terminal:
         pytest.fail(f"the process did not end; there is {self.text!r}")
 
 
+@pytest.mark.slow
 def test_a_session_at_a_terminal(tiny: Path, tmp_path: Path) -> None:
     terminal = Terminal("chat", tiny, "-n", "8000", XDG_STATE_HOME=str(tmp_path))
     terminal.wait_for("0 / 8,192 tokens")
@@ -223,6 +226,7 @@ def test_a_session_at_a_terminal(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "gemcut" / "chat_history").is_file()
 
 
+@pytest.mark.slow
 def test_the_keyboard_is_silent_while_a_model_loads_and_restored(tiny: Path, tmp_path: Path) -> None:
     """Keys typed meanwhile show nowhere and are no message, and the terminal echoes again however the load ends."""
     config = json.loads((tiny / "config.json").read_text())
@@ -243,6 +247,7 @@ def test_the_keyboard_is_silent_while_a_model_loads_and_restored(tiny: Path, tmp
     assert terminal.close(echo=True) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_session_at_a_terminal_with_files_and_a_question_before_it_is_lost(tiny: Path, tmp_path: Path) -> None:
     text, saved = tmp_path / "notes.txt", tmp_path / "chat.json"
     text.write_text("a text\n")

@@ -251,6 +251,7 @@ def test_history(talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(session.conversation.turns) == 2
 
 
+@pytest.mark.slow
 def test_a_long_conversation_is_not_lost_without_a_question(
     talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_each_of_these_alone_makes_it_greedy(cli: Cli, tiny: Path, gemma: Gemma,
     assert cli("generate", "-m", tiny, "-n", "8", option, value, "The sky is").out == greedy + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--repetition-penalty", "5"), ("--presence-penalty", "2"), ("--frequency-penalty", "2"), ("--seed", "8")],
@@ -205,6 +206,7 @@ def test_text_on_a_terminal_is_made_safe() -> None:
     assert output.safe("a\x1b[31mred\x1b[0m\r\x07\x9b2J\tb\n é 😀") == "a[31mred[0m2J\tb\n é 😀"
 
 
+@pytest.mark.slow
 def test_typed_bos_warns_in_one_line(tiny: Path) -> None:
     run = process("generate", "-m", tiny, *SEED, "<bos>The sky is")
     assert run.code == 0

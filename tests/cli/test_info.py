@@ -153,6 +153,7 @@ def test_gemma_3_270m(cli: Cli) -> None:
     assert "use gemcut generate" in text
 
 
+@pytest.mark.slow
 def test_a_gated_or_absent_member_of_the_family_is_described_as_published(tmp_path: Path) -> None:
     run = process("info", "27b-it", "--json", HF_HOME=str(tmp_path))
     assert run.code == 0

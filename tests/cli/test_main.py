@@ -173,6 +173,7 @@ def test_an_interrupt_that_torchs_import_swallowed(cli: Cli, monkeypatch: pytest
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(tiny: Path) -> None:
     command = [sys.executable, "-m", "gemcut", "generate", "-m", str(tiny), "-n", "500", "hi"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as running:

@@ -61,6 +61,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert len(seen) == TOKENS + 1
 
 
+@pytest.mark.slow
 def test_generate_in_a_process_of_its_own(tiny: Path, gemma: Gemma) -> None:
     arguments = ["generate", "-m", str(tiny), "--seed", "7", "-n", "12", "Hello"]
     program = f"{PATCH}\nimport sys\nfrom gemcut.cli.main import main\nsys.exit(main({arguments!r}))"

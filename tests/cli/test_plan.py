@@ -144,6 +144,7 @@ def test_a_llama_config_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "llama" in run.error
 
 
+@pytest.mark.slow
 def test_a_hub_id_offline_with_nothing_cached(tmp_path: Path) -> None:
     run = process("plan", "someone/gemma-2-2b-tuned", HF_HOME=str(tmp_path))
     assert run.code == 2

@@ -60,6 +60,7 @@ def test_calibration_by_a_text(cli: Cli, whole: Path, tmp_path: Path) -> None:
     assert json.loads(run.out)["options"]["calibration_tokens"] > 256
 
 
+@pytest.mark.slow
 def test_calibration_reports_what_the_held_out_text_lost(cli: Cli, whole: Path, tmp_path: Path) -> None:
     lines = [f"Chapter {i}: the {i * 7919 % 1000} quick foxes jump over {i} lazy dogs.\n" for i in range(200)]
     (tmp_path / "text.txt").write_text("".join(lines))

@@ -245,6 +245,7 @@ def test_failing_request_ends_alone(place: str, monkeypatch: pytest.MonkeyPatch)
     assert_nothing_held(engine)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_line() -> None:
     """Ctrl-C at one line after the other of the engine's own code: it always goes on and nothing is lost."""
     model = small_model()

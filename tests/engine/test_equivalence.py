@@ -39,6 +39,7 @@ def expected(pair: Any) -> list[list[int]]:
     return [greedy_by_transformers(pair[1], prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 def test_alone_as_transformers(pair: Any, expected: list[list[int]]) -> None:
     engine = Recording(pair[0])
     assert [engine.answers([prompt])[0] for prompt in PROMPTS] == expected
@@ -55,6 +56,7 @@ def test_batched_as_alone(pair: Any, expected: list[list[int]]) -> None:
 
 
 # The window is 4: chunks smaller, as large, one larger, much larger; blocks smaller and larger than the window.
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 16, 33])
 @pytest.mark.parametrize("block", [1, 3, 16])
 def test_chunked_as_whole(pair: Any, expected: list[list[int]], chunk: int, block: int) -> None:
@@ -120,6 +122,7 @@ def scarce(model: Any, *, sequences: float, context: int, chunk: int) -> Recordi
     return Recording(model, kv_memory=memory, max_context=context, max_batch_tokens=chunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [6, 40])
 def test_preemption_changes_nothing(chunk: int) -> None:
     model, reference = twins()

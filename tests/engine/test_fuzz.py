@@ -100,6 +100,7 @@ def engine_of(blocks: float, *, chunk: int = 24, batch: int = 16, block: int = 4
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("requests", "blocks", "crowd", "chunk", "block"),
     [(1800, 4.0, 12, 24, 4), (900, 1.2, 8, 24, 4), (300, 8.0, 40, 7, 3)],
@@ -137,6 +138,7 @@ def test_no_block_is_lost(requests: int, blocks: float, crowd: int, chunk: int, 
         assert twin.tokens == sequence.tokens
 
 
+@pytest.mark.slow
 def test_queue_always_moves() -> None:
     """With room for barely one request, whatever is accepted is served: each step computes at least one token."""
     chance = random.Random(8)

@@ -166,6 +166,7 @@ def lines() -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_struck_once_at_each_line() -> None:
     """Each line of the source the first time that it runs."""
     expected()
@@ -177,6 +178,7 @@ def test_struck_once_at_each_line() -> None:
     assert all(any(part in line for line in ran) for part in WAY)
 
 
+@pytest.mark.slow
 def test_struck_twice() -> None:
     expected()
     gemma, total, chance = new_gemma(), len(lines()), random.Random(3)
@@ -184,6 +186,7 @@ def test_struck_twice() -> None:
         run_struck(gemma, [chance.randrange(1, total), chance.randrange(1, 400)])
 
 
+@pytest.mark.slow
 def test_struck_anywhere() -> None:
     """Lines that have run before, in other states. (All of them: run this file as a program; four minutes.)"""
     expected()

@@ -10,6 +10,7 @@ from gemcut.engine import SamplingParams
 TOLERANCE = 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [4, 30])
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_shared_prefix_changes_nothing(window: int, chunk: int) -> None:

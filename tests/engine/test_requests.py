@@ -59,6 +59,7 @@ def test_impossible_for_the_cache_names_both_numbers() -> None:
         engine.add([1] * 60, greedy(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [6, 40, 96])
 @pytest.mark.parametrize("chunk", [8, 96])
 def test_kv_memory_serves_the_longest_request_it_can(window: int, chunk: int) -> None:

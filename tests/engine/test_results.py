@@ -46,6 +46,7 @@ def params(seed: int, new: int = 24, **more: Any) -> SamplingParams:
     return SamplingParams(seed=seed, max_new_tokens=new, **more)
 
 
+@pytest.mark.slow
 def test_completion(gemma: Gemma) -> None:
     ids = gemma.encode(PROMPT)
     (result,) = gemma.complete([ids], params(1, logprobs=2), prompt_logprobs=True)
@@ -148,6 +149,7 @@ def test_events_carry_ids_and_logprobs(gemma: Gemma) -> None:
     assert [e.finish_reason for e in events] == [None] * 23 + ["length"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["cancel", "close", "with", "del", "exception"])
 def test_leaving_a_stream_frees_its_blocks(gemma: Gemma, way: str) -> None:
     free = gemma.engine.cache.full.free
@@ -175,6 +177,7 @@ def test_leaving_a_stream_frees_its_blocks(gemma: Gemma, way: str) -> None:
         assert list(stream) == []
 
 
+@pytest.mark.slow
 def test_stream_dropped_in_a_cycle_during_a_step(gemma: Gemma) -> None:
     """The garbage collector may run a stream's destructor anywhere, also in the middle of another's step."""
     (expected,) = gemma.complete([[1, 2, 3]], params(7, new=40))
@@ -223,6 +226,7 @@ def test_one_bad_prompt_of_several_starts_none(gemma: Gemma) -> None:
     assert not gemma.engine.scheduler.waiting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 5])
 def test_threads_stream_from_one_model(gemma: Gemma, count: int) -> None:
     prompts = [gemma.encode(f"{PROMPT} {n}") for n in range(count)]
@@ -256,6 +260,7 @@ def answer(gemma: Gemma, seed: int = 9, new: int = 30) -> Completion:
     return gemma.complete([gemma.encode(PROMPT)], params(seed, new=new))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_stop_text_across_token_borders(gemma: Gemma, seed: int) -> None:
     free = answer(gemma, seed)

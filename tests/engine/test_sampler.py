@@ -131,6 +131,7 @@ def test_every_field_of_a_draw_has_a_case() -> None:
     assert {field.name for field in dataclasses.fields(SamplingParams)} - NOT_OF_A_DRAW == named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("by", ["seed", "place"])
 def test_draws_follow_the_distribution(name: str, by: str) -> None:

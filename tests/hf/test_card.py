@@ -124,6 +124,7 @@ def ported(snippet: str, folder: Path | str = MODEL, imports: str = "") -> str:
     return changed.replace("import transformers\n", "import gemcut\n").replace(MODEL, str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this machine has no GPU", "ignore:.* has no effect")
 @pytest.mark.parametrize(
     ("snippet", "imports", "dtype"),
@@ -143,6 +144,7 @@ def test_snippet(snippet: str, imports: str, dtype: torch.dtype, folder: Path, c
     assert capsys.readouterr().out.startswith("<bos>Write me a poem about Machine Learning.")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this machine has no GPU")
 def test_float32_snippet_prints_what_transformers_would(
     folder: Path, capsys: Any, reference: Any, reference_tokenizer: Any
@@ -173,6 +175,7 @@ def test_chat_snippets(reference: Any, tmp_path: Path, capsys: Any) -> None:
     assert capsys.readouterr().out.startswith(CHAT_PROMPT)
 
 
+@pytest.mark.slow
 def test_float16_snippet_from_the_hub_cache(folder: Path, reference: Any, tmp_path: Path) -> None:
     """The snippet with the card's own model name, as a program, offline, the revision found in the hub's cache."""
     repo = tmp_path / "hub" / f"models--{MODEL.replace('/', '--')}"

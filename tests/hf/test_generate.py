@@ -86,6 +86,7 @@ def test_ways_to_hand_in_the_prompt(model: Any, tokenizer: Any, one: Any) -> Non
     assert model.generate(max_new_tokens=4)[0, 0] == 2  # nothing at all: from <bos>
 
 
+@pytest.mark.slow
 def test_eos_ends_each_row_and_padding_fills_it(model: Any, reference: Any, batch: Any) -> None:
     free = model.generate(**batch, max_new_tokens=20)[:, -20:]
     ends = [int(free[0, 3]), int(free[2, 7])]
@@ -102,6 +103,7 @@ def test_end_of_turn_ends_an_answer_by_default(model: Any) -> None:
     assert model.generation_config.eos_token_id == [1, 107]
 
 
+@pytest.mark.slow
 def test_stop_strings(model: Any, reference: Any, one: Any, tokenizer: Any, reference_tokenizer: Any) -> None:
     free = model.generate(**one, max_new_tokens=20)[0, one.input_ids.shape[1] :].tolist()
     left, right = (tokenizer.decode([token]) for token in free[5:7])
@@ -168,6 +170,7 @@ def test_sampling_follows_torch_seed(model: Any, batch: Any) -> None:
     assert torch.equal(model.generate(**batch, seed=5, **options), model.generate(**batch, seed=5, **options))
 
 
+@pytest.mark.slow
 def test_sampled_first_tokens_have_the_distribution_transformers_would_draw_from(
     model: Any, reference: Any, one: Any
 ) -> None:
@@ -184,6 +187,7 @@ def test_sampled_first_tokens_have_the_distribution_transformers_would_draw_from
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / draws) + 1e-3
 
 
+@pytest.mark.slow
 def test_top_k_is_50_as_in_transformers(model: Any, reference: Any, one: Any) -> None:
     tokens = model.generate(**one, do_sample=True, temperature=50.0, num_return_sequences=400, seed=1, max_new_tokens=1)
     best = set(reference(**one).logits[0, -1].topk(50).indices.tolist())

@@ -248,6 +248,7 @@ def test_forward_of_nothing_and_of_too_much(model: Any) -> None:
 # ---- saving ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_saved_model_loads_in_transformers(small: tuple[Path, Any], tmp_path: Path) -> None:
     path, reference = small
     model, tokenizer = load(path), hf.AutoTokenizer.from_pretrained(path)

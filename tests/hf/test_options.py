@@ -124,6 +124,7 @@ def inputs(loaded_tokenizer: Any) -> Any:
     return loaded_tokenizer("Write me a poem about Machine Learning.", return_tensors="pt")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no effect|.*has no effect|.*max_new_tokens counts")
 @pytest.mark.parametrize("name", FIELDS)
 def test_each_field_is_honoured_or_refused_by_name(name: str, model: Any, inputs: Any) -> None:

@@ -255,6 +255,7 @@ def _assert_same(ours: Any, theirs: Any) -> None:
         assert ours == (pytest.approx(theirs, abs=1e-4) if isinstance(theirs, float) else theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", EQUAL)
 def test_equal(name: str, model: Any, tokenizer: Any, reference: Any, reference_tokenizer: Any) -> None:
@@ -272,6 +273,7 @@ def test_refused(name: str, model: Any, tokenizer: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_saved_by_one_and_loaded_by_the_other(
     model: Any, tokenizer: Any, reference: Any, reference_tokenizer: Any, tmp_path: Path
 ) -> None:

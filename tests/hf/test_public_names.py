@@ -81,6 +81,7 @@ def test_protocols_see_a_plain_attribute_error(kind: str, pairs: dict[str, Any])
         getattr(ours, missing)
 
 
+@pytest.mark.slow
 def test_what_can_be_copied_is_copied(model: Any, tokenizer: Any) -> None:
     dialogue = [{"role": "user", "content": "hi"}]
     written = tokenizer.apply_chat_template(dialogue, tokenize=False)  # its template is compiled now

@@ -89,6 +89,7 @@ def ours(folder: Path, **config: Any) -> Any:
     return hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=hf.BitsAndBytesConfig(**config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CARD))
 def test_card_snippets_run_with_the_import_changed(
     name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
@@ -242,6 +243,7 @@ def test_a_cut_model_keeps_its_dtype(checkpoint: Path) -> None:
             change()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["5GB", "20MB"])
 @pytest.mark.parametrize("name", list(CARD))
 def test_a_saved_cut_model_loads_in_transformers_and_here(

@@ -49,6 +49,7 @@ def test_batch_gets_a_token_of_every_row(model: Any, tokenizer: Any) -> None:
     assert torch.equal(torch.stack(recorder.got[1:-1], dim=1), out[:, inputs.input_ids.shape[1] :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip_prompt", [False, True])
 @pytest.mark.parametrize("skip_special_tokens", [False, True])
 def test_text_streamer_prints_what_decode_says(

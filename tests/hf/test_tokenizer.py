@@ -64,6 +64,7 @@ def test_call_equals_transformers(options: dict[str, Any], tokenizer: Any, refer
             same(tokenizer(text, **options), reference_tokenizer(text, **options))
 
 
+@pytest.mark.slow
 def test_truncation_on_the_left_keeps_the_end(tokenizer: Any, folder: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(folder, truncation_side="left")
     tokenizer.truncation_side = "left"
@@ -196,6 +197,7 @@ def test_chat_template_can_be_set(folder: Path) -> None:
 # ---- files, devices, refusals ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_saved_tokenizer_reads_back_here_and_there(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.padding_side, tokenizer.pad_token = "right", "<eos>"
     assert [Path(p).name for p in tokenizer.save_pretrained(tmp_path)] == ["tokenizer_config.json", "tokenizer.json"]

@@ -35,6 +35,7 @@ def gemma(bare: Path) -> Gemma:
     return Gemma.load(bare, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -50,6 +50,7 @@ def _config(case: str) -> Any:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_fp32_logits_equal_transformers_and_the_reference(case: str) -> None:
     """29 tokens, more than seven windows of 4, three random networks each."""
@@ -103,6 +104,7 @@ def test_the_comparison_sees_each_peculiarity() -> None:
         assert (our_logits(theirs, ids, **change) - right).abs().max() > 100 * FP32, change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_error_is_no_larger_than_transformers_own(model_type: str, dtype: torch.dtype) -> None:

@@ -336,6 +336,7 @@ for quantize, decode in ((quantize_4bit, dequantize_4bit), (quantize_int8, dequa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_temporaries_are_small() -> None:
     run = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=False)

@@ -100,6 +100,7 @@ def _greedy(gemma: Gemma, ids: list[int], new: int, **more: Any) -> list[int]:
 # ---- long texts and the window -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [5, 512])
 def test_long_prompts_repeat_themselves_or_crash(theirs: Any, folder: Path, chunk: int) -> None:
     """vllm #8580, llama.cpp #8227, transformers #31848: prompts longer than the window, read whole or in pieces."""
@@ -130,6 +131,7 @@ def test_half_of_the_context_only(tmp_path: Path) -> None:
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
 def test_empty_answers_in_fp16(theirs: Any, folder: Path, tmp_path: Path, quantization: str | None) -> None:
     """bitsandbytes #1572, transformers #39686: in fp16 a Gemma overflows in its MLP and answers nothing.
@@ -175,6 +177,7 @@ _SCORE = SamplingParams(max_new_tokens=0)
 _LOGPROBS: dict[str, Any] = {"prompt_logprobs": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_batches_answer_otherwise_than_single_prompts(folder: Path, quantization: str | None) -> None:
     """unsloth #9708, #2939, transformers #22707: prompts of different lengths, alone and together."""
@@ -199,6 +202,7 @@ def test_a_second_bos(gemma: Gemma, text: str) -> None:
     assert gemma.encode(text) == plain
 
 
+@pytest.mark.slow
 def test_a_templated_text_that_is_generated_from(gemma: Gemma, folder: Path) -> None:
     """vllm #27517: apply_chat_template(tokenize=False), then generate(text): one <bos>, and the same ids."""
     messages = [{"role": "user", "content": "hello, how are you?"}]
@@ -232,6 +236,7 @@ def test_turns_that_never_end(copy: Path, stop: int) -> None:
     assert result.text == ""
 
 
+@pytest.mark.slow
 def test_the_system_role_is_an_error(gemma: Gemma, folder: Path) -> None:
     """chat-ui #1386, sglang #892 and #1342, guidellm #67, Toolio #1: people send a system message to Gemma."""
     messages = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "Hello"}]
@@ -243,12 +248,14 @@ def test_the_system_role_is_an_error(gemma: Gemma, folder: Path) -> None:
         gemma.encode_messages(messages, system="error")
 
 
+@pytest.mark.slow
 def test_a_backslash_n_of_the_shell(gemma: Gemma, folder: Path) -> None:
     """llama.cpp #7384: the two characters \\n are not a line break; nothing is unescaped behind one's back."""
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert gemma.encode(r"a\nb") == theirs(r"a\nb")["input_ids"] != theirs("a\nb")["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 31, 32])
 def test_tabs_are_split_and_a_space_appears(gemma: Gemma, folder: Path, count: int) -> None:
     """llama.cpp #8338: six tabs became two pieces of three, and decoding brought a space."""
@@ -273,6 +280,7 @@ def test_only_tokenizer_json(copy: Path, gemma: Gemma) -> None:
     assert loaded.encode_messages(messages) == gemma.encode_messages(messages)
 
 
+@pytest.mark.slow
 def test_added_tokens(theirs: Any, folder: Path, tmp_path: Path) -> None:
     """unsloth-zoo #121, unsloth #237 and #377, peft #2415: tokens were added and the embedding resized."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -346,6 +354,7 @@ def test_a_loop_of_ones_own(folder: Path, theirs: Any) -> None:
         ids = torch.cat([ids, step.argmax(-1, keepdim=True)], dim=1)
 
 
+@pytest.mark.slow
 def test_saved_in_4_bits_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     """transformers-bloom-inference #85, bitsandbytes #1123, peft #508: what is saved quantized loads as it was."""
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

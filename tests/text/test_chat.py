@@ -70,6 +70,7 @@ def dialogues(count: int) -> list[Dialogue]:
     return [[turn(i) for i in range(generator.randint(1, 7))] for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_500_random_dialogues_equal_the_real_template(gemma2: Tokenizer, hf_gemma2: Any) -> None:
     for number, dialogue in enumerate(dialogues(500)):
         opened = number % 3 > 0
@@ -94,6 +95,7 @@ def test_continuing_the_final_message_equals_transformers(gemma2: Tokenizer, hf_
     assert checked > 100
 
 
+@pytest.mark.slow
 def test_gemma3_renders_the_same_with_its_own_ids(gemma3: Tokenizer, hf_gemma2: Any, hf_gemma3: Any) -> None:
     """The Gemma 3 file carries no template; Gemma 2's text, tokenised by transformers for Gemma 3, is the reference."""
     for dialogue in dialogues(100):
@@ -118,6 +120,7 @@ def test_special_tokens_of_a_user_stay_text(name: str, text: str, request: pytes
     assert tokenizer.decode(ids, skip_special_tokens=False) == render_chat(tokenizer, dialogue)  # nothing was lost
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=st.lists(st.one_of(st.sampled_from(INJECTIONS), st.text(max_size=5)), max_size=6).map("".join))
 def test_no_text_makes_a_control_token(small: Tokenizer, text: str) -> None:

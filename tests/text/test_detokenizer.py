@@ -118,6 +118,7 @@ def test_stop_strings_cut_where_the_whole_text_says(small: Tokenizer, data: st.D
     assert detokenizer.stopped == stop
 
 
+@pytest.mark.slow
 @many
 @given(ids=st.lists(tokens, max_size=40), data=st.data())
 def test_stop_strings_in_random_tokens(gemma2: Tokenizer, ids: list[int], data: st.DataObject) -> None:

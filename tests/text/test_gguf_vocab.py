@@ -20,23 +20,27 @@ Vocabulary = tuple[list[str], list[float], list[int]]
 SPECIAL = re.compile("<(bos|eos|pad|unk|mask|start_of_turn|end_of_turn|unused)")
 
 
+@pytest.mark.slow
 def test_gemma3_ids_equal_transformers_on_hard_texts(gemma3: Tokenizer, hf_gemma3: Any, hard_texts: list[str]) -> None:
     for text in hard_texts:
         assert gemma3.encode(text) == hf_gemma3(text).input_ids, repr(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_gemma3_ids_equal_transformers_on_generated_texts(gemma3: Tokenizer, hf_gemma3: Any, text: str) -> None:
     assert gemma3.encode(text) == hf_gemma3(text).input_ids
 
 
+@pytest.mark.slow
 def test_gemma3_ids_equal_transformers_on_pieces_in_disorder(gemma3: Tokenizer, hf_gemma3: Any) -> None:
     """Pieces of the vocabulary glued together at random reach merges that ordinary text never does."""
     for text in _disorder(gemma3, 3000):
         assert gemma3.encode(text) == hf_gemma3(text).input_ids, repr(text)
 
 
+@pytest.mark.slow
 def test_merges_derived_for_gemma2_equal_googles_own(gemma2: Tokenizer, hard_texts: list[str]) -> None:
     """Gemma 2's tokenizer.json lists its merges, a reference neither we nor transformers' GGUF reader derived.
 
@@ -132,6 +136,7 @@ def test_the_cache_is_in_the_home_folder_by_default(tmp_path: Path, monkeypatch:
     assert tmp_path / ".cache" / "gemcut" in gguf_vocab.folder_of("key").parents
 
 
+@pytest.mark.slow
 def test_the_real_vocabulary_is_built_once(
     gemma3_vocab: Vocabulary, user_cache: Path, monkeypatch: pytest.MonkeyPatch, hard_texts: list[str]
 ) -> None:

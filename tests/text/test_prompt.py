@@ -145,6 +145,7 @@ def ours(facade: Any) -> Tokenizer:
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_500_random_dialogues_equal_transformers(name: str, facade: Any, ours: Tokenizer, reference: Any) -> None:
     template = TEMPLATES[name]

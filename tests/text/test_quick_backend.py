@@ -44,6 +44,7 @@ def is_quick(tokenizer: Tokenizer) -> bool:
     return getattr(tokenizer.backend, "_real", "real") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parse_special", [True, False])
 def test_ids_are_the_real_backends(
     quick: Tokenizer, gemma3: Tokenizer, hard_texts: list[str], parse_special: bool
@@ -56,6 +57,7 @@ def test_ids_are_the_real_backends(
     assert is_quick(quick)
 
 
+@pytest.mark.slow
 def test_ids_are_transformers(quick: Tokenizer, hf_gemma3: Any, hard_texts: list[str]) -> None:
     for text in hard_texts:
         assert quick.encode(text) == hf_gemma3(text).input_ids, repr(text)

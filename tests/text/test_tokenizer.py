@@ -195,6 +195,7 @@ def test_both_ways_of_encoding_from_many_threads(gemma2: Tokenizer) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_save_writes(
     gemma2: Tokenizer, gemma3: Tokenizer, hard_texts: list[str], tmp_path: Path
 ) -> None:

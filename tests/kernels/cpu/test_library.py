@@ -78,6 +78,7 @@ def test_record_is_size_and_digest(tmp_path: Path) -> None:
     assert build.record_path(place).read_text().split() == [hashlib.sha256(data).hexdigest(), str(len(data))]
 
 
+@pytest.mark.slow
 def test_damaged_libraries_are_not_loaded(tmp_path: Path) -> None:
     places = {}
     for how, change in DAMAGE.items():
@@ -100,6 +101,7 @@ def test_damaged_libraries_are_not_loaded(tmp_path: Path) -> None:
         assert "python -m gemcut.kernels.cpu.build" in line, how
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="changes an ELF header")
 def test_other_whole_libraries_are_not_used(tmp_path: Path) -> None:
     """Another processor's, as a folder carried from another machine would have it; and one that is not ours."""
@@ -116,6 +118,7 @@ def test_other_whole_libraries_are_not_used(tmp_path: Path) -> None:
         assert "python -m gemcut.kernels.cpu.build" in line
 
 
+@pytest.mark.slow
 def test_generation_goes_on_with_a_warning(tmp_path: Path) -> None:
     place = copied(tmp_path)
     os.truncate(place, 100_000)
@@ -135,6 +138,7 @@ def test_generation_goes_on_with_a_warning(tmp_path: Path) -> None:
     assert "python -m gemcut.kernels.cpu.build makes them anew" in done.stderr
 
 
+@pytest.mark.slow
 def test_wheel_holds_library_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hook with a stand-in for hatchling, which only build environments have."""
 

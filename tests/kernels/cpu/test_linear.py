@@ -295,6 +295,7 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(kernel(x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
 def test_threads_that_nobody_asks_for_any_more_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call leaves its 40 threads to the next one; hundreds that ask for 2 let them go, with the same results."""
@@ -355,6 +356,7 @@ print("failed:", failed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_child_forked_in_the_middle_of_a_loop_leaves_that_loop_alone() -> None:
     """60 times: a child's thread is rarely soon enough to take chunks of that loop."""
