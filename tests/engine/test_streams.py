@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -164,12 +163,13 @@ class Gate:
     """Holds the network up in the middle of a step."""
 
     def __init__(self, gemma: Gemma) -> None:
-        self.reached, self.open = threading.Event(), threading.Event()
+        self.reached, self.open, self.gave_up = threading.Event(), threading.Event(), False
         inner = gemma.engine.runner.run
 
         def run(*args: Any) -> Any:
             self.reached.set()
-            assert self.open.wait(30)
+            self.gave_up = not self.open.wait(30)
+            assert not self.gave_up
             return inner(*args)
 
         gemma.engine.runner.run = run  # type: ignore[method-assign]
@@ -182,15 +182,14 @@ def test_nobody_waits_for_a_step_to_start_or_cancel() -> None:
     gate = Gate(gemma)
     wait = in_thread(lambda: "".join(kept))
     assert gate.reached.wait(30)
-    began = time.monotonic()
     second = gemma.stream_ids(PROMPTS[2], drawn(2))
     third = gemma.stream_ids(PROMPTS[3], drawn(3))
     third.cancel()
     dropped.cancel()
     with pytest.raises(ParameterError, match="empty"):
         gemma.stream_ids([], drawn(2))
-    assert time.monotonic() - began < 5  # the step that is under way lasts until it is let go on
-    assert not gate.open.is_set()
+    # The step that is under way lasts until it is let go on: whoever had waited for it would have seen it fail.
+    assert not gate.gave_up
     del dropped
     gate.open.set()
     assert wait() == alone(PROMPTS[0], drawn(0))[1]
