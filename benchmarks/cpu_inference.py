@@ -4,8 +4,8 @@
     python benchmarks/cpu_inference.py --case 270m --repeat 5
     python benchmarks/cpu_inference.py --engines nf4,transformers,llama.cpp-Q4_0
 
-Engines: bf16, nf4, int8 (ours; cut ones with an 8-bit head), transformers (bf16), bitsandbytes (transformers with its
-NF4, double quantization, bf16 head), llama.cpp-Q4_0 (Q6_K table, its default), llama.cpp-Q8_0; for the 270M
+Engines: bf16, nf4, int8 (ours; quantized ones with an 8-bit head), transformers (bf16), bitsandbytes (transformers with
+its NF4, double quantization, bf16 head), llama.cpp-Q4_0 (Q6_K table, its default), llama.cpp-Q8_0; for the 270M
 llama.cpp runs the file that the weights come from (Q4_K_M). Rows: prefill of 512 tokens, decode of one request after
 those, and decode of 8 requests together. Engines take turns within each repetition, so that a noisy neighbour hits
 all of them; ratios are medians over repetitions of one engine's time by another's. The read bandwidth is measured
@@ -83,11 +83,11 @@ def random_tensors(config: GemmaConfig) -> list[tuple[str, torch.Tensor]]:
 
 
 def network(config: GemmaConfig, tensors: list[tuple[str, torch.Tensor]], spec: Quantization | None) -> Model:
-    """Our network of these tensors, cut to ``spec``, with kernels bound."""
+    """Our network of these tensors, quantized to ``spec``, with kernels bound."""
     model = build_network(config, dtype=torch.bfloat16, device=CPU, quantization=spec)
     stream: list[tuple[str, Weight]] = list(tensors)
-    cut = stream if spec is None else quantize_tensors(stream, spec, module_name=hf_module)
-    load_model_weights(model, cut, dtype=torch.bfloat16, device=CPU, allocate=huge_empty)
+    quantized = stream if spec is None else quantize_tensors(stream, spec, module_name=hf_module)
+    load_model_weights(model, quantized, dtype=torch.bfloat16, device=CPU, allocate=huge_empty)
     bind_kernels(model, CPU)
     return model
 

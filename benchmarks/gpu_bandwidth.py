@@ -22,13 +22,13 @@ def read_bandwidth(nbytes: int = 4 << 30, repetitions: int = 10) -> float:
     data = torch.randint(0, 1 << 30, (nbytes // 4,), dtype=torch.int32, device=device)
     sink = torch.zeros(1, dtype=torch.int32, device=device)
     buffer = _Buffer(data.data_ptr(), sink.data_ptr(), data.numel() // 4)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
     best = float("inf")
     for blocks in (2, 3, 4, 64):
         for _ in range(repetitions):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
-            kernel.launch((processors * blocks, 1), 512, 0, (buffer,))
+            kernel.launch((sms * blocks, 1), 512, 0, (buffer,))
             end.record()
             end.synchronize()
             best = min(best, start.elapsed_time(end) / 1000)

@@ -5,9 +5,9 @@
     make bench-gpu                                         # three sizes, four formats, without the peer
 
 Ours is timed through the engine; every repetition is a request of its own, of which decode counts the steps after the
-first token and prefill the time until it. The peer is timed through generate(): in bf16, or cut by bitsandbytes where
-that is installed, which the table says. "A token" is what a step must read, weights and cached keys and values, or the
-operations of a token's matrix products; "of limit" compares with the read bandwidth, or the rate of a bf16 product of
+first token and prefill the time until it. The peer is timed through generate(): in bf16, or quantized by bitsandbytes
+where that is installed, which the table says. "A token" is what a step must read, weights and cached keys and values,
+or the operations of a token's GEMMs; "of limit" compares with the read bandwidth, or the rate of a bf16 GEMM of
 8192 x 8192 x 8192, measured before and after (the higher counts). Progress goes to stderr, a table a size to stdout.
 """
 

@@ -71,9 +71,9 @@ def random_weight(name: str, n: int, k: int) -> Weight:
 
 
 def products(name: str, n: int, k: int, head: bool) -> tuple[list[Product], list[Product], int]:
-    """(the engine's products, the same decoded for cuBLAS, bytes of a weight); weights enough to miss the cache."""
+    """(the engine's products, the same dequantized for cuBLAS, bytes of a weight); weights enough to miss the cache."""
     ours: list[Product] = []
-    decoded: list[Product] = []
+    dequantized: list[Product] = []
     nbytes = 0
     out_dtype = torch.float32 if head else torch.bfloat16
     while len(ours) < 2 or nbytes * len(ours) < ROTATED_BYTES:
@@ -81,8 +81,8 @@ def products(name: str, n: int, k: int, head: bool) -> tuple[list[Product], list
         kernel = cuda_linear.prepare(LinearCase((weight,), torch.bfloat16, out_dtype), torch.device("cuda", 0))
         nbytes = weight.nbytes
         ours.append(kernel)
-        decoded.append(kernel.many)  # type: ignore[attr-defined]
-    return ours, decoded, nbytes
+        dequantized.append(kernel.many)  # type: ignore[attr-defined]
+    return ours, dequantized, nbytes
 
 
 def as_given(product: Product, linear: str, x: Tensor, how: str) -> Tensor | Ordered:
@@ -112,12 +112,12 @@ def bf16_seconds(linear: str, m: int, repetitions: int) -> float:
 def print_products(options: argparse.Namespace, bandwidth: float) -> None:
     print(
         f"{'format':9}{'linear':8}{'m':>5}{'ours':>9}{'spread':>16}{'of m=1':>7}{'TFLOP/s':>8}{'% of read':>10}"
-        f"{'decoded':>9}{'bf16 mm':>9}"
+        f"{'dequant':>9}{'bf16 mm':>9}"
     )
     for name in options.formats:
         for linear in options.linears:
             n, k = SHAPES[linear]
-            ours, decoded, nbytes = products(name, n, k, linear == "head")
+            ours, dequantized, nbytes = products(name, n, k, linear == "head")
             first = None
             for m in options.rows:
                 x = torch.randn(m, k, device="cuda").bfloat16()
@@ -126,7 +126,7 @@ def print_products(options: argparse.Namespace, bandwidth: float) -> None:
                 first = first or median
                 moved = nbytes + m * k * 2 + m * n * (4 if linear == "head" else 2)
                 spread = f"{min(times) * 1e6:.1f}-{max(times) * 1e6:.1f}"
-                whole = statistics.median(time_products(decoded[:2], x, options.repetitions)) if m > 8 else 0.0
+                whole = statistics.median(time_products(dequantized[:2], x, options.repetitions)) if m > 8 else 0.0
                 peer = bf16_seconds(linear, m, options.repetitions)
                 print(
                     f"{name:9}{linear:8}{m:5}{median * 1e6:9.1f}{spread:>16}{median / first:7.2f}"
@@ -134,7 +134,7 @@ def print_products(options: argparse.Namespace, bandwidth: float) -> None:
                     f"{whole * 1e6:9.1f}{peer * 1e6:9.1f}",
                     flush=True,
                 )
-            del ours, decoded
+            del ours, dequantized
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""transformers on a GPU as a peer: random weights of the same shape, in bf16 or cut by bitsandbytes."""
+"""transformers on a GPU as a peer: random weights of the same shape, in bf16 or quantized by bitsandbytes."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ Three kinds of text that do not overlap, each with a part to calibrate on and an
 manual (``pydoc_data.topics``) and its standard library's source code, which every Python brings (PSF licence), and
 encyclopedia articles: the passages of BoolQ's dev.jsonl(.gz) (CC BY-SA 3.0; ``--articles``, left out if not given).
 
-Every variant runs with bf16 arithmetic on decoded weights, which is what all kernels approximate; the reference is the
-bf16 network. Speed is that of the packed weights with the kernels that the engine takes. ``--cache`` keeps finished
+Every variant runs with bf16 arithmetic on dequantized weights, which is what all kernels approximate; the reference is
+the bf16 network. Speed is that of the packed weights with the kernels that the engine takes. ``--cache`` keeps finished
 rows, so that an interrupted run goes on. ``--speed-only`` measures nothing but each format's speed.
 """
 
@@ -55,7 +55,7 @@ Documents = list[list[int]]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to cut; ``calibration`` names the kinds of text it saw."""
+    """One way to quantize; ``calibration`` names the kinds of text it saw."""
 
     name: str
     spec: Quantization | None
@@ -116,7 +116,7 @@ def network(source: Source, tensors: dict[str, Weight]) -> Model:
     return model
 
 
-def cut(source: Source, variant: Variant, sets: dict[str, list[Documents]]) -> Iterator[tuple[str, Weight]]:
+def quantize(source: Source, variant: Variant, sets: dict[str, list[Documents]]) -> Iterator[tuple[str, Weight]]:
     """The variant's weights."""
     if variant.spec is None:
         return source.tensors(dtype=DTYPE)
@@ -153,7 +153,7 @@ def decoder(source: Source, spec: Quantization | None, tensors: dict[str, Weight
 def measure(source: Source, variant: Variant, sets: dict[str, list[Documents]], whole: dict[str, Reference]) -> Any:
     """Size, seconds, and what each kind of held-out text says."""
     start = time.perf_counter()
-    tensors = dict(cut(source, variant, sets))
+    tensors = dict(quantize(source, variant, sets))
     seconds = time.perf_counter() - start
     linear = [w for n, w in tensors.items() if n != "embed.weight"]
     speed = decoder(source, variant.spec, tensors)
@@ -257,7 +257,7 @@ def main() -> None:
     source = resolve("gemma-3-270m")
     if args.speed_only:
         specs = list(dict.fromkeys(variant.spec for variant in variants([])))
-        speeds = [decoder(source, spec, dict(cut(source, Variant("", spec), {}))) for spec in specs]
+        speeds = [decoder(source, spec, dict(quantize(source, Variant("", spec), {}))) for spec in specs]
         rounds = [[speed() for speed in speeds] for _ in range(9)]  # in turns: other work hits all of them
         for spec, values in zip(specs, zip(*rounds, strict=True), strict=True):
             print(f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f}) tok/s: {spec or 'bf16'}")

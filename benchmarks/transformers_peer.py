@@ -49,7 +49,7 @@ def as_transformers(model: Model) -> transformers.PreTrainedModel:
 def cut_by_bitsandbytes(
     peer: transformers.PreTrainedModel, to: str = "nf4", device: str = "cpu"
 ) -> transformers.PreTrainedModel:
-    """``peer`` with every linear layer but the head cut by bitsandbytes on ``device``.
+    """``peer`` with every linear layer but the head quantized by bitsandbytes on ``device``.
 
     "nf4" has double quantization and computes in bf16; "int8" is LLM.int8() with its usual threshold of 6.
     """
@@ -57,7 +57,7 @@ def cut_by_bitsandbytes(
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at each product otherwise
     names = [name for name, module in peer.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-    for name in names:  # one after another, so that the whole weights go as the cut ones come
+    for name in names:  # one after another, so that the whole weights go as the quantized ones come
         module = peer.get_submodule(name)
         size, weight = (module.in_features, module.out_features), module.weight.data
         if to == "nf4":

@@ -133,7 +133,7 @@ KERNELS: dict[str, Kernel] = {
     "cpu_gemm": _cpu(
         "any format times many rows", "GEMM, panels dequantized once", "variant/gemm.cpp", "test_gemm.py", "64"
     ),
-    "cpu_rowwise": _cpu("norms, gated product, soft-cap", "threads by rows", "variant/rowwise.cpp", "test_rowwise.py"),
+    "cpu_rowwise": _cpu("norms, GeGLU, soft-cap", "threads by rows", "variant/rowwise.cpp", "test_rowwise.py"),
     "cpu_decode_attention": _cpu(
         "one token of each sequence over the paged cache", "flash-decoding by heads", "variant/decode_attention.cpp",
         "test_rowwise.py",

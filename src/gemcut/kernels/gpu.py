@@ -33,7 +33,7 @@ class Gpu:
 
     @property
     def wgmma_refusal(self) -> str | None:
-        """None where it has Hopper's warpgroup products and copy engine (wgmma, TMA), else one line that says so."""
+        """None where it has Hopper's wgmma and TMA, else one line that says so."""
         if self.capability != (9, 0):
             return f"wgmma needs compute capability 9.0 (H100, H200), not {self.capability[0]}.{self.capability[1]}"
         return None

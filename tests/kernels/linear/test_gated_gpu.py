@@ -166,7 +166,7 @@ def test_layers_of_all_formats(name: str, buffer: int | None, monkeypatch: pytes
         calls: list[int] = []
         whole = layer.kernel.gated
         layer.kernel.gated = lambda x: (calls.append(len(x)), whole(x))[1]  # noqa: B023
-        out = cuda.gated_product(layer, x, 0)
+        out = cuda.apply_gated(layer, x, 0)
         layer.kernel.gated = whole
         assert calls == ([m] if m in (768, 1024, 1220, 4096) else [])
         # The decoded weights' own rounding to bf16 comes on top: in two launches, gate and up are rounded as well.
@@ -190,7 +190,7 @@ def test_layers_that_follow_each_other_decode_into_the_same_buffer(name: str) ->
     def run(wait: bool) -> Tensor:
         y = x
         for layer, gate in layers * 4:
-            y = cuda.gated_product(layer, y, 0) if gate else layer(y)  # type: ignore[assignment]
+            y = cuda.apply_gated(layer, y, 0) if gate else layer(y)  # type: ignore[assignment]
             if wait:
                 torch.cuda.synchronize()
             y = y if gate else (y / y.float().norm().to(y.dtype) * 1000)

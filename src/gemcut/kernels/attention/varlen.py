@@ -159,7 +159,7 @@ def tile_queries(heads: int, kv_heads: int, head_dim: int, device: torch.device)
 
 
 def tiles(segments: Sequence[VarlenSegment], queries: int) -> list[VarlenSegment]:
-    """Each segment cut into pieces of up to ``queries``; those that see most come first, to end together."""
+    """Each segment split into tiles of up to ``queries``; those that see most come first, to end together."""
     found = [
         (row + start, min(queries, count - start), first_key, offset + start)
         for row, count, first_key, offset in segments

@@ -61,7 +61,7 @@ def tile_queries(heads: int, kv_heads: int) -> int:
 
 @functools.cache
 def _kernel(head_dim: int, device: int) -> CudaKernel:
-    products = (
+    wgmma = (
         wgmma_source("wgmma_scores", _KEYS, a_in_registers=True),
         wgmma_source("wgmma_more_scores", _KEYS),
         wgmma_source("wgmma_values", head_dim, a_in_registers=True, b_by_rows=True),
@@ -69,7 +69,7 @@ def _kernel(head_dim: int, device: int) -> CudaKernel:
     source = "\n".join(
         (
             read_sources("runtime/launch.cuh", "runtime/hopper.cuh"),
-            *products,
+            *wgmma,
             read_sources("attention/varlen_hopper.cu"),
         )
     )

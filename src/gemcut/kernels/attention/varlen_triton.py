@@ -57,7 +57,7 @@ def _blocks(
             total = total * keep
             top = best
         rounded = weights.to(q.dtype)
-        # What the product below weighs with is what is summed: a row that looks at one key gets that key's value.
+        # What the dot below weighs with is what is summed: a row that looks at one key gets that key's value.
         total += tl.sum(rounded.to(tl.float32), 1)
         value = values.load([key_start + at, column])
         if MASKED:  # behind the end stands the next sequence, or what a block held before: 0 times NaN would be NaN

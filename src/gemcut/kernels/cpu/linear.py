@@ -17,7 +17,7 @@ from gemcut.quantization.spec import FourBitType
 from gemcut.quantization.tables import code_table, dynamic_map
 from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
-#: The most rows of x that the products serve; linear.h's limits.
+#: The most rows of x that the GEMV serves; linear.h's limits.
 MAX_M = 8
 MAX_K = 65536
 MAX_PARTS = 64
@@ -84,7 +84,7 @@ _GEMM_ARGUMENTS = [
 
 
 def many_rows(library: cpu.Library) -> Any:
-    """The product of many rows of bf16, or None where the library has none for this instruction set."""
+    """The GEMM of many rows of bf16, or None where the library has none for this instruction set."""
     try:
         return library.function("gemm", _GEMM_ARGUMENTS)
     except AttributeError:
@@ -160,7 +160,7 @@ def _segment(weight: CheckpointWeight, column: int) -> _Segment:
 
 
 class CpuLinear:
-    """The product of a LinearCase: up to MAX_M rows of x at the speed of memory, more of them in panels (gemm.cpp).
+    """The result of a LinearCase: up to MAX_M rows of x at the speed of memory, more of them in panels (gemm.cpp).
 
     Many rows in fp32, or on Arm, are plain PyTorch's.
     """

@@ -1,7 +1,7 @@
-"""Norms, the gated product and the soft-cap on a CPU (src/variant/rowwise.cpp), one C++ call each.
+"""Norms, GeGLU and the soft-cap on a CPU (src/variant/rowwise.cpp), one C++ call each.
 
-In PyTorch they cost more than a small network's products, and its threads, which spin between them, take the processors
-from the products' own. The arithmetic is fp32 with one rounding where a result is stored as bf16.
+In PyTorch they cost more than a small network's GEMVs, and its threads, which spin between them, take the processors
+from the GEMVs' own. The arithmetic is fp32 with one rounding where a result is stored as bf16.
 """
 
 from __future__ import annotations

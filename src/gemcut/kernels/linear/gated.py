@@ -55,7 +55,7 @@ def _refusal(width: int, k: int, gpu: Gpu) -> str | None:
     reason = gpu.wgmma_refusal
     if reason is not None:
         return reason
-    # Decoded weights come in tiles of 16 rows, and rows of whole 16-byte words are what the copy engine takes.
+    # Dequantized weights come in tiles of 16 rows, and TMA takes rows of whole 16-byte chunks.
     if width % 16 or k % 8:
         return f"takes widths that are a multiple of 16 and inputs that are one of 8, not {width} and {k}"
     return None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, read_sources
 
-#: Columns of a block, and of what work is dealt out in: x is padded with zeros to a multiple of the latter.
+#: Columns of a block, and of a unit that work is split in: x is padded with zeros to a multiple of the latter.
 BLOCK, UNIT = 64, 256
 
 

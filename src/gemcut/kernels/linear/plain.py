@@ -45,7 +45,7 @@ def dense_matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None
 def dense_matmul_fp16(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``x`` [T, in] in bf16 or fp32 times ``weight`` fp16 [out, in] transposed -> [T, out], computed in fp16.
 
-    ``x`` may hold what fp16 cannot (an MLP's gated product passes 65,504 in real weights): see ``fp16_rows``.
+    ``x`` may hold what fp16 cannot (GeGLU's result passes 65,504 in real weights): see ``fp16_rows``.
     """
     rows, factor = fp16_rows(x.float())
     return (dense_matmul(rows, weight, torch.float32) * factor).to(out_dtype)

@@ -300,7 +300,7 @@ class DecodeStep:
         group = shape.heads // shape.kv_heads
         self._kernel = _kernel(storage, plan, shape.head_dim, group, device.index or 0)
 
-        def words(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        def zeros(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
 
         def on_device(structures: Any) -> Tensor:
@@ -308,7 +308,7 @@ class DecodeStep:
 
         formats = [_format(rows) for layer in layers for rows in layer.matrices]
         kind = type(formats[0])
-        places = (_Layer * len(layers))(
+        caches = (_Layer * len(layers))(
             *(_Layer(la.storage[0].data_ptr(), la.storage[1].data_ptr(), int(la.sliding)) for la in layers)
         )
         head_norms = None
@@ -316,24 +316,24 @@ class DecodeStep:
             head_norms = torch.stack([n for la in layers if la.head_norms is not None for n in la.head_norms])
         tensors: dict[str, Tensor | None] = {
             "formats": on_device((kind * len(formats))(*formats)),
-            "layers": on_device(places),
+            "layers": on_device(caches),
             "norms": torch.stack([first_norm, *(norm for layer in layers for norm in layer.norms)]),
             "head_norms": head_norms,
             "table": table,
             "absmax": absmax,
             "ids": ids,
             "positions": positions,
-            "qkv": words(shape.matrices[0][0]),
-            "attended": words(FEW_SPLITS * shape.heads * shape.head_dim),
-            "lse": words(32 * shape.heads * max(1, shape.head_dim // 128)),
-            "activated": words(shape.width),
-            "partial": words(plan.blocks // shape.kv_heads * shape.heads * (shape.head_dim + 1), torch.int64),
+            "qkv": zeros(shape.matrices[0][0]),
+            "attended": zeros(FEW_SPLITS * shape.heads * shape.head_dim),
+            "lse": zeros(32 * shape.heads * max(1, shape.head_dim // 128)),
+            "activated": zeros(shape.width),
+            "partial": zeros(plan.blocks // shape.kv_heads * shape.heads * (shape.head_dim + 1), torch.int64),
             "residual": torch.zeros((plan.blocks, shape.hidden), device=device),
             "epoch": torch.ones(1, dtype=torch.int32, device=device),
         }
         #: bf16 [1, hidden]: the layers' result, normalised for the head.
         self.x = torch.zeros((1, shape.hidden), dtype=torch.bfloat16, device=device)
-        partials = words(2 * plan.partials * shape.hidden).view(2, -1)
+        partials = zeros(2 * plan.partials * shape.hidden).view(2, -1)
         self._kept = (tensors, partials, tuple(layers), block_tables, ropes)  # the kernel has only their addresses
         self._argument = _Step(
             x=self.x.data_ptr(), embed_scale=embed_scale, eps=shape.eps, scale=shape.scale,

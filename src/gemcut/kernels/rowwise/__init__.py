@@ -1,1 +1,1 @@
-"""Operations on rows: norms, the gated product, rotation and the write into the cache."""
+"""Operations on rows: norms, GeGLU, rotation and the write into the cache."""

@@ -160,14 +160,14 @@ class CudaKernel:
 
 
 class TensorMap(ctypes.Structure):
-    """How the copy engine finds boxes of a matrix; a kernel's argument."""
+    """A TMA tensor map: how TMA finds boxes of a matrix; a kernel's argument."""
 
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
 @functools.lru_cache(maxsize=4096)
 def tensor_map(address: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int) -> TensorMap:
-    """Boxes of a bf16 matrix [rows, columns] at ``address``, each of 128-byte rows with their words swizzled.
+    """Boxes of a bf16 matrix [rows, columns] at ``address``, each of 128-byte rows, swizzled by 128 bytes.
 
     What of a box lies beyond the matrix's edges is read as zeros and not written. ``address`` and ``row_bytes``, from
     one row to the next, are multiples of 16.
@@ -180,7 +180,7 @@ def tensor_map(address: int, rows: int, columns: int, row_bytes: int, box_rows: 
         (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
         0, _SWIZZLE_128, _PROMOTE_256, 0,
     )  # fmt: skip
-    _check(status, "describing a matrix to the copy engine")
+    _check(status, "making a TMA tensor map")
     return TensorMap.from_buffer_copy((ctypes.c_char * 128).from_address(aligned))
 
 

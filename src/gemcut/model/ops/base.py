@@ -34,14 +34,14 @@ Activations = Tensor | Ordered
 
 @dataclass(frozen=True)
 class NetworkCase:
-    """What a network asks of the kernels between its products: its sizes and its compute dtype."""
+    """What a network asks of the kernels between its GEMMs: its sizes and its compute dtype."""
 
     config: GemmaConfig
     dtype: torch.dtype
 
     @property
     def rowwise(self) -> RowwiseCase:
-        """Of norms, of the gated product, of rotations."""
+        """Of norms, of GeGLU, of rotations."""
         return RowwiseCase(self.config.hidden_size, self.config.intermediate_size, self.config.head_dim)
 
     @property

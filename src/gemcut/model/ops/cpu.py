@@ -1,4 +1,4 @@
-"""The operations in bf16 on a CPU: everything but the matrix products is one C++ call each.
+"""The operations in bf16 on a CPU: everything but the linear layers is one C++ call each.
 
 A decode step has some twenty small operations a layer; see gemcut.kernels.cpu.rowwise for what they cost otherwise. The
 plain operations are the twin. Steps of single tokens go through all layers in one call where that serves

@@ -1,6 +1,6 @@
-"""The operations in bf16 on an NVIDIA GPU: norms, rotation and cache, attention, the gated product in few launches.
+"""The operations in bf16 on an NVIDIA GPU: norms, rotation and cache, attention and GeGLU in few launches.
 
-In plain PyTorch a layer has some thirty launches between its four products; here it has four. The residual stream stays
+In plain PyTorch a layer has some thirty launches between its four GEMMs; here it has four. The residual stream stays
 fp32, every kernel computes in fp32 and rounds once. The plain operations are the twin.
 """
 
@@ -78,18 +78,18 @@ class CudaOps:
     def attend(
         self, attention: Attention, x: Activations, rotations: Rotations, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
-        qkv = product(attention.qkv_proj, x)
+        qkv = apply_linear(attention.qkv_proj, x)
         if kv.decode is not None and self._takes(attention, kv.decode):
             mixed = self._attend_decode(attention, qkv, kv.decode)
         elif kv.paged is not None and self.varlen is not None:
             mixed = self._attend_varlen(attention, qkv, rotations[attention.layer], kv.paged, self.varlen)
         else:
             mixed = attention.mix(qkv, rotations[attention.layer], kv)
-        return product(attention.o_proj, mixed if wanted is None else mixed[wanted])
+        return apply_linear(attention.o_proj, mixed if wanted is None else mixed[wanted])
 
     def mlp(self, mlp: MLP, x: Activations) -> Tensor:
         rows = x.m if isinstance(x, Ordered) else len(x)
-        return product(mlp.down_proj, gated_product(mlp.gate_up_proj, x, groups_of(mlp.down_proj, rows)))
+        return apply_linear(mlp.down_proj, apply_gated(mlp.gate_up_proj, x, groups_of(mlp.down_proj, rows)))
 
     def softcap(self, values: Tensor, cap: float) -> Tensor:
         return softcap_in_place(values, cap)
@@ -148,8 +148,8 @@ def groups_of(linear: LinearLayer, m: int) -> int:
     return linear.kernel.groups(m) if isinstance(linear.kernel, FewRows) else 0
 
 
-def product(linear: LinearLayer, x: Activations) -> Tensor:
-    """A linear layer's product, also of rows in order where ``groups_of`` asked for them."""
+def apply_linear(linear: LinearLayer, x: Activations) -> Tensor:
+    """A linear layer's result, also of rows in order where ``groups_of`` asked for them."""
     if isinstance(x, Ordered):
         assert isinstance(linear.kernel, FewRows)
         return linear.kernel(x)
@@ -157,7 +157,7 @@ def product(linear: LinearLayer, x: Activations) -> Tensor:
     return out
 
 
-def gated_product(linear: LinearLayer, x: Activations, groups: int) -> Activations:
+def apply_gated(linear: LinearLayer, x: Activations, groups: int) -> Activations:
     """bf16 ``gelu(gate) · up`` [m, rows / 2] of a linear layer whose rows are gate, then up.
 
     With ``groups`` the result is in order (gemcut.kernels.linear.layout), in so many groups of eight rows.
@@ -165,4 +165,4 @@ def gated_product(linear: LinearLayer, x: Activations, groups: int) -> Activatio
     gated = linear.kernel.gated if isinstance(linear.kernel, FewRows) else None
     if gated is not None and not groups and isinstance(x, Tensor) and gated_gemm.pays(len(x)):
         return gated(x)
-    return geglu.geglu(product(linear, x), groups)
+    return geglu.geglu(apply_linear(linear, x), groups)

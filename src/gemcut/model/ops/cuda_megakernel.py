@@ -28,11 +28,11 @@ def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tup
         tables: the block tables int32 [1, most blocks] of full and of sliding layers.
     """
     config, layers = model.config, model.layer_list
-    products = [_products(layer) for layer in layers]
-    if any(four is None for four in products):
+    weights = [_weights_of(layer) for layer in layers]
+    if any(matrices is None for matrices in weights):
         return "one launch a step takes packed weights or unquantized ones that their own kernels read"
-    fours = [four for four in products if four is not None]
-    storages = {decode_step.storage_of(rows) for four in fours for rows in four}
+    packed = [matrices for matrices in weights if matrices is not None]
+    storages = {decode_step.storage_of(rows) for matrices in packed for rows in matrices}
     if len(storages) != 1:
         return "one launch a step takes layers of one format"
     case = StepCase(step_shape(config), storages.pop(), batch.block_size)
@@ -40,14 +40,14 @@ def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tup
     if reason is not None:
         return reason
     bound = []
-    for index, (layer, four) in enumerate(zip(layers, fours, strict=True)):
+    for index, (layer, matrices) in enumerate(zip(layers, packed, strict=True)):
         after = layers[index + 1].input_norm if index + 1 < len(layers) else model.norm
         norms = (layer.post_attention_norm, layer.pre_feedforward_norm, layer.post_feedforward_norm, after)
         post, pre, end, following = (module.scale for module in norms)
         q_norm, k_norm = head_norms(layer.attention)
         heads = None if q_norm is None or k_norm is None else (q_norm, k_norm)
         sliding = layer.attention.spec.window is not None
-        bound.append(StepLayer(four, (post, pre, end, following), heads, batch.storage(index), sliding))
+        bound.append(StepLayer(matrices, (post, pre, end, following), heads, batch.storage(index), sliding))
     table, absmax = table_of(model.embed)
     ropes = model.rope_full.table(ids.device), model.rope_sliding.table(ids.device)
     return DecodeStep(
@@ -56,7 +56,7 @@ def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tup
     )  # fmt: skip
 
 
-def _products(layer: Layer) -> tuple[Rows, ...] | None:
+def _weights_of(layer: Layer) -> tuple[Rows, ...] | None:
     """What the layer's qkv, o, gate and up, down read; None where one of them has another kernel."""
     linears = layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
     found = tuple(linear.kernel.rows for linear in linears if isinstance(linear.kernel, FewRows))
