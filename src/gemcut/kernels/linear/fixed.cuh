@@ -1,6 +1,6 @@
 // Computes: the GEMV of small matrices: each warp keeps its k_blocks for all tiles of its block, with x in registers
 // Shapes: x bf16 [m, k], m up to 8 or 16; W [n, k] in a format's layout; y bf16 or fp32 [m, n]
-// Runs: four_bit_fixed (9 to 16 rows or up to 8), int8_fixed; planned by plan_fixed() of linear/gemv.py
+// Runs: four_bit_fixed (up to 8 or 16 rows) and int8_fixed (up to 8); planned by plan_fixed() of linear/gemv.py
 // Schedule: GEMV with fixed columns a warp (x register-stationary); partial sums meet in shared memory; split-K fix-up
 // Invariants: x is never staged in shared memory; no barrier between x and the first product; fixed order of sums
 //
@@ -9,7 +9,7 @@
 
 struct Fixed {   // what a warp of a block works on
   Lane lane;
-  int warp, tile_begin, tile_end, first, own;   // `own` column k_blocks from `first` on
+  int warp, tile_begin, tile_end, first, own;   // `own` k_blocks from `first` on
 };
 template <int K_BLOCKS>
 __device__ __forceinline__ Fixed fixed_columns(const Problem& p) {

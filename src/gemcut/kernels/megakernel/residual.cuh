@@ -117,7 +117,7 @@ __device__ __forceinline__ void add_norm(const Step& p, Shared& s, u8* xs, float
   }
 }
 
-// x = `count` words, rounded.
+// x = `count` flagged words, rounded to bf16.
 __device__ __forceinline__ void gather(u8* xs, const u32* from, int count, u32 tag) {
   constexpr int BATCH = WIDTH_FLOAT4S;
   const int thread = this_thread();
