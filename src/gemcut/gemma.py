@@ -417,6 +417,12 @@ class Gemma:
         Raises:
             ParameterError: a value is out of range or unknown.
         """
+        if not self._told_left_out and (names := left_out(self.generation_config)):
+            self._told_left_out = True
+            warnings.warn(
+                f"the checkpoint's generation_config.json sets {', '.join(names)}: gemcut does not have it, left out",
+                stacklevel=4,
+            )
         return resolve_sampling(
             [(GIVEN, sampling), *self.sampling_levels],
             prompt_tokens=prompt_tokens,
@@ -425,12 +431,6 @@ class Gemma:
         )
 
     def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], *, chat: bool = False) -> SamplingParams:
-        if not self._told_left_out and (names := left_out(self.generation_config)):
-            self._told_left_out = True
-            warnings.warn(
-                f"the checkpoint's generation_config.json sets {', '.join(names)}: gemcut does not have it, left out",
-                stacklevel=3,
-            )
         return self.resolve_sampling(len(ids), sampling, chat=chat).params
 
 

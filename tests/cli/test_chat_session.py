@@ -151,6 +151,13 @@ def test_empty_lines_send_nothing(talk: Talk) -> None:
     assert session.conversation.turns == []
 
 
+def test_stats_are_those_of_the_last_answer_whatever_was_set_since(talk: Talk) -> None:
+    _, shown = talk("/set temperature 0.5", "Hello", "/set temperature 0.25", "/stats")
+    stats = shown[shown.rindex("sampling ") :]
+    assert "0.5" in stats
+    assert "0.25" not in stats
+
+
 def test_help_and_stats_and_exit(talk: Talk) -> None:
     session, shown = talk("/help", "/stats", "Hello", "/stats", "/exit", "never sent")
     for command in ("/help", "/system TEXT", "/clear", "/undo", "/save FILE", "/load FILE", "/stats", "/exit"):

@@ -166,10 +166,11 @@ def _answer(
     as_json: bool,
 ) -> None:
     """One message, one answer."""
-    with gemma.chat(messages, stream=True, **fields) as stream:
+    ids = gemma.encode_messages(messages)
+    used = gemma.resolve_sampling(len(ids), fields, chat=True)
+    with gemma.stream_ids(ids, used.params) as stream:
         if as_json:
             completion = stream.result.checked()
-            used = gemma.resolve_sampling(completion.prompt_tokens, fields, chat=True)
             output.print_json(answer_report(gemma, completion, used))
         elif output.is_terminal(sys.stdout):
             from rich.console import Console
@@ -184,4 +185,4 @@ def _answer(
             output.write_pieces(stream)
         completion = stream.result
     if stats:
-        output.print_stats(gemma, completion, gemma.resolve_sampling(completion.prompt_tokens, fields, chat=True))
+        output.print_stats(gemma, completion, used)

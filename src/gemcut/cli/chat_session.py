@@ -18,6 +18,7 @@ from gemcut.cli.failures import explain
 from gemcut.cli.files import read_text_file
 from gemcut.cli.interrupt import quiet_keyboard, stop_request
 from gemcut.engine.results import Completion
+from gemcut.engine.sampling import SamplingParams
 from gemcut.errors import GemcutError, ParameterError
 from gemcut.gemma import Gemma
 from gemcut.paths import expand
@@ -47,6 +48,7 @@ class ChatSession:
         self.conversation = conversation or Conversation()
         self.console = Console(highlight=False)
         self.last: Completion | None = None
+        self._last_used: ResolvedSampling | None = None  # what it was sampled with
         self.draft = ""  # what stands in the line when it is next shown
         self.used = 0  # tokens of the conversation
         self.attached: list[str] = []  # texts of files that go in front of the next message
@@ -108,7 +110,8 @@ class ChatSession:
         """
         full = "\n\n".join([*self.attached, question])
         messages = self.conversation.messages(full)
-        length = len(self.gemma.encode_messages(messages))
+        ids = self.gemma.encode_messages(messages)
+        length = len(ids)
         limit = self.gemma.engine.max_context
         self.draft = question
         if length >= limit:
@@ -119,8 +122,9 @@ class ChatSession:
         fields = dict(self.sampling)
         if "max_new_tokens" in fields:
             fields["max_new_tokens"] = min(fields["max_new_tokens"], limit - length)
-        answer = self._stream(messages, fields)
-        self.last = answer
+        used = self.gemma.resolve_sampling(length, fields, chat=True)
+        answer = self._stream(ids, used.params)
+        self.last, self._last_used = answer, used
         if answer.finish_reason == "cancelled" and not answer.text.strip():
             self._say("Stopped before the first word; your message is back in the line.")
             return
@@ -130,9 +134,9 @@ class ChatSession:
         self._count()
         self._remark(answer, limit)
 
-    def _stream(self, messages: list[dict[str, str]], fields: dict[str, Any]) -> Completion:
+    def _stream(self, ids: list[int], params: SamplingParams) -> Completion:
         view = MarkdownView(self.console) if self.markdown else PlainView(self.console)
-        with quiet_keyboard(), stop_request() as stop, self.gemma.chat(messages, stream=True, **fields) as stream:
+        with quiet_keyboard(), stop_request() as stop, self.gemma.stream_ids(ids, params) as stream:
             with view:
                 for event in stream.events():
                     if event.text:
@@ -270,9 +274,8 @@ class ChatSession:
     def do_stats(self, rest: str) -> None:
         """/stats: speed and tokens of the last answer"""
         lines = ["No answer yet."]
-        if (last := self.last) is not None:
-            used = self.gemma.resolve_sampling(last.prompt_tokens, self.sampling, chat=True)
-            lines = output.stats_lines(self.gemma, last, used)
+        if self.last is not None and self._last_used is not None:
+            lines = output.stats_lines(self.gemma, self.last, self._last_used)
         lines.append(f"context  {self.used:,} of {self.gemma.engine.max_context:,} tokens, {self._turns()}")
         for line in lines:
             self._say(line)

@@ -68,10 +68,11 @@ def generate(
     fields, levels = sampling.fields(logprobs=logprobs), sampling.levels()
     gemma = load.load(name)
     gemma.sampling_levels[:0] = levels
-    with gemma.stream(text, **fields) as stream:
+    ids = gemma.encode(text)
+    used = gemma.resolve_sampling(len(ids), fields)
+    with gemma.stream_ids(ids, used.params) as stream:
         if as_json:
             completion = stream.result.checked()
-            used = gemma.resolve_sampling(completion.prompt_tokens, fields)
             output.print_json(answer_report(gemma, completion, used, text if show_prompt else None))
         else:
             tidy = output.safe if output.is_terminal(sys.stdout) else str  # a pipe gets the text as it is
@@ -81,7 +82,7 @@ def generate(
             output.write_pieces(stream, tidy, begun=show_prompt)
             completion = stream.result
     if stats:
-        output.print_stats(gemma, completion, gemma.resolve_sampling(completion.prompt_tokens, fields))
+        output.print_stats(gemma, completion, used)
 
 
 def read_prompt(argument: str | None, file: Path | None, most_bytes: Callable[[], int]) -> str:
