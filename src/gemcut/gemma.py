@@ -20,7 +20,7 @@ import torch
 from gemcut import process
 from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.source import Source
-from gemcut.engine import Engine, EngineConfig, Request, SamplingParams
+from gemcut.engine import Engine, EngineConfig, PromptLogprob, Request, SamplingParams
 from gemcut.engine.results import Completion, TextStream
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.loading import effective_quantization, load_network
@@ -42,6 +42,7 @@ from gemcut.prompts import (
 from gemcut.quantization.parse import parse_quantization
 from gemcut.quantization.spec import Quantization
 from gemcut.sampling_defaults import GIVEN, Level, ResolvedSampling, checkpoint_level, left_out, resolve_sampling
+from gemcut.scoring import Portion, check_starts, score_texts
 from gemcut.text import ChatOptions, ChatWriter, Detokenizer, Tokenizer, stop_ids
 
 Messages = Sequence[Mapping[str, Any]]
@@ -314,16 +315,46 @@ class Gemma:
         answer = self.stream_ids(ids, params)
         return answer if stream else answer.result.checked().text
 
-    def score(self, texts: Any) -> list[list[float]]:
+    @overload
+    def score(
+        self, texts: Any, *, start: int | Sequence[int] = 1, ranks: Literal[False] = False
+    ) -> list[list[float]]: ...
+    @overload
+    def score(
+        self, texts: Any, *, start: int | Sequence[int] = 1, ranks: Literal[True]
+    ) -> list[list[PromptLogprob]]: ...
+    def score(self, texts: Any, *, start: int | Sequence[int] = 1, ranks: bool = False) -> Any:
         """Log-probabilities: for each text, one number for each token after the first (natural logarithm).
 
-        ``texts`` are prompts as in `generate`: a text's first token is ``<bos>``, ids are taken as they are. The
-        result has an entry a prompt, also where there is one alone.
+        What several texts begin with is computed once, and its places are scored once: n continuations of one context
+        cost one prefill of it.
+
+        Args:
+            texts: prompts as in `generate`: a text's first token is ``<bos>``, ids are taken as they are.
+            start: the place of the first token that is scored, in all texts or in each; 1 is the second token. The
+                length of its context where only a continuation is wanted.
+            ranks: give for each token a PromptLogprob instead, which also has its rank and the greedy token.
+
+        Returns:
+            An entry a prompt, also where there is one alone; each from ``start`` on.
+
+        Raises:
+            ParameterError: something in ``texts`` is no prompt, or ``start`` no place in it.
         """
         many, _ = split_prompts(texts, pad_id=self.pad_id)
-        params = SamplingParams(max_new_tokens=0)
-        results = self.complete([self.encode(text) for text in many], [params] * len(many), prompt_logprobs=True)
-        return [list(result.checked().prompt_logprobs or ()) for result in results]
+        ids = [self.encode(text) for text in many]
+        scores = score_texts(ids, check_starts(start, ids), partial(self._scores, ids))
+        return scores if ranks else [[each.logprob for each in own] for own in scores]
+
+    def _scores(self, texts: list[list[int]], parts: list[Portion]) -> list[tuple[PromptLogprob, ...]]:
+        params, streams = SamplingParams(max_new_tokens=0), list[TextStream]()
+        try:
+            for part in parts:
+                streams.append(self.stream_ids(texts[part.text], params, prompt_logprobs_from=part.start))
+            return [stream.result.checked().prompt_scores or () for stream in streams]
+        finally:  # after an error or Ctrl-C nothing keeps running
+            for stream in streams:
+                stream.cancel()
 
     # ---- the layer of token ids ----------------------------------------------------------------------------------
 
@@ -377,8 +408,11 @@ class Gemma:
         *,
         stop_ids: frozenset[int] | None = None,
         prompt_logprobs: bool = False,
+        prompt_logprobs_from: int | None = None,
     ) -> TextStream:
         """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
+
+        ``prompt_logprobs_from``: score the prompt's tokens from this place on; ``prompt_logprobs``: from the second.
 
         Every front door ends here. Without a tokenizer all texts are "", and stop texts raise TokenizerError.
         """
@@ -386,14 +420,14 @@ class Gemma:
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
         text = None
-        if self._tokenizer is not None or params.stop:
+        if (self._tokenizer is not None and params.max_new_tokens) or params.stop:
             text = partial(Detokenizer, self.tokenizer, prompt_ids=tuple(ids), stop=params.stop)
         request = Request(
             prompt_ids=tuple(ids),
             params=params,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             text=text,
-            prompt_logprobs_from=1 if prompt_logprobs else None,
+            prompt_logprobs_from=1 if prompt_logprobs and prompt_logprobs_from is None else prompt_logprobs_from,
         )
         # The stream first: whatever strikes here, a request that is started has an owner or is dropped with it.
         stream = TextStream(self.engine, self.engine.prepare(request))

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from engine.driver import GREEDY, Recording, assert_nothing_held, prompts_of, small_model, twins
+from gemcut.config import GemmaConfig
 from gemcut.engine import PromptLogprob, SamplingParams
 from gemcut.engine.cache import bytes_per_block
-from gemcut.engine.logprobs import scores_of
+from gemcut.engine.logprobs import prompt_scores, scores_of
 from gemcut.engine.scheduler import Scheduled
 from gemcut.errors import ParameterError
+from gemcut.model import Model
+from gemcut.model.bind import bind_kernels
+from support import TINY
 
 NO_TOKENS = SamplingParams(max_new_tokens=0)
 
@@ -200,3 +204,44 @@ def test_a_row_that_is_no_row_of_numbers_has_no_score(value: float) -> None:
     found = scores_of(logits, [4, 5, 6])
     assert torch.equal(found[[0, 2]], sound[[0, 2]])
     assert not found[1, 0].isfinite()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dtype": torch.bfloat16}, {"rows": 1}, {"vocabulary": 24_577}], ids=str)
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_a_large_vocabulary_in_tiles(sizes: dict[str, Any], kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64 of the head's own logits: with a soft-cap, several rows, an odd end, and equal logits."""
+    sizes = {"dtype": torch.float32, "rows": 70, "vocabulary": 20_000, **sizes}
+    values = {**TINY, "model_type": "gemma2", "vocab_size": sizes["vocabulary"], "num_hidden_layers": 1}
+    model = Model(GemmaConfig.from_dict({**values, "final_logit_softcapping": 30.0}), dtype=sizes["dtype"])
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5 + name.endswith("scale"))
+    model.embed.weight.data[9000] = model.embed.weight.data[17]  # two tokens that are always alike
+    bind_kernels(model, torch.device("cpu"), kernels)
+    hidden = torch.randn(sizes["rows"], 48, generator=generator)
+    tokens = torch.randint(sizes["vocabulary"], (sizes["rows"],), generator=generator).tolist()
+    tokens[0] = 9000
+    asked: list[int] = []
+    head = Model.head
+    monkeypatch.setattr(Model, "head", lambda model, rows: (asked.append(len(rows)), head(model, rows))[1])
+    with torch.inference_mode():
+        found = prompt_scores(model, hidden, tokens)
+        assert len(asked) <= 2  # else it was done row by row
+        exact = head(model, hidden).double()
+    for row, token, score in zip(exact, tokens, found, strict=True):
+        assert score is not None
+        logprobs = row.log_softmax(-1)
+        assert score.token_id == token
+        assert score.logprob == pytest.approx(logprobs[token].item(), abs=2e-5)
+        assert score.greedy_logprob == pytest.approx(logprobs.max().item(), abs=2e-5)
+        # A product with other columns beside it may round the last bit of a logit in another way.
+        near = 1e-6 * row.abs().max()
+        assert int((row > row[token] + near).sum()) < score.rank <= 1 + int((row > row[token] - near).sum())
+        assert row[score.greedy_id] >= row.max() - near
+    hidden[0, 3] = torch.nan
+    spoilt = prompt_scores(model, hidden, tokens)
+    assert spoilt[0] is None
+    assert None not in spoilt[1:]
+    model.embed.weight.data[12_345] = torch.inf
+    bind_kernels(model, torch.device("cpu"), kernels)
+    assert set(prompt_scores(model, hidden, tokens)) == {None}

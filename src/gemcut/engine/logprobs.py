@@ -11,10 +11,13 @@ from torch import Tensor
 from gemcut.engine.request import PromptLogprob, RowError, TokenLogprob
 from gemcut.engine.tensors import indices, rows_at_once
 from gemcut.model import Model
+from gemcut.model.head import head_part
 
 # Rows of logits that are made at a time to score a prompt: each reads the whole head's matrix; 64 rows of 256,000 fp32
 # are 66 MB.
 SCORED_ROWS = 64
+# The same in tiles of the vocabulary, of so many logits (8 MB) and so many tokens at most.
+TILED_ROWS, TILE, WIDEST = 512, 1 << 21, 8192
 
 
 def token_logprobs(logits: Tensor, tokens: Many[int | RowError], wanted: Many[int | None]) -> list[TokenLogprob | None]:
@@ -51,16 +54,57 @@ def prompt_scores(model: Model, hidden: Tensor, tokens: Many[int]) -> list[Promp
         tokens: n token ids.
     """
     results: list[PromptLogprob | None] = []
-    for first in range(0, len(tokens), SCORED_ROWS):
-        logits = model.head(hidden[first : first + SCORED_ROWS])
-        part = tokens[first : first + SCORED_ROWS]
-        for row in scores_of(logits, part).tolist():
-            *numbers, rank, greedy = row
-            logprob, greedy_logprob = numbers
+    large = model.config.vocab_size > WIDEST and not hidden.is_cuda
+    in_tiles = large and head_part(model, slice(0, 1)) is not None
+    step = TILED_ROWS if in_tiles else SCORED_ROWS
+    for first in range(0, len(tokens), step):
+        rows, own = hidden[first : first + step], tokens[first : first + step]
+        found = _scores_in_tiles(model, rows, own) if in_tiles else scores_of(model.head(rows), own)
+        for token, (logprob, greedy_logprob, rank, greedy) in zip(own, found.tolist(), strict=True):
             finite = math.isfinite(logprob) and math.isfinite(greedy_logprob)
-            token = part[len(results) - first]
             results.append(PromptLogprob(token, logprob, int(rank), int(greedy), greedy_logprob) if finite else None)
     return results
+
+
+def _scores_in_tiles(model: Model, hidden: Tensor, tokens: Many[int]) -> Tensor:
+    """``scores_of`` the head's logits, a part of the vocabulary at a time: each is read while a CPU's caches have it,
+    and the head's matrix is read once for all rows."""
+    own, vocabulary = indices(list(tokens), hidden.device), model.config.vocab_size
+    x = model.norm(hidden).to(model.dtype)
+
+    def logits_of(part: slice | Tensor) -> Tensor:
+        product = head_part(model, part)
+        assert product is not None
+        return model.softcap(product(x))
+
+    # Ranks are counted on the way, so the tokens' own logits are needed before their tiles come.
+    chosen = logits_of(own).diagonal()[:, None].clone()
+    width = max(1024, min(WIDEST, TILE // len(tokens)))
+    best = torch.full_like(chosen, float("-inf"))
+    total, rank, bad = (torch.zeros_like(chosen, dtype=torch.float64) for _ in range(3))
+    greedy = torch.zeros_like(own)[:, None]
+    known = torch.ones_like(greedy, dtype=torch.bool)
+    likelier = torch.empty((len(tokens), min(width, vocabulary)), dtype=torch.float32)
+    for first in range(0, vocabulary, width):
+        logits = logits_of(slice(first, first + width))
+        columns = logits.shape[1]
+        at = (own - first)[:, None]
+        known &= (at < 0) | (at >= columns) | (logits.gather(1, at.clamp(0, columns - 1)) == chosen)
+        rank += torch.gt(logits, chosen, out=likelier[:, :columns]).sum(dim=-1, keepdim=True)
+        place = torch.from_numpy(logits.numpy().argmax(axis=-1))[:, None]
+        most, least = logits.gather(1, place), logits.amin(dim=-1, keepdim=True)
+        # Infinity minus itself is NaN: one logit of minus infinity would not be seen in the sums.
+        bad += (least - least) + (most - most)
+        greedy = torch.where(most > best, place + first, greedy)
+        before, best = best, torch.maximum(best, most)
+        sums = logits.sub_(best).exp_().sum(dim=-1, keepdim=True)
+        total = total * (before - best).double().exp() + sums
+    normal = total.log() + bad
+    found = torch.cat((chosen.double() - best - normal, -normal, 1 + rank, greedy.double()), dim=1)
+    # Where a product with other rows beside it rounds a logit in another way, its rank was not counted exactly.
+    for i in (~known[:, 0] & ~bad.isnan()[:, 0]).nonzero()[:, 0].tolist():
+        found[i] = scores_of(model.head(hidden[i : i + 1]), tokens[i : i + 1])[0]
+    return found
 
 
 def scores_of(logits: Tensor, tokens: Many[int]) -> Tensor:
