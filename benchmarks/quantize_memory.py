@@ -26,7 +26,7 @@ from gemcut.checkpoint.names import expected_shapes, to_hf
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.stream import cut
+from gemcut.quantization.stream import quantize_tensor
 
 GB = 10**9
 
@@ -86,10 +86,10 @@ class Watch(threading.Thread):
 def arithmetic(config: GemmaConfig, spec: Quantization) -> float:
     """Bytes of bf16 a second that are cut in memory."""
     weight = torch.randn(4096, config.hidden_size).mul_(0.02).bfloat16()
-    cut("warm", weight, spec)
+    quantize_tensor("warm", weight, spec)
     started, done = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < 3:
-        cut("weight", weight, spec)
+        quantize_tensor("weight", weight, spec)
         done += weight.nbytes
     return done / seconds
 

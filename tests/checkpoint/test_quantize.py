@@ -25,7 +25,7 @@ from gemcut.checkpoint.working import Lock, working_folder
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.stream import cut
+from gemcut.quantization.stream import quantize_tensor
 
 SPECS = [
     Quantization("nf4"),
@@ -81,7 +81,7 @@ def test_transformers_loads_what_is_written(spec: Quantization, shard: int, fold
     state = dict(whole.named_parameters())
     for name, entry in report["weights"].items():
         if "format" in entry:
-            packed = cut(name, state[name].data, spec)
+            packed = quantize_tensor(name, state[name].data, spec)
             original = state[name].float()
             error = (dequantize_weight(packed, torch.float32) - original).norm() / original.norm()
             assert entry["relative_error"] == pytest.approx(error.item(), rel=1e-4)

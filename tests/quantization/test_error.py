@@ -10,7 +10,7 @@ from gemcut.quantization.error import relative_error
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8_rows
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.stream import cut
+from gemcut.quantization.stream import quantize_tensor
 from gemcut.quantization.weights import Int8Weight
 
 SPECS = [
@@ -26,7 +26,7 @@ SPECS = [
 def test_pieces_add_up_to_the_whole(spec: Quantization, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[-1] *= 5  # the last piece counts
-    packed = cut("w", weight, spec)
+    packed = quantize_tensor("w", weight, spec)
     expected = (dequantize_weight(packed, torch.float32).double() - weight.double()).norm() / weight.double().norm()
     assert relative_error(weight, packed) == pytest.approx(expected.item(), rel=1e-5, abs=1e-12)
 

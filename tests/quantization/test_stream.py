@@ -13,7 +13,7 @@ from gemcut.errors import CheckpointError, ParameterError
 from gemcut.quantization.four_bit import dequantize_4bit, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8_rows
 from gemcut.quantization.spec import Quantization, skip_matcher
-from gemcut.quantization.stream import cut, quantize_tensors
+from gemcut.quantization.stream import quantize_tensor, quantize_tensors
 from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
 from support import tiny_config
 
@@ -67,7 +67,7 @@ def test_pieces_are_cut_as_the_whole(spec: Quantization, monkeypatch: pytest.Mon
     monkeypatch.setattr("gemcut.quantization.stream.PIECE", 256 * spec.block_size)
     weight = torch.randn(301, 333, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert spec.format != "int8"
-    pieces = cut("w", weight, spec)
+    pieces = quantize_tensor("w", weight, spec)
     whole = quantize_4bit(weight, spec.format, block_size=spec.block_size, double_quant=spec.double_quant)
     assert all(torch.equal(a, b) for a, b in zip(pieces.tensors, whole.tensors, strict=True))
 

@@ -30,12 +30,12 @@ def quantize_4bit(
     codes = torch.empty(math.ceil(count / 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(math.ceil(count / block_size), dtype=torch.float32, device=device)
 
-    def cut(start: int, stop: int) -> None:
+    def quantize_piece(start: int, stop: int) -> None:
         statistics = absmax[start // block_size : math.ceil(stop / block_size)]
         ratios = _ratios(flat[start:stop].float(), block_size, statistics)
         codes[start // 2 : math.ceil(stop / 2)] = _nearest_pairs(ratios, quant_type)
 
-    in_pieces(cut, count, PIECE, device)
+    in_pieces(quantize_piece, count, PIECE, device)
     nested = None
     if double_quant:
         absmax, nested = nest(absmax)

@@ -37,14 +37,14 @@ def _cut(weight: Tensor, prepare: Callable[[Tensor], Tensor]) -> Int8Weight:
     codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(n, dtype=torch.float32, device=weight.device)
 
-    def cut(start: int, stop: int) -> None:
+    def quantize_piece(start: int, stop: int) -> None:
         rows = prepare(weight[start:stop])
         scaled = torch.abs(rows)
         torch.amax(scaled, dim=1, out=absmax[start:stop])
         torch.mul(rows, _steps(absmax[start:stop])[:, None], out=scaled)
         codes[start:stop] = scaled.round_()
 
-    in_pieces(cut, n, max(1, PIECE // k), weight.device)
+    in_pieces(quantize_piece, n, max(1, PIECE // k), weight.device)
     return Int8Weight(codes, absmax, weight.dtype)
 
 

@@ -81,7 +81,7 @@ def quantize_tensors(
         elif len(weight.shape) != 2 or stays(module_name(name)):
             yield name, weight
         else:
-            yield name, cut(name, weight, spec, dtype)
+            yield name, quantize_tensor(name, weight, spec, dtype)
         del weight  # before the reader moves on, so that its memory can go
 
 
@@ -98,7 +98,7 @@ def quantize_table(
         del weight
 
 
-def cut(
+def quantize_tensor(
     name: str, weight: Tensor | StoredWeight, spec: Quantization, dtype: torch.dtype | None = None
 ) -> FourBitWeight | Int8Weight:
     """``weight`` [out, in], rounded to ``dtype`` if one is given, in ``spec``'s format.
