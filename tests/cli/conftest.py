@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import support
 from gemcut.cli.main import main
 
@@ -65,10 +66,12 @@ def environment(**more: str) -> dict[str, str]:
 
 def process(*args: str | Path, stdin: bytes | None = None, **env: str) -> Run:
     """Run the command line as a process of its own."""
+    if stdin is None:
+        forked_run = forked.run([*map(str, args)], env=environment(**env), module="gemcut")
+        return Run(forked_run.returncode, forked_run.stdout, forked_run.stderr)
     done = subprocess.run(
         [sys.executable, "-m", "gemcut", *map(str, args)],
         input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,
         env=environment(**env),
         timeout=120,

@@ -51,6 +51,11 @@ def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def their_tokenizer(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
 def gemma(folder: Path) -> Gemma:
     return _load(folder)
 
@@ -202,13 +207,11 @@ def test_a_second_bos(gemma: Gemma, text: str) -> None:
     assert gemma.encode(text) == plain
 
 
-@pytest.mark.slow
-def test_a_templated_text_that_is_generated_from(gemma: Gemma, folder: Path) -> None:
+def test_a_templated_text_that_is_generated_from(gemma: Gemma, their_tokenizer: Any) -> None:
     """vllm #27517: apply_chat_template(tokenize=False), then generate(text): one <bos>, and the same ids."""
     messages = [{"role": "user", "content": "hello, how are you?"}]
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    right = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
+    text = their_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    right = their_tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
     assert right.count(BOS) == 1
     assert gemma.encode(text) == right
     assert gemma.encode_messages(messages) == right
@@ -236,32 +239,27 @@ def test_turns_that_never_end(copy: Path, stop: int) -> None:
     assert result.text == ""
 
 
-@pytest.mark.slow
-def test_the_system_role_is_an_error(gemma: Gemma, folder: Path) -> None:
+def test_the_system_role_is_an_error(gemma: Gemma, their_tokenizer: Any) -> None:
     """chat-ui #1386, sglang #892 and #1342, guidellm #67, Toolio #1: people send a system message to Gemma."""
     messages = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "Hello"}]
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     folded = [{"role": "user", "content": "You are brief.\n\nHello"}]
-    right = theirs.apply_chat_template(folded, tokenize=True, add_generation_prompt=True)["input_ids"]
+    right = their_tokenizer.apply_chat_template(folded, tokenize=True, add_generation_prompt=True)["input_ids"]
     assert gemma.encode_messages(messages) == right
     with pytest.raises(GemcutError, match="system"):
         gemma.encode_messages(messages, system="error")
 
 
-@pytest.mark.slow
-def test_a_backslash_n_of_the_shell(gemma: Gemma, folder: Path) -> None:
+def test_a_backslash_n_of_the_shell(gemma: Gemma, their_tokenizer: Any) -> None:
     """llama.cpp #7384: the two characters \\n are not a line break; nothing is unescaped behind one's back."""
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert gemma.encode(r"a\nb") == theirs(r"a\nb")["input_ids"] != theirs("a\nb")["input_ids"]
+    assert gemma.encode(r"a\nb") == their_tokenizer(r"a\nb")["input_ids"] != their_tokenizer("a\nb")["input_ids"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 31, 32])
-def test_tabs_are_split_and_a_space_appears(gemma: Gemma, folder: Path, count: int) -> None:
+def test_tabs_are_split_and_a_space_appears(gemma: Gemma, their_tokenizer: Any, count: int) -> None:
     """llama.cpp #8338: six tabs became two pieces of three, and decoding brought a space."""
     text = "\t" * count + "test"
     ids = gemma.tokenizer.encode(text)
-    assert ids == transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert ids == their_tokenizer(text)["input_ids"]
     assert gemma.tokenizer.decode(ids[1:]) == text
     if 1 < count < 32:
         assert len(ids) == 3  # <bos>, all tabs as one piece, "test"
