@@ -41,7 +41,7 @@ from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 
 PROMPT, STEPS, BATCH = 512, 24, 8
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def random_tensors(config: GemmaConfig) -> list[tuple[str, torch.Tensor]]:
 def network(config: GemmaConfig, tensors: list[tuple[str, torch.Tensor]], spec: Quantization | None) -> Model:
     """Our network of these tensors, quantized to ``spec``, with kernels bound."""
     model = build_network(config, dtype=torch.bfloat16, device=CPU, quantization=spec)
-    stream: list[tuple[str, Weight]] = list(tensors)
+    stream: list[tuple[str, CheckpointWeight]] = list(tensors)
     quantized = stream if spec is None else quantize_tensors(stream, spec, module_name=hf_module)
     load_model_weights(model, quantized, dtype=torch.bfloat16, device=CPU, allocate=huge_empty)
     bind_kernels(model, CPU)

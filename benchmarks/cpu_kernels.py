@@ -23,7 +23,7 @@ from gemcut.kernels.cpu import library as cpu
 from gemcut.kernels.cpu.linear import CpuLinear
 from gemcut.kernels.cpu.memory import huge_empty
 from gemcut.kernels.linear.case import LinearCase
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight, Nested
 
 #: name -> (rows of each fused matrix, inputs)
 SHAPES = {
@@ -38,7 +38,7 @@ SHAPES = {
 FORMATS = ("nf4", "nf4-nested", "int8", "bf16")
 
 
-def random_weight(rows: int, k: int, form: str) -> Weight:
+def random_weight(rows: int, k: int, form: str) -> CheckpointWeight:
     """Random packed weights on huge pages."""
     if form == "bf16":
         dense = huge_empty((rows, k), torch.bfloat16)

@@ -29,7 +29,7 @@ from gemcut.kernels.linear import cuda as cuda_linear
 from gemcut.kernels.linear.case import LinearCase
 from gemcut.kernels.linear.layout import Ordered, order_x
 from gemcut.kernels.runtime import nvrtc
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight, Nested
 
 SHAPES = {
     "gate+up": (73728, 4608),
@@ -53,7 +53,7 @@ ROTATED_BYTES = 600 << 20
 Product = Callable[[Tensor | Ordered], object]
 
 
-def random_weight(name: str, n: int, k: int) -> Weight:
+def random_weight(name: str, n: int, k: int) -> CheckpointWeight:
     """A random matrix: bf16, int8, or nf4 and fp4 with double quantization or ("-flat") without."""
     if name == "bf16":
         return torch.randn(n, k, device="cuda", dtype=torch.bfloat16)

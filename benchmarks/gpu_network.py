@@ -9,7 +9,7 @@ from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
 from gemcut.model.quantized import quantized_embedding, quantized_linear
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Nested, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight, Nested
 
 SIZES = {
     "2b": (26, 2304, 9216, 8, 4, 256, 256),
@@ -45,7 +45,7 @@ def shape(size: str, layers: int | None) -> dict[str, object]:
     }
 
 
-def random_weight(shape: tuple[int, int], spec: Quantization, head: bool) -> Weight:
+def random_weight(shape: tuple[int, int], spec: Quantization, head: bool) -> CheckpointWeight:
     """A random packed matrix whose values are of a usual size."""
     n, k = shape
     if head or spec.format == "int8":

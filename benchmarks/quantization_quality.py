@@ -47,7 +47,7 @@ from gemcut.model.bind import bind_kernels
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 
 DTYPE = torch.bfloat16
 Documents = list[list[int]]
@@ -104,7 +104,7 @@ def _documents(texts: list[str], encode: Callable[[str], list[int]], tokens: int
     return documents
 
 
-def network(source: Source, tensors: dict[str, Weight]) -> Model:
+def network(source: Source, tensors: dict[str, CheckpointWeight]) -> Model:
     """The bf16 network of dequantized weights."""
     with torch.device("meta"):
         model = Model(source.config(), dtype=DTYPE)
@@ -116,7 +116,9 @@ def network(source: Source, tensors: dict[str, Weight]) -> Model:
     return model
 
 
-def quantize(source: Source, variant: Variant, sets: dict[str, list[Documents]]) -> Iterator[tuple[str, Weight]]:
+def quantize(
+    source: Source, variant: Variant, sets: dict[str, list[Documents]]
+) -> Iterator[tuple[str, CheckpointWeight]]:
     """The variant's weights."""
     if variant.spec is None:
         return source.tensors(dtype=DTYPE)
@@ -129,7 +131,7 @@ def quantize(source: Source, variant: Variant, sets: dict[str, list[Documents]])
     return calibrate(source, variant.spec, documents, dtype=DTYPE)
 
 
-def decoder(source: Source, spec: Quantization | None, tensors: dict[str, Weight]) -> Callable[[], float]:
+def decoder(source: Source, spec: Quantization | None, tensors: dict[str, CheckpointWeight]) -> Callable[[], float]:
     """Gives tok/s of one request on this machine's CPU: 48 tokens after a prompt of 128."""
     cpu = torch.device("cpu")
     model = build_network(source.config(), dtype=DTYPE, device=cpu, quantization=spec)

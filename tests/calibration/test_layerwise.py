@@ -21,7 +21,7 @@ from gemcut.model.dense import DenseKeyValues
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.spec import Quantization
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 from support import gguf_path, hf_model, save_checkpoint, tiny_config
 
 SPEC = Quantization("nf4", block_size=32)
@@ -41,7 +41,7 @@ def documents() -> list[list[int]]:
     return [[2, *torch.randint(4, 320, (n - 1,), generator=generator).tolist()] for n in lengths]
 
 
-def build(source: Source, tensors: dict[str, Weight], dtype: torch.dtype = torch.float32) -> Model:
+def build(source: Source, tensors: dict[str, CheckpointWeight], dtype: torch.dtype = torch.float32) -> Model:
     """A network of whole weights from decoded ones: what any kernel must compute, without one."""
     with torch.device("meta"):
         model = Model(source.config(), dtype=dtype)
@@ -50,7 +50,7 @@ def build(source: Source, tensors: dict[str, Weight], dtype: torch.dtype = torch
     return model
 
 
-def same(a: Weight, b: Weight) -> bool:
+def same(a: CheckpointWeight, b: CheckpointWeight) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     assert not isinstance(a, Tensor)
@@ -186,7 +186,7 @@ def test_real_weights(tmp_path: Path) -> None:
     (tmp_path / "held-out").write_text("\n\n".join(text for _, text in topics[1::2]), encoding="utf-8")
     documents = read_calibration_text(tmp_path / "text", tokenizer, tokens=2048, context=256)
     held_out = read_calibration_text(tmp_path / "held-out", tokenizer, tokens=1024, context=256)
-    tensors: dict[str, Weight] = dict(source.tensors(dtype=torch.bfloat16))
+    tensors: dict[str, CheckpointWeight] = dict(source.tensors(dtype=torch.bfloat16))
     reference = Reference(build(source, tensors), held_out)
     plain = {n: quantize_4bit(t) if n != "embed.weight" and t.ndim == 2 else t for n, t in tensors.items()}  # type: ignore[union-attr,arg-type]
     before = reference.compare(build(source, plain))

@@ -14,17 +14,19 @@ from gemcut.quantization.four_bit import dequantize_4bit, quantize_4bit
 from gemcut.quantization.int8 import quantize_int8_rows
 from gemcut.quantization.spec import Quantization, skip_matcher
 from gemcut.quantization.stream import quantize_tensor, quantize_tensors
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 from support import tiny_config
 
 
-def whole(dtype: torch.dtype = torch.bfloat16) -> dict[str, Weight]:
+def whole(dtype: torch.dtype = torch.bfloat16) -> dict[str, CheckpointWeight]:
     generator = torch.Generator().manual_seed(0)
     shapes = expected_shapes(GemmaConfig.from_dict(tiny_config().to_dict()))
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
-def run(tensors: dict[str, Weight], spec: Quantization, dtype: torch.dtype | None = None) -> dict[str, Weight]:
+def run(
+    tensors: dict[str, CheckpointWeight], spec: Quantization, dtype: torch.dtype | None = None
+) -> dict[str, CheckpointWeight]:
     return dict(quantize_tensors(tensors.items(), spec, module_name=hf_module, dtype=dtype))
 
 
@@ -117,12 +119,14 @@ def test_nan_and_infinity_are_named(bad: float, name: str) -> None:
 
 
 def test_a_sum_that_overflows_is_no_infinity() -> None:
-    tensors: dict[str, Weight] = {"layers.0.mlp.up_proj.weight": torch.full((64, 64), 6e4, dtype=torch.float16)}
+    tensors: dict[str, CheckpointWeight] = {
+        "layers.0.mlp.up_proj.weight": torch.full((64, 64), 6e4, dtype=torch.float16)
+    }
     assert isinstance(run(tensors, Quantization("nf4"))["layers.0.mlp.up_proj.weight"], FourBitWeight)
 
 
 def test_values_that_fp16_cannot_hold_are_refused_for_int8() -> None:
-    tensors: dict[str, Weight] = {"layers.0.mlp.up_proj.weight": torch.full((64, 64), 1e5)}
+    tensors: dict[str, CheckpointWeight] = {"layers.0.mlp.up_proj.weight": torch.full((64, 64), 1e5)}
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight holds magnitudes above 65504"):
         run(tensors, Quantization("int8"))
     run(tensors, Quantization("nf4"))

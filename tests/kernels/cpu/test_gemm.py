@@ -13,7 +13,7 @@ from gemcut.kernels.linear.plain import plain_linear
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -25,7 +25,7 @@ def served_variants() -> list[str]:
     return [name for name in cpu.variants() if linear.many_rows(cpu.library(name)) is not None]
 
 
-def make_weight(kind: str, rows: int, k: int, seed: int = 0, block_size: int = 64) -> Weight:
+def make_weight(kind: str, rows: int, k: int, seed: int = 0, block_size: int = 64) -> CheckpointWeight:
     """A random matrix in one format, with rows of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(rows, k, generator=generator) * 0.02 * torch.rand(rows, 1, generator=generator).mul(4).exp2()
@@ -46,19 +46,21 @@ def inputs(rows: int, k: int, seed: int = 1) -> Tensor:
     return x.to(BF16)
 
 
-def exact(x: Tensor, weights: tuple[Weight, ...]) -> Tensor:
+def exact(x: Tensor, weights: tuple[CheckpointWeight, ...]) -> Tensor:
     """The product in float64 of x and the weights as decoded to bf16."""
     return torch.cat([x.double() @ dequantize_weight(weight, BF16).double().t() for weight in weights], dim=1)
 
 
-def kernel(weights: tuple[Weight, ...], out_dtype: torch.dtype, variant: str | None = None) -> linear.CpuLinear:
+def kernel(
+    weights: tuple[CheckpointWeight, ...], out_dtype: torch.dtype, variant: str | None = None
+) -> linear.CpuLinear:
     """The product bound to one instruction set."""
     case = LinearCase(weights, BF16, out_dtype)
     assert linear.supports(case, None) is None
     return linear.CpuLinear(case, cpu.library(variant))
 
 
-def check(x: Tensor, weights: tuple[Weight, ...], out_dtype: torch.dtype, got: Tensor) -> None:
+def check(x: Tensor, weights: tuple[CheckpointWeight, ...], out_dtype: torch.dtype, got: Tensor) -> None:
     """``got`` is right: within rounding of fp32 sums, and no worse than the twin for a result in bf16."""
     want = exact(x, weights)
     magnitude = exact(x.abs(), tuple(dequantize_weight(weight, BF16).abs() for weight in weights))

@@ -20,7 +20,7 @@ from gemcut.kernels.linear.plain import plain_linear
 from gemcut.quantization.four_bit import quantize_4bit
 from gemcut.quantization.int8 import quantize_int8
 from gemcut.quantization.spec import BLOCK_SIZES
-from gemcut.quantization.weights import FourBitWeight, Int8Weight, Weight
+from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 from support import ROOT
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -38,7 +38,9 @@ def random_matrix(rows: int, k: int, dtype: torch.dtype = BF16) -> Tensor:
     return (torch.randn(rows, k) * 0.1).to(dtype)
 
 
-def pack(rows: int, k: int, form: str, block: int = 64, nested: bool = False, dtype: torch.dtype = BF16) -> Weight:
+def pack(
+    rows: int, k: int, form: str, block: int = 64, nested: bool = False, dtype: torch.dtype = BF16
+) -> CheckpointWeight:
     dense = random_matrix(rows, k, dtype)
     if form == "whole":
         return dense
@@ -47,7 +49,7 @@ def pack(rows: int, k: int, form: str, block: int = 64, nested: bool = False, dt
     return quantize_4bit(dense, "nf4" if form == "nf4" else "fp4", block_size=block, double_quant=nested)
 
 
-def matrix(weight: Weight) -> Tensor:
+def matrix(weight: CheckpointWeight) -> Tensor:
     """The matrix in float64, value by value from the format's definition."""
     if isinstance(weight, Int8Weight):
         return weight.codes.double() * weight.absmax.double()[:, None] / 127
@@ -68,7 +70,7 @@ def matrix(weight: Weight) -> Tensor:
     return (table[codes] * absmax.repeat_interleave(weight.block_size)).view(weight.shape)
 
 
-def exact(x: Tensor, weights: tuple[Weight, ...]) -> Tensor:
+def exact(x: Tensor, weights: tuple[CheckpointWeight, ...]) -> Tensor:
     return torch.cat([x.double() @ matrix(weight).t() for weight in weights], 1)
 
 
@@ -83,7 +85,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def check(weights: tuple[Weight, ...], m: int, variant: str, compute: torch.dtype = BF16) -> None:
+def check(weights: tuple[CheckpointWeight, ...], m: int, variant: str, compute: torch.dtype = BF16) -> None:
     """The kernel is no further from float64 than the twin is (up to fp32's own noise)."""
     k = weights[0].shape[1]
     x = torch.randn(m, k).to(compute)
@@ -268,7 +270,7 @@ def test_more_rows_than_the_kernel_serves() -> None:
 
 
 def test_refusals_say_why() -> None:
-    def reason(weight: Weight, compute: torch.dtype = BF16, out: torch.dtype = BF16, **more: float) -> str:
+    def reason(weight: CheckpointWeight, compute: torch.dtype = BF16, out: torch.dtype = BF16, **more: float) -> str:
         return str(supports(LinearCase((weight,), compute, out, **more), None))
 
     assert reason(pack(4, 64, "nf4")) == "None"

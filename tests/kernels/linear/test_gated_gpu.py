@@ -17,7 +17,7 @@ from gemcut.kernels.linear.gated import gated_gemm_plain
 from gemcut.model.linear import LinearLayer
 from gemcut.model.ops import cuda
 from gemcut.quantization.int8 import dequantize_int8, quantize_int8
-from gemcut.quantization.weights import Weight
+from gemcut.quantization.weights import CheckpointWeight
 from gpu_products import FORMATS, check_replays
 from gpu_support import relative_error
 
@@ -127,7 +127,7 @@ def test_wrong_inputs_are_named() -> None:
             gated_gemm.gated_gemm(rows, matrix, out=out)
 
 
-def packed(name: str, part: Tensor) -> tuple[Weight, Tensor]:
+def packed(name: str, part: Tensor) -> tuple[CheckpointWeight, Tensor]:
     """(``part`` in a format, the fp64 matrix it then stands for)."""
     if name == "bf16":
         return part, part.double()
