@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemcut.engine.draw import SORT_FIRST, DrawMode, DrawParams, common_mode, draw
+from gemcut.engine.draw import SORT_FIRST, DrawMode, DrawParams, common_mode, draw, top
 from gemcut.engine.request import Request, Sequence
 from gemcut.engine.sampler import sample, uniform
 from gemcut.engine.sampling import LEAST, SamplingParams
@@ -81,3 +81,20 @@ def test_the_same_tokens_on_a_gpu(mode: dict[str, float]) -> None:
         assert exact or "top_k" not in mode
         if exact:
             assert token == expected(row, params, seed), seed
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize(("shape", "count"), [((70_000,), 1), ((3, 70_000), 900), ((2, 8192), 40), ((2, 999), 40)])
+def test_top_is_torchs(shape: tuple[int, ...], count: int, spread: float) -> None:
+    """Values, places and order, also where many values are equal, and where the equal ones stand at the border."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(count)) * spread
+    rounded = values.clone().bfloat16().float()
+    border = values.clone()
+    border[..., 77] = border[..., 78] = values.topk(count, dim=-1).values[..., -1]
+    nothing = torch.full_like(values, -torch.inf)
+    nothing[..., 5] = 1.0
+    for case in (values, rounded, border, nothing):
+        found, places = top(case, count)
+        expected = case.topk(count, dim=-1)
+        assert torch.equal(found, expected.values)
+        assert torch.equal(places, expected.indices)

@@ -87,12 +87,12 @@ def shortlist(scaled: Tensor, mode: DrawMode, top_p: Tensor, min_p: Tensor, *, e
         return Shortlist(None, probabilities, cumulative, last, enough)
     least = min_p.float().unsqueeze(-1)
     if mode.top_k:
-        best, ids = scaled.topk(min(mode.top_k, vocabulary), dim=-1)
+        best, ids = top(scaled, min(mode.top_k, vocabulary))
         probabilities = best.softmax(dim=-1)
     elif everything:
         probabilities, ids = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
     else:
-        probabilities, ids = scaled.softmax(dim=-1).topk(min(SORT_FIRST, vocabulary), dim=-1)
+        probabilities, ids = top(scaled.softmax(dim=-1), min(SORT_FIRST, vocabulary))
         by_mass = (top_p < 1) & (probabilities.sum(dim=-1, dtype=torch.float64) >= top_p)
         by_floor = (min_p > 0) & (probabilities[..., -1:] < least * probabilities[..., :1]).squeeze(-1)
         enough = by_mass | by_floor
@@ -100,6 +100,30 @@ def shortlist(scaled: Tensor, mode: DrawMode, top_p: Tensor, min_p: Tensor, *, e
     kept = (cumulative - probabilities < top_p.unsqueeze(-1)) & (probabilities >= least * probabilities[..., :1])
     last = kept.sum(-1, keepdim=True).clamp_min(1) - 1
     return Shortlist(ids, probabilities, cumulative, last, enough)
+
+
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``values.topk(count)`` of fp32 [..., V]: the largest with their places, largest first.
+
+    On a CPU in less time where there are many more: the largest of every few values are looked at first, and
+    then those few alone of which one may be among the ``count``. Where equal values leave the order open it is torch's.
+    """
+    size = values.shape[-1]
+    few = next((n for n in (128, 32, 16) if size % n == 0 and size // n > 4 * count), None)
+    if values.is_cuda or few is None:
+        return tuple(values.topk(count, dim=-1))  # type: ignore[return-value]
+    groups = values.reshape(
+        *values.shape[:-1], few, size // few
+    )  # those of a column, so that they are compared side by side
+    largest, columns = groups.amax(dim=-2).topk(count + 1, dim=-1)
+    columns = columns[..., None, :count].expand(*groups.shape[:-1], count)
+    best, at = groups.gather(-1, columns).flatten(-2).topk(count, dim=-1)
+    alike = (best[..., 1:] == best[..., :-1]).any() | (best[..., -1] <= largest[..., -1]).any()
+    alike |= (largest[..., 1:] == largest[..., :-1]).any()
+    if alike:
+        return tuple(values.topk(count, dim=-1))  # type: ignore[return-value]
+    row = at.div(count, rounding_mode="floor")
+    return best, row * (size // few) + columns[..., 0, :].gather(-1, at % count)
 
 
 def choose(among: Shortlist, uniform: Tensor) -> Tensor:

@@ -117,12 +117,12 @@ class _Rows:
         self.changed: Tensor | None = None
         if self.place:
             own = list(self.place)
-            self.changed = self._copied(raw, own)
+            self.changed = raw.index_select(0, indices(own, raw.device))
             failed = change_logits(self.changed, [sequences[index] for index in own])
             self.errors |= {own[place]: error for place, error in failed.items()}
 
     def take(self, wanted: list[int]) -> tuple[Tensor, list[int]]:
-        """A copy of these rows, fp32 [k, V], and which is which."""
+        """These rows, fp32 [k, V], and which is which. Not to be written to: one row is no copy."""
         plain = [index for index in wanted if index not in self.place]
         own = [index for index in wanted if index in self.place]
         if self.changed is None or not own:
@@ -131,6 +131,8 @@ class _Rows:
         return (torch.cat((self._copied(self.raw, plain), changed)) if plain else changed), plain + own
 
     def _copied(self, rows: Tensor, wanted: list[int]) -> Tensor:
+        if len(wanted) == 1:
+            return rows[wanted[0] : wanted[0] + 1]
         return rows.index_select(0, indices(wanted, rows.device))
 
 
@@ -201,7 +203,7 @@ def _draw_part(
     by_index = {member.index: member for member in members}
     table = np.array([(by_index[index].temperature, *by_index[index].params) for index in order])
     temperature, inverse, top_p, min_p, point = upload(table, logits.device).unbind(-1)
-    logits -= logits.amax(dim=-1, keepdim=True)  # first: a tiny temperature must not make two infinities
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # first: a tiny temperature must not make two infinities
     if logits.is_cuda:
         logits *= inverse.float()[:, None]  # as the graphs' draws do
     else:
