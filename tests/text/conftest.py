@@ -49,6 +49,17 @@ HARD_TEXTS = [
 ]
 
 
+#: Fixtures that take five to twenty seconds, whichever test is the first to ask for them.
+SLOW = {"gemma3_vocab", "hf_gemma3", "tuned"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def hard_texts() -> list[str]:
     return HARD_TEXTS

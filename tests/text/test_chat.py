@@ -104,7 +104,7 @@ def test_gemma3_renders_the_same_with_its_own_ids(gemma3: Tokenizer, hf_gemma2: 
             assert encode_chat(gemma3, dialogue) == hf_gemma3(rendered, add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_special_tokens_of_a_user_stay_text(name: str, text: str, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
