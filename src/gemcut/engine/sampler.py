@@ -165,8 +165,14 @@ def _ends(rows: Tensor) -> tuple[list[int], list[float]]:
 
     On one processor: PyTorch's threads would go on spinning while the next step's products want theirs.
     """
-    places = [place for part in _parts(rows) for place in part.numpy().argmax(axis=-1).tolist()]
-    return places, rows.gather(1, indices(places, rows.device)[:, None])[:, 0].tolist()
+    places: list[int] = []
+    values: list[float] = []
+    for part in _parts(rows):
+        array = part.numpy()
+        largest = array.argmax(axis=-1)
+        places += largest.tolist()
+        values += array[np.arange(len(array)), largest].tolist()
+    return places, values
 
 
 def _parts(rows: Tensor) -> Many[Tensor]:
