@@ -20,8 +20,8 @@ import torch
 from gemcut import process
 from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.source import Source
-from gemcut.engine import Engine, EngineConfig, PromptLogprob, Request, SamplingParams
-from gemcut.engine.results import Completion, TextStream
+from gemcut.engine import Engine, EngineConfig, EngineLoop, PromptLogprob, Request, SamplingParams
+from gemcut.engine.results import Completion, TextStream, run_together, run_together_async
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.loading import effective_quantization, load_network
 from gemcut.model import Model
@@ -33,7 +33,6 @@ from gemcut.prompts import (
     Prompt,
     check_n,
     refuse_pickle,
-    run_several,
     sampling_for_each,
     several,
     split_prompts,
@@ -75,7 +74,7 @@ class Gemma:
         self.sampling_levels: list[Level] = [checkpoint_level(self.generation_config)]
         self._told_left_out = False
         self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
-        self.engine = Engine(model, device, engine)
+        self.loop = EngineLoop(Engine(model, device, engine))
         self.load_seconds = 0.0
 
     # ---- load ----------------------------------------------------------------------------------------------------
@@ -180,6 +179,11 @@ class Gemma:
         refuse_pickle("a Gemma", "its engine and cache belong to this process; call Gemma.load in each process")
 
     @property
+    def engine(self) -> Engine:
+        """The engine, which the thread of ``loop`` steps."""
+        return self.loop.engine
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. Raises TokenizerError where it has none."""
         if self._tokenizer is None:
@@ -249,11 +253,17 @@ class Gemma:
             if not one or n is not None:
                 raise ParameterError("stream=True gives one answer to one prompt; call stream() once for each")
             return self.stream(many[0], **sampling)
-        _refuse_logprobs(sampling)
-        _ = self.tokenizer  # which makes texts of the answers
-        ids = [self.encode(prompt) for prompt in many]
-        texts = self._answers(ids, [self._params(i, sampling) for i in ids], n)
-        return texts[0] if one else texts
+        streams = self._answer_streams([self.encode(prompt) for prompt in many], n, sampling)
+        return _texts(run_together(streams), n, one=one)
+
+    async def agenerate(self, prompts: Any, *, n: int | None = None, **sampling: Any) -> Any:
+        """`generate` for asyncio: other tasks run while the answers are computed.
+
+        (For pieces, ``async for piece in gemma.stream(prompt)``.) A task that is cancelled ends its requests.
+        """
+        many, one = split_prompts(prompts, pad_id=self.pad_id)
+        streams = self._answer_streams([self.encode(prompt) for prompt in many], n, sampling)
+        return _texts(await run_together_async(streams), n, one=one)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
         """Continue one text piece by piece."""
@@ -304,16 +314,25 @@ class Gemma:
                 first user turn, "error" refuses.
             sampling: fields of SamplingParams.
         """
-        if not stream:
-            _refuse_logprobs(sampling)
-        ids = self.encode_messages(messages, system=system)
-        params = self._params(ids, sampling, chat=True)
-        if n is not None and stream:
+        if stream and n is not None:
             raise ParameterError("stream=True gives one answer; leave n out")
-        if n is not None:
-            return cast(list[str], self._answers([ids], [params], n)[0])
-        answer = self.stream_ids(ids, params)
-        return answer if stream else answer.result.checked().text
+        ids = self.encode_messages(messages, system=system)
+        if stream:
+            return self.stream_ids(ids, self._params(ids, sampling, chat=True))
+        answers = run_together(self._answer_streams([ids], n, sampling, chat=True))
+        return cast("str | list[str]", _texts(answers, n, one=True))
+
+    async def achat(
+        self,
+        messages: Messages,
+        *,
+        n: int | None = None,
+        system: Literal["fold", "error"] = "fold",
+        **sampling: Any,
+    ) -> Any:
+        """`chat` for asyncio: other tasks run while the answer is computed. See `agenerate`."""
+        ids = self.encode_messages(messages, system=system)
+        return _texts(await run_together_async(self._answer_streams([ids], n, sampling, chat=True)), n, one=True)
 
     @overload
     def score(
@@ -347,14 +366,9 @@ class Gemma:
         return scores if ranks else [[each.logprob for each in own] for own in scores]
 
     def _scores(self, texts: list[list[int]], parts: list[Portion]) -> list[tuple[PromptLogprob, ...]]:
-        params, streams = SamplingParams(max_new_tokens=0), list[TextStream]()
-        try:
-            for part in parts:
-                streams.append(self.stream_ids(texts[part.text], params, prompt_logprobs_from=part.start))
-            return [stream.result.checked().prompt_scores or () for stream in streams]
-        finally:  # after an error or Ctrl-C nothing keeps running
-            for stream in streams:
-                stream.cancel()
+        params = SamplingParams(max_new_tokens=0)
+        streams = [self.prepare_stream(texts[part.text], params, prompt_logprobs_from=part.start) for part in parts]
+        return [result.checked().prompt_scores or () for result in run_together(streams)]
 
     # ---- the layer of token ids ----------------------------------------------------------------------------------
 
@@ -386,20 +400,27 @@ class Gemma:
         """
         many = [self.encode(prompt) for prompt in split_prompts(prompts, pad_id=self.pad_id)[0]]
         each = sampling_for_each(params, len(many))
-        streams: list[TextStream] = []
-        try:
-            for ids, own in zip(many, each, strict=True):
-                streams.append(self.stream_ids(ids, own, prompt_logprobs=prompt_logprobs))
-            return [stream.result for stream in streams]
-        finally:  # after an error or Ctrl-C nothing keeps running
-            for stream in streams:
-                stream.cancel()
+        streams = [
+            self.prepare_stream(ids, own, prompt_logprobs=prompt_logprobs) for ids, own in zip(many, each, strict=True)
+        ]
+        return run_together(streams)
 
-    def _answers(self, prompts: list[list[int]], params: list[SamplingParams], n: int | None) -> list[Any]:
-        """For each prompt its text, or with ``n`` a list of n texts."""
+    def _answer_streams(
+        self, prompts: list[list[int]], n: int | None, sampling: Mapping[str, Any], *, chat: bool = False
+    ) -> list[TextStream]:
+        """For each prompt its answer's stream, or ``n`` of them, one after the other; none of them is started."""
+        _refuse_logprobs(sampling)
+        _ = self.tokenizer  # which makes texts of the answers
+        params = [self._params(ids, sampling, chat=chat) for ids in prompts]
         if n is None:
-            return [result.checked().text for result in self.complete(prompts, params)]
-        return run_several(self.stream_ids, prompts, [several(own, check_n(n)) for own in params])
+            return [self.prepare_stream(ids, own) for ids, own in zip(prompts, params, strict=True)]
+        streams: list[TextStream] = []
+        for ids, given in zip(prompts, params, strict=True):
+            row = [self.prepare_stream(ids, own) for own in several(given, check_n(n))]
+            for other in row[1:]:  # which find the prompt in the cache
+                other.follow(row[0])
+            streams += row
+        return streams
 
     def stream_ids(
         self,
@@ -413,9 +434,28 @@ class Gemma:
         """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
 
         ``prompt_logprobs_from``: score the prompt's tokens from this place on; ``prompt_logprobs``: from the second.
-
-        Every front door ends here. Without a tokenizer all texts are "", and stop texts raise TokenizerError.
+        Without a tokenizer all texts are "", and stop texts raise TokenizerError.
         """
+        stream = self.prepare_stream(
+            ids,
+            params,
+            stop_ids=stop_ids,
+            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs_from=prompt_logprobs_from,
+        )
+        stream.start()
+        return stream
+
+    def prepare_stream(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_ids: frozenset[int] | None = None,
+        prompt_logprobs: bool = False,
+        prompt_logprobs_from: int | None = None,
+    ) -> TextStream:
+        """A request that is checked and not started (`start_together` starts several). Every front door ends here."""
         ids = token_ids(ids)
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
@@ -429,10 +469,7 @@ class Gemma:
             text=text,
             prompt_logprobs_from=1 if prompt_logprobs and prompt_logprobs_from is None else prompt_logprobs_from,
         )
-        # The stream first: whatever strikes here, a request that is started has an owner or is dropped with it.
-        stream = TextStream(self.engine, self.engine.prepare(request))
-        stream.start()
-        return stream
+        return TextStream(self.loop, self.loop.prepare(request))
 
     def resolve_sampling(
         self, prompt_tokens: int, sampling: Mapping[str, Any], *, chat: bool = False
@@ -473,6 +510,14 @@ def _tokenizer_of(source: Source) -> Tokenizer | None:
         return source.tokenizer()
     except MissingTokenizerError:  # weights alone: as in transformers, ids go in and come out
         return None
+
+
+def _texts(results: list[Completion], n: int | None, *, one: bool) -> Any:
+    """The answers' texts: an entry a prompt (or that of the only one), which with ``n`` is a list of n texts."""
+    texts: list[Any] = [result.checked().text for result in results]
+    if n is not None:
+        texts = [texts[start : start + n] for start in range(0, len(texts), n)]
+    return texts[0] if one else texts
 
 
 def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:

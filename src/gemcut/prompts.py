@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gemcut.engine.sampling import SamplingParams
 from gemcut.errors import ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gemcut.engine.results import TextStream
+    pass
 
 Prompt = str | Sequence[int]
 
@@ -125,24 +124,6 @@ def several(params: SamplingParams, n: int) -> list[SamplingParams]:
     if params.seed is None:  # the engine draws a fresh seed for each
         return [params] * n
     return [dataclasses.replace(params, seed=derived_seed(params.seed, k)) for k in range(n)]
-
-
-def run_several(
-    start: Callable[[list[int], SamplingParams], TextStream], prompts: list[list[int]], each: list[list[SamplingParams]]
-) -> list[list[str]]:
-    """Several answers to each prompt, run together: ``each`` holds the parameters of one prompt's answers.
-
-    A prompt's first answer starts alone; the first token it gives says that the prompt is in the cache, where the
-    others find it. After an error or Ctrl-C nothing keeps running.
-    """
-    with ExitStack() as running:
-        rows: list[list[TextStream]] = []
-        for ids, own in zip(prompts, each, strict=True):
-            rows.append([running.enter_context(start(ids, own[0]))])
-        for ids, own, row in zip(prompts, each, rows, strict=True):
-            next(row[0].events(), None)
-            row += [running.enter_context(start(ids, other)) for other in own[1:]]
-        return [[stream.result.checked().text for stream in row] for row in rows]
 
 
 def derived_seed(seed: int, k: int) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
+import traceback
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 from engine.driver import GREEDY, Recording, assert_consistent, assert_nothing_held, greedy, small_model
-from gemcut.engine import Engine, Request, SamplingParams
+from gemcut.engine import Engine, EngineLoop, Request, SamplingParams
 from gemcut.engine.cache import bytes_per_block
 from gemcut.engine.request import RowError
 
@@ -136,22 +139,23 @@ def test_cancel_while_the_network_runs(place: str, monkeypatch: pytest.MonkeyPat
     assert_nothing_held(engine)
 
 
-def test_threads_submit_step_and_cancel() -> None:
+def test_threads_submit_and_cancel() -> None:
     engine = Recording(small_model(), sequences=3, max_batch_tokens=16)
     alone = {n: engine.answers([[n] * 9], greedy(15))[0] for n in range(4)}
+    loop = EngineLoop(engine)
     wrong: list[object] = []
 
     def work(n: int) -> None:
         for turn in range(12):
-            sequence = engine.submit(Request(prompt_ids=(n,) * 9, params=greedy(15)))
+            sequence = loop.submit(Request(prompt_ids=(n,) * 9, params=greedy(15)))
             if turn % 3 == 2:
-                engine.step()
-                engine.cancel(sequence.id)
-            else:
-                while sequence.ended is None:
-                    engine.step()
-                if sequence.tokens[9:] != alone[n]:
-                    wrong.append((n, sequence.tokens))
+                loop.wait(sequence, 0)
+                loop.cancel(sequence)
+            while not sequence.finished:
+                loop.wait(sequence, len(sequence.events))
+            new = sequence.tokens[9:]
+            if new != alone[n][: len(new) if turn % 3 == 2 else 15]:
+                wrong.append((n, sequence.tokens))
 
     threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(4)]
     for thread in threads:
@@ -160,8 +164,7 @@ def test_threads_submit_step_and_cancel() -> None:
         thread.join(60)
         assert not thread.is_alive()
     assert not wrong
-    engine.rows.clear()
-    engine.finish()
+    loop.close()
     assert_nothing_held(engine)
 
 
@@ -180,29 +183,82 @@ def crowd(engine: Recording, reference: Recording) -> list[list[int]]:
 @pytest.mark.parametrize("error", [MemoryError("no memory"), KeyboardInterrupt(), RuntimeError("CUDA error")])
 @pytest.mark.parametrize("place", ["network", "sampler"])
 def test_failed_step_can_be_done_again(error: BaseException, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails once does not fail again where it is done in parts, or anew: no request ends by it."""
     model = small_model()
     engine = Recording(model, max_batch_tokens=16)
     expected = crowd(engine, Recording(model))
     owner, name = (model, "head") if place == "network" else (sys.modules["gemcut.engine.engine"], "sample")
-    working, calls, failures = getattr(owner, name), 0, 0
+    working, inner, calls, failures, together = getattr(owner, name), engine._run, 0, 0, False
+
+    def run(batch: Any) -> None:
+        nonlocal together
+        together = len(batch) > 1  # a request alone is not done again: its own failure ends it
+        inner(batch)
 
     def failing(*args: Any) -> Any:
         nonlocal calls, failures
         calls += 1
-        if calls % 5 == 0:
+        if calls % 5 == 0 and (together or isinstance(error, KeyboardInterrupt)):
             failures += 1
             raise error
         return working(*args)
 
+    monkeypatch.setattr(engine, "_run", run)
     monkeypatch.setattr(owner, name, failing)
+    struck = 0
     while engine.has_work:
         try:
             engine.step()
-        except type(error):
+        except KeyboardInterrupt:
+            struck += 1
             assert_consistent(engine)
     assert failures > 3
+    assert struck == (failures if isinstance(error, KeyboardInterrupt) else 0)
     assert [s.tokens[s.prompt_length :] for s in engine.live.values()] == expected
     assert [len(s.prompt_scores) for s in engine.live.values()] == [s.prompt_length - 1 for s in engine.live.values()]
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), r"memory ran out while \d+ tokens"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), r"memory ran out while \d+ tokens"),
+        (RuntimeError("CUDA error:\nno kernel image"), "RuntimeError: CUDA error: no kernel image"),
+    ],
+)
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_request_that_makes_the_network_fail_ends_alone(error: Exception, message: str, when: str) -> None:
+    """Whatever batch it is in fails; the others' texts are those of a run without it, to the bit."""
+    model = small_model()
+    engine = Recording(model, max_batch_tokens=16)
+    expected = crowd(engine, Recording(model))
+    bad = engine.add([9] * 11, greedy(8))
+    working, tried = engine.runner.run, 0
+
+    def run(batch: Any, tables: Any) -> Any:
+        nonlocal tried
+        late = when == "prefill" or bad.output_length > 2
+        if late and any(scheduled.sequence is bad for scheduled in batch):
+            tried += 1
+            large = torch.empty(1000)
+            assert large.numel()
+            raise error
+        return working(batch, tables)
+
+    engine.runner.run = run  # type: ignore[method-assign]
+    events = engine.finish()
+    assert tried > 1  # together with others first
+    last = [e for e in events if e.request_id == bad.id][-1]
+    assert last.finish_reason == "error"
+    assert re.match(message, str(last.error))
+    assert "\n" not in str(last.error)
+    assert bad.cause is error
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "run"]
+    assert frames
+    assert not any("large" in frame.f_locals for frame in frames)  # no tensor stays because of the error
+    others = [s for s in engine.live.values() if s is not bad]
+    assert [s.tokens[s.prompt_length :] for s in others] == expected
     assert_nothing_held(engine)
 
 

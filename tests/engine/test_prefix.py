@@ -95,6 +95,7 @@ def test_prefix_ends_where_its_window_is_whole() -> None:
     engine.answers([prompt])
     pool = engine.cache.sliding
     engine.add(prompt)
+    engine.tend()
     sequence = next(iter(engine.scheduler.waiting))
     keys = [engine.cache._key(sequence.tokens, sequence.block_keys, i) for i in range(14)]
     # Forget the sliding block 9 (tokens 36 to 39): a query at 40 or 44 needs it, one at 48 sees 41 to 48 only.

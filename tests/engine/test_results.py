@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.driver import CPU, assert_nothing_held, small_model
+from engine.driver import CPU, assert_nothing_held, settled, small_model
+from engine.words import Gate
 from gemcut.engine import EngineConfig, SamplingParams, TokenEvent
 from gemcut.engine.results import Completion
 from gemcut.errors import ContextLengthError, ParameterError
@@ -35,11 +38,8 @@ def _clean(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test does, nothing stays in the engine."""
     yield
     if "gemma" in request.fixturenames:
-        engine = request.getfixturevalue("gemma").engine
         gc.collect()
-        while engine.has_work:
-            engine.step()
-        assert_nothing_held(engine)
+        assert_nothing_held(request.getfixturevalue("gemma").engine)
 
 
 def params(seed: int, new: int = 24, **more: Any) -> SamplingParams:
@@ -85,16 +85,19 @@ def test_stats_count_what_was_done(gemma: Gemma) -> None:
     assert (none.text, none.finish_reason, none.token_ids) == ("", "length", ())
 
 
-def test_stats_of_a_cancelled_request(gemma: Gemma) -> None:
+def test_stats_of_a_cancelled_request(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(gemma, monkeypatch)
+    first = gemma.stream_ids([4] * 40, params(1))
+    gate.step()
+    gate.wait()
     waiting = gemma.stream_ids([3] * 40, params(1))
     waiting.cancel()
+    first.cancel()
+    gate.open()
     stats = waiting.result.stats
     assert (stats.prefill_tokens, stats.generated_tokens, stats.prefill_seconds) == (0, 0, 0)
-    halfway = gemma.stream_ids([4] * 40, params(1))
-    gemma.engine.step()
-    halfway.cancel()
-    assert halfway.result.stats.prefill_tokens == 16  # one step of 16, of 40
-    assert halfway.result.stats.prefill_tokens_per_second > 0
+    assert first.result.stats.prefill_tokens == 32  # two steps of 16, of 40: the second was under way
+    assert first.result.stats.prefill_tokens_per_second > 0
 
 
 # ---- streams -----------------------------------------------------------------------------------------------------
@@ -122,16 +125,14 @@ def test_result_in_the_middle_of_a_stream(gemma: Gemma) -> None:
 
 
 def test_events_that_come_together_are_all_kept(gemma: Gemma) -> None:
-    """While others do the steps, a stream's events pile up; each must come out, one by one, the last one too."""
+    """While nobody reads, a stream's events pile up; each must come out, one by one, the last one too."""
     ids = gemma.encode(PROMPT)
     (whole,) = gemma.complete([ids], params(3))
     slow = gemma.stream_ids(ids, params(3))
     first = next(slow)
-    for _ in range(7):
-        gemma.stream_ids([5, 6], params(4, new=1)).result  # noqa: B018  (each of these steps for both)
+    settled(gemma.engine)
+    assert len(slow._sequence.events) == 24
     second = next(slow)
-    gemma.stream_ids([5, 6], params(4, new=40)).result  # noqa: B018
-    gemma.engine.step()
     rest: list[str] = []
     thread = threading.Thread(target=lambda: rest.extend(slow), daemon=True)
     thread.start()
@@ -151,14 +152,17 @@ def test_events_carry_ids_and_logprobs(gemma: Gemma) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["cancel", "close", "with", "del", "exception"])
-def test_leaving_a_stream_frees_its_blocks(gemma: Gemma, way: str) -> None:
+def test_leaving_a_stream_frees_its_blocks(gemma: Gemma, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     free = gemma.engine.cache.full.free
+    gate = Gate(gemma, monkeypatch)
     stream = gemma.stream_ids(gemma.encode(PROMPT), params(6, new=60))
-    pieces = [next(stream) for _ in range(3)]
+    gate.step(5)
+    pieces = [next(stream) for _ in range(2)]
+    gate.wait()
     assert gemma.engine.cache.full.free < free
     if way == "with":
         with stream:
-            next(stream)
+            pieces.append(next(stream))
     elif way == "exception":
         with pytest.raises(RuntimeError), stream:
             raise RuntimeError
@@ -167,14 +171,17 @@ def test_leaving_a_stream_frees_its_blocks(gemma: Gemma, way: str) -> None:
         gc.collect()
     else:
         getattr(stream, way)()
-    assert gemma.engine.cache.full.free == free  # at once, before any other step
+    gate.open()
+    settled(gemma.engine)
+    assert gemma.engine.cache.full.free == free  # behind the step that was under way
     if way != "del":
         result = stream.result
         assert result.finish_reason == "cancelled"
         assert result.text.startswith("".join(pieces))
         assert result.text == gemma.tokenizer.decode(list(result.token_ids))
         stream.cancel()  # a second time does nothing
-        assert list(stream) == []
+        assert len(result.token_ids) == 6
+        assert "".join(pieces) + "".join(stream) == result.text
 
 
 @pytest.mark.slow
@@ -203,13 +210,19 @@ def test_ctrl_c_inside_complete_leaves_nothing_running(gemma: Gemma, monkeypatch
         nonlocal calls
         calls += 1
         if calls == 5:
-            raise KeyboardInterrupt
+            _thread.interrupt_main()  # as a person's Ctrl-C, which always comes to the main thread
         return working(*args)
 
     monkeypatch.setattr(gemma.engine.runner, "run", interrupted)
     free = gemma.engine.cache.full.free
-    with pytest.raises(KeyboardInterrupt):
-        gemma.complete([[1, 2, 3], [4] * 30, [5] * 50], params(1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gemma.complete([[1, 2, 3], [4] * 30, [5] * 50], params(1))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    settled(gemma.engine)
+    assert calls < 20
     assert gemma.engine.cache.full.free == free
     assert not gemma.engine.scheduler.running
     assert not gemma.engine.scheduler.waiting

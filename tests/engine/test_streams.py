@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 
-from engine.driver import assert_consistent, assert_nothing_held
-from engine.words import Words, new_gemma
-from gemcut.engine import SamplingParams
+from engine.driver import assert_consistent, assert_nothing_held, settled
+from engine.words import Gate, Words, new_gemma
+from gemcut.engine import Request, SamplingParams
 from gemcut.engine.results import TextStream
 from gemcut.errors import GemcutError, ParameterError, RequestError
 from gemcut.gemma import Gemma
@@ -139,12 +140,11 @@ def test_sink_that_waits_for_the_model_fails_alone() -> None:
 # ---- several at work ---------------------------------------------------------------------------------------------
 
 
-def test_somebody_else_does_all_the_steps() -> None:
+def test_answers_that_nobody_reads_are_whole() -> None:
     gemma = new_gemma()
     streams = [gemma.stream_ids(prompt, drawn(n)) for n, prompt in enumerate(PROMPTS)]
     first = next(streams[0])
-    while gemma.engine.has_work:
-        gemma.engine.step()
+    settled(gemma.engine)
     for n, stream in enumerate(streams):
         text = in_thread(lambda stream=stream: "".join(stream))()  # type: ignore[misc]
         assert (first if n == 0 else "") + str(text) == alone(PROMPTS[n], drawn(n))[1]
@@ -152,64 +152,46 @@ def test_somebody_else_does_all_the_steps() -> None:
 
 def test_two_share_an_engine() -> None:
     one, other = new_gemma(), new_gemma()
-    other.engine = one.engine
+    other.loop = one.loop
     streams = [gemma.stream_ids(PROMPTS[n], drawn(n)) for n, gemma in enumerate((one, other, one, other))]
     waits = [in_thread(lambda stream=stream: "".join(stream)) for stream in streams]  # type: ignore[misc]
     assert [wait() for wait in waits] == [alone(PROMPTS[n], drawn(n))[1] for n in range(4)]
     assert_nothing_held(one.engine)
 
 
-class Gate:
-    """Holds the network up in the middle of a step."""
-
-    def __init__(self, gemma: Gemma) -> None:
-        self.reached, self.open, self.gave_up = threading.Event(), threading.Event(), False
-        inner = gemma.engine.runner.run
-
-        def run(*args: Any) -> Any:
-            self.reached.set()
-            self.gave_up = not self.open.wait(30)
-            assert not self.gave_up
-            return inner(*args)
-
-        gemma.engine.runner.run = run  # type: ignore[method-assign]
-
-
-def test_nobody_waits_for_a_step_to_start_or_cancel() -> None:
+def test_nobody_waits_for_a_step_to_start_or_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     gemma = new_gemma()
-    kept, dropped = (gemma.stream_ids(PROMPTS[n], drawn(n)) for n in (0, 1))
     free = gemma.engine.cache.full.free
-    gate = Gate(gemma)
-    wait = in_thread(lambda: "".join(kept))
-    assert gate.reached.wait(30)
-    second = gemma.stream_ids(PROMPTS[2], drawn(2))
+    gate = Gate(gemma, monkeypatch)
+    kept, dropped = (gemma.stream_ids(PROMPTS[n], drawn(n)) for n in (0, 1))
+    gate.wait()
+    second = gemma.stream_ids(PROMPTS[2], drawn(2))  # each of these comes back while a step holds the thread
     third = gemma.stream_ids(PROMPTS[3], drawn(3))
     third.cancel()
     dropped.cancel()
     with pytest.raises(ParameterError, match="empty"):
         gemma.stream_ids([], drawn(2))
-    # The step that is under way lasts until it is let go on: whoever had waited for it would have seen it fail.
-    assert not gate.gave_up
+    assert not any(stream._sequence.events for stream in (kept, second, third))
     del dropped
-    gate.open.set()
-    assert wait() == alone(PROMPTS[0], drawn(0))[1]
+    gate.open()
+    assert "".join(kept) == alone(PROMPTS[0], drawn(0))[1]
     assert "".join(second) == alone(PROMPTS[2], drawn(2))[1]
     assert (third.result.finish_reason, third.result.token_ids) == ("cancelled", ())
-    assert gemma.engine.cache.full.free == free
     assert_nothing_held(gemma.engine)
+    assert gemma.engine.cache.full.free == free
 
 
-def test_last_stream_cancelled_during_its_step_leaves_nothing() -> None:
+def test_last_stream_cancelled_during_its_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gemma = new_gemma()
+    gate = Gate(gemma, monkeypatch)
     stream = gemma.stream_ids(PROMPTS[1], drawn(1))
-    gate = Gate(gemma)
     wait = in_thread(lambda: list(stream))
-    assert gate.reached.wait(30)
+    gate.wait()
     stream.cancel()
-    gate.open.set()
+    gate.open()
     assert wait() == []
+    assert_nothing_held(gemma.engine)
     assert_consistent(gemma.engine)
-    assert not gemma.engine._sequences
 
 
 def test_stream_without_an_owner_is_dropped_at_the_next_step() -> None:
@@ -224,60 +206,217 @@ def test_stream_without_an_owner_is_dropped_at_the_next_step() -> None:
     assert_nothing_held(gemma.engine)
 
 
-def test_step_from_within_a_step_is_refused() -> None:
+def test_engine_of_a_loop_is_stepped_by_its_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     gemma = new_gemma()
-    inner = gemma.engine.runner.run
+    inner, said = gemma.engine.runner.run, []
 
     def run(*args: Any) -> Any:
         with pytest.raises(GemcutError, match="within a step"):
             gemma.engine.step()
+        said.append(1)
         return inner(*args)
 
-    gemma.engine.runner.run = run  # type: ignore[method-assign]
+    monkeypatch.setattr(gemma.engine.runner, "run", run)
     assert gemma.complete([PROMPTS[0]], drawn(0))[0].token_ids == alone(PROMPTS[0], drawn(0))[0]
+    assert said
+    for call in (gemma.engine.step, lambda: gemma.engine.cancel(0), lambda: gemma.engine.submit(request(3))):
+        with pytest.raises(RuntimeError, match="belongs to the thread"):
+            call()
+    gemma.loop.close()
+    assert gemma.engine.step() == []
 
 
-def test_struck_thread_does_not_hold_up_the_others() -> None:
-    """An exception at any line of taking and leaving a turn, whose traceback is even kept."""
-    gemma, kept, place = new_gemma(), [], 0
-    text = alone(PROMPTS[0], drawn(0))[1]
-    while True:
-        place += 1
-        left = place
-
-        def trace(frame: FrameType, kind: str, _: object) -> Any:
-            nonlocal left
-            code = frame.f_code
-            if not (code.co_filename.endswith("turns.py") or code.co_name == "_turn"):
-                return trace if kind == "call" else None
-            if kind == "line":
-                left -= 1
-                if left == 0:
-                    raise KeyboardInterrupt
-            return trace
-
-        def struck(trace: Any = trace) -> BaseException | None:
-            sys.settrace(trace)
-            try:
-                gemma.engine.step()
-            except KeyboardInterrupt as strike:
-                return strike
-            finally:
-                sys.settrace(None)
-            return None
-
-        stream = gemma.stream_ids(PROMPTS[0], drawn(0))
-        error = in_thread(struck)()
-        assert in_thread(lambda stream=stream: "".join(stream))() == text  # type: ignore[misc]
-        if error is None:
-            break
-        kept.append(error)
-    assert len(kept) > 15
-    assert_nothing_held(gemma.engine)
+def request(seed: int) -> Request:
+    return Request(prompt_ids=(1, 2), params=drawn(seed))
 
 
 def test_stream_of_another_engine_is_refused() -> None:
     one, other = new_gemma(), new_gemma()
-    stream = TextStream(other.engine, one.engine.prepare(one.stream_ids(PROMPTS[0], drawn(0))._sequence.request))
+    stream = TextStream(other.loop, one.loop.prepare(request(0)))
     with pytest.raises(RuntimeError, match="not in this engine"):
         next(stream)
+
+
+# ---- the thread --------------------------------------------------------------------------------------------------
+
+
+def threads_of_engines() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "gemcut-engine"]
+
+
+def test_no_thread_before_the_first_request_and_after_the_last_owner() -> None:
+    gc.collect()
+    before = set(threads_of_engines())
+    gemma = new_gemma()
+    engine = weakref.ref(gemma.engine)
+    assert set(threads_of_engines()) <= before
+    gemma.complete([PROMPTS[0]], drawn(0))
+    (mine,) = set(threads_of_engines()) - before
+    unread = gemma.stream_ids(PROMPTS[1], drawn(1))
+    del gemma
+    assert unread.result.finish_reason == "length"  # whoever holds a stream holds the engine
+    del unread
+    gc.collect()
+    mine.join(10)
+    assert not mine.is_alive()
+    gc.collect()
+    assert engine() is None  # the thread does not keep the weights
+
+
+def test_closed_loop_ends_its_requests_and_can_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma = new_gemma()
+    gate = Gate(gemma, monkeypatch)
+    stream = gemma.stream_ids(PROMPTS[1], drawn(1))
+    gate.wait()
+    closing = in_thread(gemma.loop.close)
+    gate.open()
+    closing()
+    assert stream.result.finish_reason == "cancelled"
+    assert_nothing_held(gemma.engine)
+    assert gemma.complete([PROMPTS[0]], drawn(0))[0].text == alone(PROMPTS[0], drawn(0))[1]
+
+
+@pytest.mark.parametrize("death", [SystemExit(), ValueError("a mistake of ours")], ids=["killed", "bug"])
+def test_every_waiter_is_told_when_the_thread_dies(death: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma = new_gemma()
+    gate = Gate(gemma, monkeypatch)
+    streams = [gemma.stream_ids(prompt, drawn(n)) for n, prompt in enumerate(PROMPTS)]
+    gate.step(2)
+    gate.wait()
+    waits = [in_thread(lambda stream=stream: stream.result) for stream in streams]  # type: ignore[misc]
+
+    def die(*_: Any) -> None:
+        raise death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gemma.engine.scheduler, "computed", die)
+        gate.open()
+        results: Any = [wait() for wait in waits]
+    assert {result.finish_reason for result in results} == {"error"}
+    name = "SystemExit: no message" if isinstance(death, SystemExit) else "ValueError: a mistake of ours"
+    assert {result.error for result in results} == {f"the engine's thread ended: {name}"}
+    with pytest.raises(RequestError) as raised:
+        results[0].checked()
+    assert raised.value.__cause__ is death
+    # The next request gets another thread.
+    assert gemma.complete([PROMPTS[0]], drawn(0))[0].text == alone(PROMPTS[0], drawn(0))[1]
+    assert_nothing_held(gemma.engine)
+
+
+def test_ten_thousand_at_once() -> None:
+    gemma = new_gemma(max_batch_size=64, max_batch_tokens=512, sequences=40)
+    params = SamplingParams(temperature=0, max_new_tokens=1)
+    streams = [gemma.prepare_stream([n % 60, 5], params) for n in range(10_000)]
+    for stream in streams:
+        stream.start()
+    for n, stream in enumerate(streams):
+        if n % 50:
+            stream.cancel()
+    expected = [gemma.complete([[n, 5]], params)[0].token_ids for n in range(60)]
+    for n, stream in enumerate(streams):
+        result = stream.result
+        if result.finish_reason != "cancelled" or n % 50 == 0:
+            assert result.token_ids == expected[n % 60]
+    del streams, stream
+    assert_nothing_held(gemma.engine)
+    assert not gemma.loop.busy
+
+
+def test_requests_sent_together_share_their_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma, sizes = new_gemma(max_batch_tokens=64), []
+    inner = gemma.engine.runner.run
+
+    def run(batch: Any, tables: Any) -> Any:
+        sizes.append(len(batch))
+        return inner(batch, tables)
+
+    monkeypatch.setattr(gemma.engine.runner, "run", run)
+    for _ in range(20):
+        gemma.complete(PROMPTS, [drawn(n) for n in range(4)])
+    assert sizes == [4] * 9 * 20
+
+
+def test_answers_to_one_prompt_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first find the prompt in the cache, and the steps do not depend on timing."""
+    gemma, steps = new_gemma(), []
+    inner = gemma.engine.runner.run
+
+    def run(batch: Any, tables: Any) -> Any:
+        steps.append([scheduled.length for scheduled in batch])
+        return inner(batch, tables)
+
+    monkeypatch.setattr(gemma.engine.runner, "run", run)
+    texts = gemma.generate([7] * 17, n=3, seed=3, max_new_tokens=3)
+    assert steps == [[8], [8], [1], [1, 1, 1], [1, 1, 1], [1, 1]]
+    assert texts[0] == alone([7] * 17, drawn(3, max_new_tokens=3, ignore_eos=False))[1]
+
+
+# ---- asyncio -----------------------------------------------------------------------------------------------------
+
+
+def test_tasks_read_streams_side_by_side() -> None:
+    gemma = new_gemma()
+
+    async def read(n: int) -> tuple[str, str]:
+        stream = gemma.stream_ids(PROMPTS[n], drawn(n))
+        text = "".join([piece async for piece in stream])
+        return text, (await stream.finished()).text
+
+    async def all_of_them() -> list[tuple[str, str]]:
+        return await asyncio.gather(*(read(n) for n in range(4)))
+
+    for n, (pieces, whole) in enumerate(asyncio.run(all_of_them())):
+        assert pieces == whole == alone(PROMPTS[n], drawn(n))[1]
+    assert_nothing_held(gemma.engine)
+
+
+def test_task_that_is_cancelled_or_leaves_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma = new_gemma()
+    gate = Gate(gemma, monkeypatch)
+
+    async def work() -> None:
+        waiting = asyncio.create_task(gemma.agenerate("abc", seed=1, max_new_tokens=20, ignore_eos=True))
+        async with gemma.stream("xyz", seed=2, max_new_tokens=20, ignore_eos=True) as left:
+            await asyncio.sleep(0.01)
+            gate.step(2)
+            async for _ in left:
+                break
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert (await left.finished()).finish_reason == "cancelled"
+
+    threading.Timer(0.5, gate.open).start()
+    asyncio.run(work())
+    assert_nothing_held(gemma.engine)
+
+
+def test_event_loop_that_closes_leaves_the_engine_at_work() -> None:
+    gemma = new_gemma()
+    stream = gemma.stream_ids(PROMPTS[0], drawn(0))
+
+    async def begin() -> None:
+        asyncio.get_running_loop().create_task(stream.finished())
+        await asyncio.sleep(0)
+
+    asyncio.run(begin())
+    assert stream.result.text == alone(PROMPTS[0], drawn(0))[1]
+
+
+def test_whole_answers_for_asyncio() -> None:
+    gemma = new_gemma()
+    options = {"seed": 3, "max_new_tokens": 5}
+
+    async def work() -> list[Any]:
+        return [
+            await gemma.agenerate("abc", **options),
+            await gemma.agenerate(["abc", "de"], **options),
+            await gemma.agenerate("abc", n=2, **options),
+        ]
+
+    expected = [
+        gemma.generate("abc", **options),
+        gemma.generate(["abc", "de"], **options),
+        gemma.generate("abc", n=2, **options),
+    ]
+    assert asyncio.run(work()) == expected

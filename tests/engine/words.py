@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
+
+import pytest
 
 from engine.driver import CPU, small_model
 from gemcut.engine import EngineConfig
@@ -49,3 +52,35 @@ def new_gemma(**sizes: Any) -> Gemma:
     engine = EngineConfig(**{"block_size": 4, "max_batch_tokens": 8, "sequences": 3, **sizes})
     tokenizer: Any = Words()
     return Gemma(small_model(context=32), tokenizer, CPU, engine=engine, generation_config={"eos_token_id": 63})
+
+
+class Gate:
+    """Holds a loop's thread before each run of the network until it may go on."""
+
+    def __init__(self, gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._may, self._here, self._wide = threading.Semaphore(0), threading.Semaphore(0), False
+        runner = gemma.engine.runner
+        inner = runner.run
+
+        def run(*args: Any) -> Any:
+            if not self._wide:
+                self._here.release()
+                assert self._may.acquire(timeout=30)
+            return inner(*args)
+
+        monkeypatch.setattr(runner, "run", run)
+
+    def wait(self) -> None:
+        """Until a step has come to the gate."""
+        assert self._here.acquire(timeout=30)
+
+    def step(self, count: int = 1) -> None:
+        """Let as many steps through."""
+        for _ in range(count):
+            self.wait()
+            self._may.release()
+
+    def open(self) -> None:
+        """Let everything through from now on."""
+        self._wide = True
+        self._may.release()

@@ -2,18 +2,19 @@
 
     submit -> [step: schedule -> run -> sample -> detokenise and check stops] -> the sequence's events
 
-Calls may come from several threads. Steps are one at a time; ``submit`` and ``cancel`` are messages that the next step
-takes in, and never wait for one. Every sequence owns its events. Exceptions may strike at any line (Ctrl-C does): what
-was being changed is then made anew from the events (see ``_mend``).
+One thread steps an engine, that of its `EngineLoop`, or whoever made it. Every sequence owns its events. Exceptions may
+strike at any line (Ctrl-C does): what was being changed is then made anew from the events (see ``_mend``).
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+import traceback
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 
@@ -30,8 +31,7 @@ from gemcut.engine.request import FinishReason, Request, RowError, Sequence, Sta
 from gemcut.engine.runner import Runner
 from gemcut.engine.sampler import sample
 from gemcut.engine.scheduler import Scheduled, Scheduler
-from gemcut.engine.turns import Claim, Turns
-from gemcut.errors import CapacityError, ContextLengthError, ParameterError
+from gemcut.errors import CapacityError, ContextLengthError, GemcutError, ParameterError
 from gemcut.model import Model
 
 
@@ -76,12 +76,16 @@ class Engine:
             self.cache, max_batch_size=config.max_batch_size, max_batch_tokens=config.max_batch_tokens
         )
         self.runner = Runner(model, self.cache, device)
-        # The living requests in order of submission: the one register, which every thread may add to.
+        # The living requests in order of submission.
         self._sequences: dict[int, Sequence] = {}
-        self._turns = Turns()
+        self._new: dict[int, Sequence] = {}  # those of them that the scheduler does not know yet
+        self._unwanted: list[Sequence] = []  # those that were asked to end since it was last looked for
         self._whole = True  # False while tables, blocks and sequences are being changed
-        self._asked = False  # somebody has submitted or cancelled since it was last looked for
+        self._call: FrameType | None = None  # the step that is under way
         self._fresh: list[TokenEvent] = []  # events that no step has returned yet
+        self._told: list[Sequence] = []  # sequences whose readers do not know of their new events yet
+        #: The thread that alone may start, cancel and step; None: whoever calls.
+        self.owner: int | None = None
 
     @property
     def has_work(self) -> bool:
@@ -89,7 +93,7 @@ class Engine:
         return bool(self._sequences or self._fresh)
 
     def submit(self, request: Request) -> Sequence:
-        """Queue a request; raises before anything starts if it can never be served. Does not wait for other work.
+        """Queue a request; raises before anything starts if it can never be served.
 
         Raises:
             ParameterError: empty prompt, or a token id outside the vocabulary.
@@ -101,84 +105,106 @@ class Engine:
         return sequence
 
     def prepare(self, request: Request) -> Sequence:
-        """The first half of ``submit``: check a request and give it its state. Raises as ``submit`` does."""
+        """The first half of ``submit``, for any thread: check a request and give it its state. Raises as ``submit``."""
         process.check()
         self._check(request)
         return Sequence(request)
 
     def start(self, sequence: Sequence) -> None:
-        """The second half of ``submit``. Raises ParameterError where its id is in use."""
-        if self._sequences.setdefault(sequence.id, sequence) is not sequence:
+        """The second half of ``submit``. A sequence with a ``leader`` waits for the first token of that one.
+
+        Raises ParameterError where its id is in use.
+        """
+        self._check_owner()
+        if self._sequences.get(sequence.id, sequence) is not sequence:
             raise ParameterError(f"request id {sequence.id} is already in use")
-        self._asked = True
-        self._settle()
+        if sequence.status is Status.NEW:
+            whole, self._whole = self._whole, False  # a sink may start a request amid a step
+            self._sequences[sequence.id] = self._new[sequence.id] = sequence
+            self._whole = whole
 
     def cancel(self, request_id: int) -> bool:
-        """Stop a request and give its blocks back: at once, or at the end of the step that is under way.
+        """Stop a request and give its blocks back: at once, or at the end of the step that asks for it.
 
         False if it has ended already.
         """
+        self._check_owner()
         sequence = self._sequences.get(request_id)
         return sequence is not None and self.drop(sequence)
 
     def drop(self, sequence: Sequence) -> bool:
         """The same for a sequence."""
+        self._check_owner()
         if sequence.finished:
             return False
         sequence.unwanted = True
-        self._asked = True
-        self._settle()
+        self._unwanted.append(sequence)
+        if not self._within_step():
+            self.tend()
         return True
 
     def step(self) -> list[TokenEvent]:
         """Do one step of work for all requests and return what happened since the last one, in batch order.
 
-        Where the network fails (out of memory) or Ctrl-C comes, the error passes through; no token is lost, and the
-        next step goes on. The list is for callers who own all requests; ``Sequence.events`` holds the same for each.
+        Where the network fails (out of memory), the requests that make it fail end with finish reason "error", alone.
+        Where Ctrl-C comes it passes through; no token is lost, and the next step goes on.
         """
         process.check()
-        self._turn(self._step)
+        self._check_owner()
+        if self._within_step():
+            raise GemcutError("a step cannot be taken from within a step (by a text sink or a stop rule)")
+        try:
+            self._call = sys._getframe()
+            self._mend()
+            self._step()
+        except BaseException:
+            self._mend()
+            raise
+        finally:
+            self._call = None
+            self._tell()
         events, self._fresh = self._fresh, []
         return events
 
-    def advance(self, sequence: Sequence, seen: int) -> None:
-        """Work until ``sequence`` has more than ``seen`` events, or has ended. Others may step meanwhile."""
+    def tend(self) -> None:
+        """Let new requests in and take out those that nobody wants any more."""
+        try:
+            self._mend()
+            self._tend()
+        except BaseException:
+            self._mend()
+            raise
+        finally:
+            self._tell()
 
-        def enough() -> bool:
-            return len(sequence.events) > seen or sequence.finished
-
-        while not enough():
-            process.check()
-            if self._sequences.get(sequence.id) is not sequence and not enough():
-                raise RuntimeError(f"request {sequence.id} is not in this engine")
-            self._turn(self._step, enough)
-            self._fresh = []  # it reads what is its own
+    def reset(self) -> None:
+        """Forget all requests and everything in the cache."""
+        self._sequences.clear()
+        self._fresh.clear()
+        self._unwanted.clear()
+        self._whole, self._call = False, None
+        self._mend()
 
     # ---- one at a time -------------------------------------------------------------------------------------------
 
-    def _turn(self, work: Callable[[], None], enough: Callable[[], bool] = lambda: False, *, wait: bool = True) -> bool:
-        """Do ``work`` while nobody else does any. False where it was not done: ``enough()``, or it had to wait."""
-        claim, worked = Claim(sys._getframe(), wait), False
-        try:
-            worked = self._turns.take(claim, enough)
-            if not worked:
-                return False
-            self._mend()
-            work()
-        except BaseException:
-            if worked:
-                self._mend()
-            raise
-        finally:
-            self._turns.leave(claim, worked=worked)
-        if self._asked:  # while the work was being finished
-            self._settle()
-        return True
+    def _check_owner(self) -> None:
+        if self.owner is not None and self.owner != threading.get_ident():
+            raise RuntimeError("this engine belongs to the thread of its EngineLoop; send requests there")
 
-    def _settle(self) -> None:
-        """Take in what was asked for, unless a step is under way: that does it at its end."""
-        while self._asked and self._turn(self._tend, wait=False):
-            pass
+    def _within_step(self) -> bool:
+        """Whether the caller is called by a step (by a text sink). A step that was struck is on no stack any more."""
+        frame: FrameType | None = sys._getframe(1)
+        while self._call is not None and frame is not None:
+            if frame is self._call:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _tell(self) -> None:
+        """Wake the readers of sequences that have new events."""
+        told, self._told = self._told, []
+        for sequence in told:
+            sequence.wake()
 
     def _mend(self) -> None:
         """Where an exception struck amid changes: start all living requests again, with an empty cache and the tokens
@@ -189,21 +215,28 @@ class Engine:
             if sequence.finished:
                 sequence.status = Status.FINISHED
                 self._sequences.pop(sequence.id, None)
-        self.scheduler.restart(list(self._sequences.values()))
+        self._new = {i: s for i, s in self._sequences.items() if s.status is Status.NEW}
+        self.scheduler.restart([s for s in self._sequences.values() if s.status is not Status.NEW])
         self._whole = True
 
     def _tend(self) -> None:
-        """Let new requests in and take out those that nobody wants any more."""
-        self._asked = False
-        for sequence in list(self._sequences.values()):
-            if sequence.status is Status.NEW:
+        for sequence in list(self._new.values()):
+            if sequence.abandoned or not self._held(sequence):
                 self._whole = False
                 self.scheduler.add(sequence)
+                del self._new[sequence.id]
                 self._whole = True
-            if sequence.abandoned:
+        asked, self._unwanted = self._unwanted, []
+        for sequence in [*asked, *self.scheduler.running]:  # one whose reader was lost is found when it runs
+            if sequence.abandoned and self._sequences.get(sequence.id) is sequence:
                 self._whole = False
                 self._cancel(sequence)
                 self._whole = True
+
+    def _held(self, sequence: Sequence) -> bool:
+        """Whether it waits for its leader's first token."""
+        leader = sequence.leader
+        return leader is not None and not leader.events and self._sequences.get(leader.id) is leader
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -213,9 +246,25 @@ class Engine:
         batch = self.scheduler.schedule()
         self._whole = True
         if batch:
+            self._attempt(batch)
+        self._tend()  # somebody may have cancelled from within the step
+
+    def _attempt(self, batch: list[Scheduled]) -> None:
+        """Run a batch. Where that fails, its halves are tried, until the requests that make it fail are found."""
+        try:
             self._run(batch)
-        if self._asked:
-            self._tend()
+        except Exception as error:
+            if not self._whole:  # amid our own changes
+                raise
+            self.runner.forget()
+            traceback.clear_frames(error.__traceback__)  # whose tensors would stay as long as the error is known
+            if len(batch) > 1:
+                for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                    self._attempt(part)
+            else:
+                self._whole = False
+                self._fail(batch[0].sequence, _failure(error, batch[0].length))
+                self._whole = True
 
     def _run(self, batch: list[Scheduled]) -> None:
         now = time.perf_counter()
@@ -270,6 +319,7 @@ class Engine:
             self._add(sequence, TokenEvent(sequence.id, None, text=text, finish_reason="cancelled"))
 
     def _fail(self, sequence: Sequence, failure: RowError) -> None:
+        sequence.cause = failure.cause
         self._add(sequence, TokenEvent(sequence.id, None, finish_reason="error", error=failure.message))
 
     def _add(self, sequence: Sequence, event: TokenEvent) -> None:
@@ -278,6 +328,7 @@ class Engine:
             sequence.ended = time.perf_counter()
         sequence.add(event)
         self._fresh.append(event)
+        self._told.append(sequence)
         if event.finish_reason is not None:
             self.scheduler.remove(sequence)
             self._sequences.pop(sequence.id, None)
@@ -333,6 +384,14 @@ class Engine:
                 f"kv_memory of {self.config.kv_memory} bytes holds no sequence; at least {least} bytes are needed"
             )
         return shape
+
+
+def _failure(error: Exception, tokens: int) -> RowError:
+    """What to say of an exception of the network, which ran with ``tokens`` tokens of one request alone."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        advice = "free some memory, or load the model with a smaller kv_memory or max_batch_tokens"
+        return RowError(f"memory ran out while {tokens} tokens of this request were computed alone: {advice}", error)
+    return RowError.of(error)
 
 
 def _event(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:

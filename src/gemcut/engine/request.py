@@ -7,7 +7,7 @@ import secrets
 import time
 import weakref
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -104,14 +104,14 @@ class RowError:
     """
 
     message: str
+    cause: BaseException | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, error: Exception) -> RowError:
-        """What ``error`` says; errors that are not gemcut's own are named by their class."""
-        text = str(error)
-        return cls(
-            text if isinstance(error, GemcutError) and text else f"{type(error).__name__}: {text or 'no message'}"
-        )
+    def of(cls, error: BaseException) -> RowError:
+        """What ``error`` says, in one line; errors that are not gemcut's own are named by their class."""
+        text = " ".join(str(error).split())
+        named = text if isinstance(error, GemcutError) and text else f"{type(error).__name__}: {text or 'no message'}"
+        return cls(named, error)
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ class Sequence:
         #: Set while a step runs by whoever finds that this request cannot go on (prompt log-probabilities that are not
         #: finite); the engine ends it behind the step, as a RowError in the place of its token does.
         self.failure: RowError | None = None
+        #: The exception behind finish reason "error", where there was one.
+        self.cause: BaseException | None = None
+        #: It starts behind the first token of this one, whose prompt is then in the cache (see `Engine.start`).
+        self.leader: Sequence | None = None
+        self._wakers: deque[Callable[[], None]] = deque()
         #: Set by whoever wants it cancelled, in any thread; the engine does it between two steps.
         self.unwanted = False
         #: Who reads the events. A request whose reader is gone is unwanted.
@@ -242,6 +247,32 @@ class Sequence:
         if event.token_id is not None:
             self.append(event.token_id)
         self.events.append(event)
+
+    def end_with(self, failure: RowError) -> None:
+        """End it with finish reason "error", unless it has ended, and wake who waits for it."""
+        if not self.finished:
+            self.cause, self.ended = failure.cause, time.perf_counter()
+            self.add(TokenEvent(self.id, None, finish_reason="error", error=failure.message))
+        self.status = Status.FINISHED
+        self.wake()
+
+    def when_more(self, seen: int, wake: Callable[[], None]) -> None:
+        """Call ``wake`` once, from whatever thread, when there may be more than ``seen`` events, or it has ended.
+
+        At once where that is so already. ``wake`` must neither raise nor wait.
+        """
+        self._wakers.append(wake)
+        if len(self.events) > seen or self.finished:  # the event may have come before ``wake`` was there
+            self.wake()
+
+    def wake(self) -> None:
+        """Wake who waits for its events. Each of them is called once; those that come meanwhile wait for the next."""
+        for _ in range(len(self._wakers)):
+            try:
+                wake = self._wakers.popleft()  # one atomic operation: another thread may be at it, too
+            except IndexError:
+                return
+            wake()
 
     def restore(self) -> None:
         """Make everything anew from the events, with nothing in the cache. It may be done again at any point."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import weakref
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import length_hint
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,7 +16,7 @@ from gemcut.errors import RequestError
 from gemcut.prompts import refuse_pickle
 
 if TYPE_CHECKING:
-    from gemcut.engine import Engine
+    from gemcut.engine.loop import EngineLoop
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,12 @@ class Completion:
     prompt_scores: tuple[PromptLogprob, ...] | None
     stats: Stats
     error: str | None = None  # with finish reason "error": what happened, in one line
+    cause: BaseException | None = field(default=None, compare=False, repr=False)  # the exception behind it, if any
 
     def checked(self) -> Completion:
         """This answer. Raises RequestError where it ended by an error and is not whole."""
         if self.error is not None:
-            raise RequestError(self.error)
+            raise RequestError(self.error) from self.cause
         return self
 
     @classmethod
@@ -104,6 +107,7 @@ class Completion:
             prompt_scores=None if request.prompt_logprobs_from is None else tuple(sequence.prompt_scores),
             stats=Stats.of(sequence),
             error=end.error,
+            cause=sequence.cause,
         )
 
     @property
@@ -118,23 +122,31 @@ class Completion:
 
 
 class TextStream(Iterator[str]):
-    """Pieces of an answer's text as they become certain. Iterating does the work; ``result`` has it all at the end.
+    """Pieces of an answer's text as they become certain; ``result`` has it all at the end.
+
+    ``for piece in stream`` waits in its thread, ``async for piece in stream`` in its asyncio task (then
+    ``await stream.finished()`` gives the result). The answer is computed whether it is read or not, until it ends: one
+    that nobody reads holds an event for each of its ``max_new_tokens`` at most.
 
     Leaving the stream early (``close``, a ``with`` block, or dropping it) cancels the request and frees its memory.
     Where the request ends by an error of its own, reading on raises RequestError; ``result`` then has
     ``finish_reason == "error"``, ``error`` and what there was before.
     """
 
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
-        self._engine, self._sequence = engine, sequence
+    def __init__(self, loop: EngineLoop, sequence: Sequence) -> None:
+        self._loop, self._sequence = loop, sequence
         # A list's own iterator moves on in the same instant in which it gives an event: nothing can come between, and
         # an interrupted reader finds the next one where it was. It may only be asked where there is one.
         self._unread = iter(sequence.events)
         sequence.reader = weakref.ref(self)
 
     def start(self) -> None:
-        """Submit the request; its steps are done by whoever reads, here or elsewhere."""
-        self._engine.start(self._sequence)
+        """Start the request."""
+        self._loop.start([self._sequence])
+
+    def follow(self, leader: TextStream) -> None:
+        """Before the start: let it begin behind the first token of ``leader``, whose prompt is then in the cache."""
+        self._sequence.leader = leader._sequence
 
     def __iter__(self) -> TextStream:
         return self
@@ -147,34 +159,77 @@ class TextStream(Iterator[str]):
             next(self._unread)
         raise StopIteration
 
+    def __aiter__(self) -> TextStream:
+        return self
+
+    async def __anext__(self) -> str:
+        """The same for a task of asyncio."""
+        while True:
+            seen = len(self._sequence.events)
+            known, event = self._look()
+            if not known:
+                await self._more(seen)
+            elif event is None:
+                raise StopAsyncIteration
+            elif text := next(self._unread).text:
+                return text
+
     def events(self) -> Iterator[TokenEvent]:
         """The events themselves, one a token, for callers that want ids and log-probabilities too."""
         return _Events(self)
 
+    def _look(self) -> tuple[bool, TokenEvent | None]:
+        """(whether it is known what comes next, the next event, which is not taken yet, or None behind the last)."""
+        finished = self._sequence.finished  # before the look: the engine is at work
+        if length_hint(self._unread):
+            event: TokenEvent = next(copy(self._unread))
+            if event.error is not None:
+                raise RequestError(event.error) from self._sequence.cause
+            return True, event
+        return finished, None
+
     def _peek(self) -> TokenEvent | None:
-        """The next event, which is not taken yet, or None behind the last one. Works until it is there."""
-        sequence = self._sequence
+        """The next event, which is not taken yet, or None behind the last one. Waits until it is there."""
         while True:
-            finished, seen = sequence.finished, len(sequence.events)  # before the look: others may be at work
-            if length_hint(self._unread):
-                event: TokenEvent = next(copy(self._unread))
-                if event.error is not None:
-                    raise RequestError(event.error)
+            seen = len(self._sequence.events)
+            known, event = self._look()
+            if known:
                 return event
-            if finished:
-                return None
-            self._engine.advance(sequence, seen)
+            self._loop.wait(self._sequence, seen)
 
     @property
     def result(self) -> Completion:
-        """The whole answer; runs the rest of it if it has not ended yet. What was not read can still be read."""
+        """The whole answer; waits for the rest of it. What was not read can still be read."""
         while not self._sequence.finished:
-            self._engine.advance(self._sequence, len(self._sequence.events))
+            self._loop.wait(self._sequence, len(self._sequence.events))
         return Completion.of(self._sequence)
+
+    async def finished(self) -> Completion:
+        """The same for a task of asyncio."""
+        while not self._sequence.finished:
+            await self._more(len(self._sequence.events))
+        return Completion.of(self._sequence)
+
+    async def _more(self, seen: int) -> None:
+        """Let other tasks run until there are more than ``seen`` events, or the last."""
+        here = asyncio.get_running_loop()
+        more = here.create_future()
+
+        def settle() -> None:
+            if not more.done():  # the task was cancelled
+                more.set_result(None)
+
+        def wake() -> None:  # in the engine's thread
+            with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
+                here.call_soon_threadsafe(settle)
+
+        self._loop.check(self._sequence)
+        self._sequence.when_more(seen, wake)
+        await more
 
     def cancel(self) -> None:
         """Stop the answer now. ``result`` then holds what there was, with finish_reason "cancelled"."""
-        self._engine.drop(self._sequence)
+        self._loop.cancel(self._sequence)
 
     def close(self) -> None:
         """The same as ``cancel``."""
@@ -189,9 +244,15 @@ class TextStream(Iterator[str]):
     def __exit__(self, *exc: object) -> None:
         self.cancel()
 
+    async def __aenter__(self) -> TextStream:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.cancel()
+
     def __del__(self) -> None:
-        # One that is dropped must not hold cache blocks. (One that failed to be built has no engine.)
-        if getattr(self, "_engine", None) is not None:
+        # One that is dropped must not hold cache blocks. (One that failed to be built has no loop.)
+        if getattr(self, "_loop", None) is not None:
             self.cancel()
 
 
@@ -205,3 +266,32 @@ class _Events(Iterator[TokenEvent]):
         if self._stream._peek() is None:
             raise StopIteration
         return next(self._stream._unread)
+
+
+def start_together(streams: list[TextStream]) -> None:
+    """Start streams of one loop: their first step has all of them, whatever the timing."""
+    for stream in streams[:1]:
+        stream._loop.start([each._sequence for each in streams])
+
+
+def run_together(streams: list[TextStream]) -> list[Completion]:
+    """Start streams together and wait for all. After an error or Ctrl-C none of them keeps running."""
+    try:
+        start_together(streams)
+        return [stream.result for stream in streams]
+    finally:
+        _cancel(streams)
+
+
+async def run_together_async(streams: list[TextStream]) -> list[Completion]:
+    """The same for a task of asyncio; where it is cancelled the requests are, too."""
+    try:
+        start_together(streams)
+        return [await stream.finished() for stream in streams]
+    finally:
+        _cancel(streams)
+
+
+def _cancel(streams: list[TextStream]) -> None:
+    for stream in streams:
+        stream.cancel()

@@ -161,6 +161,11 @@ class Runner:
         )
         return rows
 
+    def forget(self) -> None:
+        """After a step that failed: take nothing over that it has begun."""
+        if self._graphs is not None:
+            self._graphs.forget()
+
     def explain(self) -> str:
         """Why logits are not finite, in one line; weights do not change, so they are searched once."""
         if self._explanation is None:

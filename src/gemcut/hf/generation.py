@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemcut.config import token_ids
 from gemcut.engine import SamplingParams, TokenEvent
+from gemcut.engine.results import start_together
 from gemcut.errors import ParameterError
 from gemcut.gemma import Gemma
 from gemcut.hf.common import warn_once
@@ -93,7 +94,8 @@ def run(gemma: Gemma, job: Job, streamer: Any) -> list[list[int]]:
     deadline = None if job.max_time is None else time.monotonic() + job.max_time
     try:
         for ids, params in zip(rows, job.params, strict=True):
-            streams.append(gemma.stream_ids(ids, params, stop_ids=job.stop_ids))
+            streams.append(gemma.prepare_stream(ids, params, stop_ids=job.stop_ids))
+        start_together(streams)
         running: dict[int, Iterator[TokenEvent]] = {i: stream.events() for i, stream in enumerate(streams)}
         while running:
             column = [job.pad_id] * len(rows)

@@ -132,7 +132,7 @@ def wanted_dtype(
 
 def moved(gemma: Gemma, device: torch.device) -> Gemma:
     """The same model on another device, its weights moved one at a time, with a fresh cache."""
-    if gemma.engine.has_work:
+    if gemma.loop.busy:
         raise ParameterError("the model is still generating; wait for it, or cancel it, before moving it")
     result = Gemma(
         move_network(gemma.model, device),

@@ -1,0 +1,220 @@
+"""EngineLoop: the one thread that steps an engine, and the messages that everybody else sends it.
+
+    start -> inbox -> [thread: take messages in -> engine.step] -> the sequence's events -> who waits for them
+
+``start`` and ``cancel`` put a message into the inbox and return; no caller waits for a step. A caller that waits for
+events is woken by its own sequence alone, and an error reaches the requests that it concerns and no others.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import torch
+
+from gemcut import process
+from gemcut.engine.engine import Engine
+from gemcut.engine.request import Request, RowError, Sequence
+from gemcut.errors import GemcutError, ParameterError
+
+# Seconds after which one who waits looks whether the thread still lives (and, on Windows, for Ctrl-C).
+_LOOK_AGAIN = 0.25
+
+
+@dataclass(eq=False)
+class _State:
+    """What the thread works with. It knows nothing of the EngineLoop, which can therefore be dropped and end it."""
+
+    engine: Engine
+    #: Sequences to start together, one to cancel, or None: the thread shall end.
+    inbox: queue.SimpleQueue[list[Sequence] | Sequence | None] = field(default_factory=queue.SimpleQueue)
+    #: Every sequence that was sent and has not ended, by id.
+    living: dict[int, Sequence] = field(default_factory=dict)
+    thread: threading.Thread | None = None
+    #: Held by the thread, so that there is one.
+    at_work: threading.Lock = field(default_factory=threading.Lock)
+    #: PyTorch's number of threads where the last request came from; it is kept for each thread apart.
+    threads: int = 0
+
+
+class EngineLoop:
+    """Owns the thread that steps an engine. Any thread, and any asyncio task, may call its methods.
+
+    The thread starts with the first request and ends with ``close``, or when nobody holds the loop any more.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._state = _State(engine)
+        self._starting = threading.Lock()
+        _states.add(self._state)
+        weakref.finalize(self, self._state.inbox.put, None).atexit = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._state.living)
+
+    def prepare(self, request: Request) -> Sequence:
+        """Check a request and give it its state, without starting it. Raises as `Engine.submit` does."""
+        return self.engine.prepare(request)
+
+    def submit(self, request: Request) -> Sequence:
+        """Check a request and start it. Returns at once; raises as `Engine.submit` does."""
+        sequence = self.prepare(request)
+        self.start([sequence])
+        return sequence
+
+    def start(self, sequences: Many[Sequence]) -> None:
+        """Start requests. They enter the engine together, so that their first step does not depend on timing.
+
+        Raises ParameterError where the id of one is in use; then none of them starts.
+        """
+        process.check()
+        state, sent = self._state, list(sequences)
+        for place, sequence in enumerate(sent):
+            if state.living.setdefault(sequence.id, sequence) is not sequence:
+                for earlier in sent[:place]:
+                    state.living.pop(earlier.id, None)
+                raise ParameterError(f"request id {sequence.id} is already in use")
+        state.threads = torch.get_num_threads()
+        state.inbox.put(sent)
+        self._run()
+
+    def cancel(self, sequence: Sequence) -> bool:
+        """Ask for the end of a request; its blocks come back behind the step that is under way.
+
+        False if it has ended already.
+        """
+        if sequence.finished:
+            return False
+        sequence.unwanted = True
+        self._state.inbox.put(sequence)
+        return True
+
+    def wait(self, sequence: Sequence, seen: int) -> None:
+        """Sleep until ``sequence`` has more than ``seen`` events, or has ended.
+
+        Raises:
+            GemcutError: the caller is the loop's own thread (a text sink), for which nobody would do the steps.
+            RuntimeError: the request was never started here.
+        """
+        process.check()
+        if self._state.thread is threading.current_thread():
+            raise GemcutError("an answer cannot be waited for within a step (by a text sink or a stop rule)")
+        woken = threading.Lock()
+        woken.acquire()
+        sequence.when_more(seen, woken.release)
+        while not woken.acquire(timeout=_LOOK_AGAIN):
+            self.check(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """See that somebody works for ``sequence``. A thread that was killed is replaced.
+
+        Raises RuntimeError where the request was never started here.
+        """
+        if self._state.living.get(sequence.id) is sequence:
+            self._run()
+        elif not sequence.finished:
+            raise RuntimeError(f"request {sequence.id} is not in this engine")
+
+    def close(self) -> None:
+        """End the thread; waits for the step that is under way. Requests that are not finished are cancelled."""
+        for sequence in list(self._state.living.values()):
+            self.cancel(sequence)
+        _end(self._state)
+
+    def _run(self) -> None:
+        """See that the thread runs."""
+        state = self._state
+        if state.thread is not None and state.thread.is_alive():
+            return
+        with self._starting:
+            if state.thread is None or not state.thread.is_alive():
+                state.thread = threading.Thread(target=_work, args=(state,), name="gemcut-engine", daemon=True)
+                state.thread.start()
+
+
+def _work(state: _State) -> None:
+    """The thread: step while there is work, sleep while there is none."""
+    engine = state.engine
+    if not state.at_work.acquire(timeout=1):  # Ctrl-C struck who started the other one, before it was seen to run
+        return
+    try:
+        state.thread = threading.current_thread()
+        engine.owner = threading.get_ident()
+        if engine.device.type == "cuda":
+            torch.cuda.set_device(engine.device)
+        while _take_in(state):
+            if torch.get_num_threads() != state.threads:
+                torch.set_num_threads(state.threads)
+            for event in engine.step():
+                if event.finish_reason is not None:
+                    state.living.pop(event.request_id, None)
+    except BaseException as error:
+        # The engine ends what fails on a request's own account, so this is a bug, or somebody killed the thread.
+        if not _fail(state, error):
+            raise
+    finally:
+        engine.owner = None
+        state.at_work.release()
+
+
+def _take_in(state: _State) -> bool:
+    """Take all messages in; sleeps until there is one where the engine has no work. False: the thread shall end."""
+    with contextlib.suppress(queue.Empty):
+        wait = not state.engine.has_work
+        while (message := state.inbox.get() if wait else state.inbox.get_nowait()) is not None:
+            wait = False
+            if isinstance(message, Sequence):
+                state.engine.drop(message)
+                continue
+            for sequence in message:
+                if not sequence.finished:
+                    state.engine.start(sequence)
+        return False
+    return True
+
+
+def _fail(state: _State, error: BaseException) -> bool:
+    """End every request with the reason why the thread cannot go on, and leave an empty engine to the next one.
+
+    False where there was no request that could be told.
+    """
+    failure = RowError.of(error)
+    state.engine.reset()
+    return _end_living(state, RowError(f"the engine's thread ended: {failure.message}", error))
+
+
+def _end_living(state: _State, failure: RowError) -> bool:
+    """End every request that is left. One that is sent meanwhile stays in the inbox, for another thread."""
+    living = list(state.living.items())
+    for request_id, sequence in living:
+        sequence.end_with(failure)
+        state.living.pop(request_id, None)
+    return bool(living)
+
+
+def _end(state: _State) -> None:
+    thread = state.thread
+    if thread is not None and thread.is_alive():
+        state.inbox.put(None)
+        if thread is not threading.current_thread():
+            thread.join()
+    _end_living(state, RowError("the engine was closed"))
+
+
+_states: weakref.WeakSet[_State] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    # A thread inside PyTorch when the interpreter goes away would take the process down with it.
+    for state in list(_states):
+        _end(state)
