@@ -174,13 +174,13 @@ def test_n_answers(gemma: Gemma) -> None:
 def test_n_answers_share_their_prompt(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the prompt's blocks all whole ones but the last token's come from the cache for every later answer."""
     prompt, seen = [2, *range(700, 730)], []
-    real = gemma.stream_ids
+    real = gemma.prepare_stream
 
     def watched(*args: Any, **options: Any) -> Any:
         seen.append(real(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(gemma, "stream_ids", watched)
+    monkeypatch.setattr(gemma, "prepare_stream", watched)
     gemma.generate(prompt, n=4, max_new_tokens=3)
     stats = [stream.result.stats for stream in seen]
     assert [s.cached_tokens for s in stats] == [0, *[(len(prompt) - 1) // 4 * 4] * 3]
