@@ -138,7 +138,7 @@ class Stepper:
 
     def _request(self, prompt: list[int], own: SamplingParams, scored: bool, words: Any) -> Request:
         text = partial(Detokenizer, words, prompt_ids=tuple(prompt))
-        return Request(prompt_ids=tuple(prompt), params=own, text=text, prompt_logprobs=scored)
+        return Request(prompt_ids=tuple(prompt), params=own, text=text, prompt_logprobs_from=1 if scored else None)
 
     def work(self) -> None:
         for sequence in self.sequences.values():
