@@ -412,15 +412,8 @@ class Gemma:
         _refuse_logprobs(sampling)
         _ = self.tokenizer  # which makes texts of the answers
         params = [self._params(ids, sampling, chat=chat) for ids in prompts]
-        if n is None:
-            return [self.prepare_stream(ids, own) for ids, own in zip(prompts, params, strict=True)]
-        streams: list[TextStream] = []
-        for ids, given in zip(prompts, params, strict=True):
-            row = [self.prepare_stream(ids, own) for own in several(given, check_n(n))]
-            for other in row[1:]:  # which find the prompt in the cache
-                other.follow(row[0])
-            streams += row
-        return streams
+        each = [[own] if n is None else several(own, check_n(n)) for own in params]
+        return [self.prepare_stream(ids, own) for ids, row in zip(prompts, each, strict=True) for own in row]
 
     def stream_ids(
         self,

@@ -111,7 +111,7 @@ class Engine:
         return Sequence(request)
 
     def start(self, sequence: Sequence) -> None:
-        """The second half of ``submit``. A sequence with a ``leader`` waits for the first token of that one.
+        """The second half of ``submit``.
 
         Raises ParameterError where its id is in use.
         """
@@ -221,22 +221,16 @@ class Engine:
 
     def _tend(self) -> None:
         for sequence in list(self._new.values()):
-            if sequence.abandoned or not self._held(sequence):
-                self._whole = False
-                self.scheduler.add(sequence)
-                del self._new[sequence.id]
-                self._whole = True
+            self._whole = False
+            self.scheduler.add(sequence)
+            del self._new[sequence.id]
+            self._whole = True
         asked, self._unwanted = self._unwanted, []
         for sequence in [*asked, *self.scheduler.running]:  # one whose reader was lost is found when it runs
             if sequence.abandoned and self._sequences.get(sequence.id) is sequence:
                 self._whole = False
                 self._cancel(sequence)
                 self._whole = True
-
-    def _held(self, sequence: Sequence) -> bool:
-        """Whether it waits for its leader's first token."""
-        leader = sequence.leader
-        return leader is not None and not leader.events and self._sequences.get(leader.id) is leader
 
     # ---- a step --------------------------------------------------------------------------------------------------
 

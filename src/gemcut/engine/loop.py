@@ -95,7 +95,8 @@ class EngineLoop:
         if sequence.finished:
             return False
         sequence.unwanted = True
-        self._state.inbox.put(sequence)
+        if self._state.living.get(sequence.id) is sequence:
+            self._state.inbox.put(sequence)
         return True
 
     def wait(self, sequence: Sequence, seen: int) -> None:
@@ -111,7 +112,7 @@ class EngineLoop:
         woken = threading.Lock()
         woken.acquire()
         sequence.when_more(seen, woken.release)
-        while not woken.acquire(timeout=_LOOK_AGAIN):
+        while not woken.acquire(timeout=_LOOK_AGAIN) and len(sequence.events) <= seen and not sequence.finished:
             self.check(sequence)
 
     def check(self, sequence: Sequence) -> None:
@@ -132,18 +133,22 @@ class EngineLoop:
 
     def _run(self) -> None:
         """See that the thread runs."""
-        state = self._state
-        if state.thread is not None and state.thread.is_alive():
-            return
-        with self._starting:
-            if state.thread is None or not state.thread.is_alive():
-                state.thread = threading.Thread(target=_work, args=(state,), name="gemcut-engine", daemon=True)
-                state.thread.start()
+        thread = self._state.thread
+        if thread is None or not thread.is_alive():
+            with self._starting:
+                thread = self._state.thread
+                if thread is None or not thread.is_alive():
+                    _start_thread(self._state)
+
+
+def _start_thread(state: _State) -> None:
+    state.thread = threading.Thread(target=_work, args=(state,), name="gemcut-engine", daemon=True)
+    state.thread.start()
 
 
 def _work(state: _State) -> None:
     """The thread: step while there is work, sleep while there is none."""
-    engine = state.engine
+    engine, failed = state.engine, False
     if not state.at_work.acquire(timeout=1):  # Ctrl-C struck who started the other one, before it was seen to run
         return
     try:
@@ -159,11 +164,14 @@ def _work(state: _State) -> None:
                     state.living.pop(event.request_id, None)
     except BaseException as error:
         # The engine ends what fails on a request's own account, so this is a bug, or somebody killed the thread.
+        failed = True
         if not _fail(state, error):
             raise
     finally:
-        engine.owner = None
+        engine.owner = state.thread = None
         state.at_work.release()
+        if failed and state.living:  # sent while this thread ended, and so looked like one that would serve it
+            _start_thread(state)
 
 
 def _take_in(state: _State) -> bool:
@@ -187,9 +195,12 @@ def _fail(state: _State, error: BaseException) -> bool:
 
     False where there was no request that could be told.
     """
-    failure = RowError.of(error)
-    state.engine.reset()
-    return _end_living(state, RowError(f"the engine's thread ended: {failure.message}", error))
+    failure = RowError(f"the engine's thread ended: {RowError.of(error).message}", error)
+    try:
+        state.engine.reset()
+    finally:
+        told = _end_living(state, failure)
+    return told
 
 
 def _end_living(state: _State, failure: RowError) -> bool:

@@ -164,8 +164,6 @@ class Sequence:
         self.failure: RowError | None = None
         #: The exception behind finish reason "error", where there was one.
         self.cause: BaseException | None = None
-        #: It starts behind the first token of this one, whose prompt is then in the cache (see `Engine.start`).
-        self.leader: Sequence | None = None
         self._wakers: deque[Callable[[], None]] = deque()
         #: Set by whoever wants it cancelled, in any thread; the engine does it between two steps.
         self.unwanted = False

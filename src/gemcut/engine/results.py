@@ -144,10 +144,6 @@ class TextStream(Iterator[str]):
         """Start the request."""
         self._loop.start([self._sequence])
 
-    def follow(self, leader: TextStream) -> None:
-        """Before the start: let it begin behind the first token of ``leader``, whose prompt is then in the cache."""
-        self._sequence.leader = leader._sequence
-
     def __iter__(self) -> TextStream:
         return self
 
@@ -164,19 +160,15 @@ class TextStream(Iterator[str]):
 
     async def __anext__(self) -> str:
         """The same for a task of asyncio."""
-        while True:
-            seen = len(self._sequence.events)
-            known, event = self._look()
-            if not known:
-                await self._more(seen)
-            elif event is None:
-                raise StopAsyncIteration
-            elif text := next(self._unread).text:
-                return text
+        while (event := await self._peek_async()) is not None:
+            if event.text:
+                return next(self._unread).text
+            next(self._unread)
+        raise StopAsyncIteration
 
-    def events(self) -> Iterator[TokenEvent]:
+    def events(self) -> TokenEvents:
         """The events themselves, one a token, for callers that want ids and log-probabilities too."""
-        return _Events(self)
+        return TokenEvents(self)
 
     def _look(self) -> tuple[bool, TokenEvent | None]:
         """(whether it is known what comes next, the next event, which is not taken yet, or None behind the last)."""
@@ -196,6 +188,15 @@ class TextStream(Iterator[str]):
             if known:
                 return event
             self._loop.wait(self._sequence, seen)
+
+    async def _peek_async(self) -> TokenEvent | None:
+        """The same for a task of asyncio."""
+        while True:
+            seen = len(self._sequence.events)
+            known, event = self._look()
+            if known:
+                return event
+            await self._more(seen)
 
     @property
     def result(self) -> Completion:
@@ -256,8 +257,9 @@ class TextStream(Iterator[str]):
             self.cancel()
 
 
-class _Events(Iterator[TokenEvent]):
-    """A stream's events. Not a generator: that would be at its end after an exception."""
+class TokenEvents(Iterator[TokenEvent]):
+    """A stream's events, for a thread or a task of asyncio. Not a generator: that would be at its end after an
+    exception."""
 
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
@@ -265,6 +267,14 @@ class _Events(Iterator[TokenEvent]):
     def __next__(self) -> TokenEvent:
         if self._stream._peek() is None:
             raise StopIteration
+        return next(self._stream._unread)
+
+    def __aiter__(self) -> TokenEvents:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if await self._stream._peek_async() is None:
+            raise StopAsyncIteration
         return next(self._stream._unread)
 
 
