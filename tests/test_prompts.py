@@ -171,6 +171,12 @@ def test_n_answers(gemma: Gemma) -> None:
     assert answers[0] == gemma.chat(messages, **options) != answers[1]
 
 
+def test_no_prompts(gemma: Gemma) -> None:
+    assert gemma.generate([]) == gemma.generate([], n=2) == []
+    with pytest.raises(ParameterError, match="n is 0"):
+        gemma.generate([], n=0)
+
+
 def test_n_answers_share_their_prompt(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the prompt's blocks all whole ones but the last token's come from the cache for every later answer."""
     prompt, seen = [2, *range(700, 730)], []

@@ -1,0 +1,190 @@
+"""TokenModel: a model that takes token ids and gives them back, with its engine. Gemma adds texts and dialogues."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from gemcut.checkpoint.source import Source
+from gemcut.engine import Engine, EngineConfig, EngineLoop, Request, SamplingParams
+from gemcut.engine.results import Completion, TextStream, run_together
+from gemcut.errors import MissingTokenizerError, ParameterError
+from gemcut.model import Model
+from gemcut.prompts import Prompt, sampling_for_each, split_prompts, token_ids
+from gemcut.sampling_defaults import GIVEN, Level, ResolvedSampling, checkpoint_level, left_out, resolve_sampling
+from gemcut.text import Detokenizer, Tokenizer, stop_ids
+
+#: New tokens where the caller names no number, as far as the context has room for them.
+DEFAULT_NEW_TOKENS = 256
+DEFAULT_CHAT_TOKENS = 1024
+
+
+class TokenModel:
+    """A loaded model, its engine, and the requests of token ids that every front door makes."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        device: torch.device,
+        *,
+        engine: EngineConfig | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        """``tokenizer`` None: the model takes token ids alone, and whatever needs texts raises TokenizerError."""
+        self.model, self._tokenizer, self.device = model, tokenizer, device
+        self.config, self.dtype = model.config, model.dtype
+        self.generation_config = dict(generation_config or {})
+        self.source = source
+        #: Where a call's sampling parameters come from beside the call itself, from the highest level to the lowest.
+        #: A front door may put levels of its own in front of the checkpoint's.
+        self.sampling_levels: list[Level] = [checkpoint_level(self.generation_config)]
+        self._told_left_out = False
+        self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
+        self.loop = EngineLoop(Engine(model, device, engine))
+        self.load_seconds = 0.0
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, which the thread of ``loop`` steps."""
+        return self.loop.engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises TokenizerError where it has none."""
+        if self._tokenizer is None:
+            where = "" if self.source is None else f" in {self.source.path}"
+            raise MissingTokenizerError(
+                f"there is no tokenizer.json{where}, so this model takes no texts: put the checkpoint's tokenizer "
+                "files there and load it again (token ids alone work in Python: complete, score, stream_ids, and "
+                "generate of AutoModelForCausalLM)"
+            )
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.__dict__.pop("_chat", None)
+
+    @property
+    def bos_id(self) -> int:
+        """The id that begins a text: the tokenizer's, or config.json's where there is none."""
+        return self.config.bos_token_id if self._tokenizer is None else self._tokenizer.bos_id
+
+    @property
+    def pad_id(self) -> int:
+        """The id that pads: the tokenizer's, or config.json's where there is none."""
+        return self.config.pad_token_id if self._tokenizer is None else self._tokenizer.pad_id
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; a text gets exactly one ``<bos>``, ids (an array's too) are taken as they are.
+
+        Raises:
+            ParameterError: ``prompt`` is neither a text nor the token ids of one prompt.
+        """
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+
+    def complete(
+        self,
+        prompts: Any,
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        prompt_logprobs: bool = False,
+    ) -> list[Completion]:
+        """Run prompts together to their ends; whole results, in the prompts' order, a list for one prompt too.
+
+        ``prompts`` are those of `generate`; ``params`` hold for all of them, or are a sequence, one a prompt.
+        """
+        many = [self.encode(prompt) for prompt in split_prompts(prompts, pad_id=self.pad_id)[0]]
+        each = sampling_for_each(params, len(many))
+        streams = [
+            self.prepare_stream(ids, own, prompt_logprobs=prompt_logprobs) for ids, own in zip(many, each, strict=True)
+        ]
+        return run_together(streams)
+
+    def stream_ids(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_ids: frozenset[int] | None = None,
+        prompt_logprobs: bool = False,
+        prompt_logprobs_from: int | None = None,
+    ) -> TextStream:
+        """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
+
+        ``prompt_logprobs_from``: score the prompt's tokens from this place on; ``prompt_logprobs``: from the second.
+        Without a tokenizer all texts are "", and stop texts raise TokenizerError.
+        """
+        stream = self.prepare_stream(
+            ids,
+            params,
+            stop_ids=stop_ids,
+            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs_from=prompt_logprobs_from,
+        )
+        stream.start()
+        return stream
+
+    def prepare_stream(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_ids: frozenset[int] | None = None,
+        prompt_logprobs: bool = False,
+        prompt_logprobs_from: int | None = None,
+    ) -> TextStream:
+        """A request that is checked and not started (`start_together` starts several). Every front door ends here."""
+        ids = token_ids(ids)
+        if not isinstance(params, SamplingParams):
+            raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
+        text = None
+        if (self._tokenizer is not None and params.max_new_tokens) or params.stop:
+            text = partial(Detokenizer, self.tokenizer, prompt_ids=tuple(ids), stop=params.stop)
+        request = Request(
+            prompt_ids=tuple(ids),
+            params=params,
+            stop_ids=self.stop_ids if stop_ids is None else stop_ids,
+            text=text,
+            prompt_logprobs_from=1 if prompt_logprobs and prompt_logprobs_from is None else prompt_logprobs_from,
+        )
+        return TextStream(self.loop, self.loop.prepare(request))
+
+    def resolve_sampling(
+        self, prompt_tokens: int, sampling: Mapping[str, Any], *, chat: bool = False
+    ) -> ResolvedSampling:
+        """What a call with these keyword arguments samples with, and where each value comes from.
+
+        What is given decides, then ``sampling_levels`` (the checkpoint's generation_config.json), then what is built
+        in; ``gemcut.sampling_defaults.resolve_sampling`` has the rules. Without any length, an answer has up to 256
+        tokens (1024 in a chat), as far as the context has room.
+
+        Args:
+            prompt_tokens: tokens of the prompt.
+            sampling: fields of SamplingParams.
+            chat: whether it answers a dialogue.
+
+        Raises:
+            ParameterError: a value is out of range or unknown.
+        """
+        if not self._told_left_out and (names := left_out(self.generation_config)):
+            self._told_left_out = True
+            warnings.warn(
+                f"the checkpoint's generation_config.json sets {', '.join(names)}: gemcut does not have it, left out",
+                stacklevel=4,
+            )
+        return resolve_sampling(
+            [(GIVEN, sampling), *self.sampling_levels],
+            prompt_tokens=prompt_tokens,
+            room=self.engine.max_context - prompt_tokens,
+            new_tokens=DEFAULT_CHAT_TOKENS if chat else DEFAULT_NEW_TOKENS,
+        )
+
+    def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], *, chat: bool = False) -> SamplingParams:
+        return self.resolve_sampling(len(ids), sampling, chat=chat).params
