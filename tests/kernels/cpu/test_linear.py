@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -295,30 +293,6 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         os._exit(0 if all(torch.equal(kernel(x), want) for _ in range(20)) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(kernel(x), want)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
-def test_threads_that_nobody_asks_for_any_more_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call leaves its 40 threads to the next one; hundreds that ask for 2 let them go, with the same results."""
-
-    def count() -> int:
-        return len(os.listdir("/proc/self/task"))
-
-    kernel = CpuLinear(LinearCase((pack(8000, 640, "whole"),), BF16, BF16), cpu.library())
-    x = torch.randn(1, 640).to(BF16)
-    monkeypatch.setattr(linear.cpu, "threads", lambda: 1)
-    want = kernel(x)
-    for _ in range(2):
-        monkeypatch.setattr(linear.cpu, "threads", lambda: 40)
-        assert torch.equal(kernel(x), want)
-        assert count() >= 40
-        monkeypatch.setattr(linear.cpu, "threads", lambda: 2)
-        assert all(torch.equal(kernel(x), want) for _ in range(257))
-        end = time.monotonic() + 60
-        while count() >= 30 and time.monotonic() < end:
-            time.sleep(0.01)
-        assert count() < 30
 
 
 #: In a process of its own, whose memory is small: a fork of a test process takes a second.

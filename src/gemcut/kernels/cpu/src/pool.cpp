@@ -11,10 +11,6 @@
 //
 // The spin covers the gap between two layers. After it a process that computes nothing uses no processor, and other
 // programs get theirs.
-//
-// Threads that many loops in a row had no use for end. Each holds a ticket. When it wakes and its place has another
-// ticket by now, it ends. It has taken no chunk in between: it looks after it has read the epoch, and tickets change
-// before the epoch does.
 #include "pool.h"
 
 #include <atomic>
@@ -34,7 +30,6 @@ namespace {
 
 constexpr int MAX_THREADS = 256;
 constexpr int64_t SPIN_NANOSECONDS = 40000;
-constexpr int LOOPS_BEFORE_END = 256;  // without a use for a thread; starting it again takes tens of microseconds
 
 struct alignas(64) Cursor {
     std::atomic<uint64_t> value{0};  // epoch << 32 | next chunk
@@ -75,8 +70,6 @@ struct Pool {
     alignas(64) std::atomic<bool> busy{false};
     std::atomic<int> started{0};                    // worker threads, without the caller
     Shared loop{};
-    int loops_with_fewer = 0;                       // in a row, that asked for fewer threads than there are
-    std::atomic<uint32_t> tickets[MAX_THREADS]{};   // of the thread at each place
     int cursors_used = 0;                           // by the loop before
     Cursor cursors[MAX_THREADS];
 #if !defined(__linux__)
@@ -162,9 +155,7 @@ void work(uint32_t epoch, const Loop& loop, int self) {
 }
 
 void* worker_main(void* argument) {
-    const uint64_t both = uint64_t(reinterpret_cast<uintptr_t>(argument));
-    const int self = int(both & 0xffff);
-    const uint32_t ticket = uint32_t(both >> 16);  // pointers have 64 bits wherever kernels are built
+    const int self = int(reinterpret_cast<intptr_t>(argument));
     uint32_t seen = 0;
     for (;;) {
         if (pool.epoch.load(std::memory_order_acquire) == seen && !spin_while(pool.epoch, seen)) {
@@ -173,12 +164,12 @@ void* worker_main(void* argument) {
             pool.asleep.fetch_sub(1);
         }
         seen = pool.epoch.load(std::memory_order_acquire);
-        if (pool.tickets[self].load(std::memory_order_relaxed) != ticket) return nullptr;
         // The fields may be those of a later loop, half written: work() finds that out before it uses the task.
         const Loop loop = pool.loop.read();
         std::atomic_thread_fence(std::memory_order_acquire);
         if (self < loop.threads) work(seen, loop, self);
     }
+    return nullptr;
 }
 
 // A child of fork() has no worker threads: it starts its own when it needs them. If another thread's loop was running,
@@ -201,28 +192,13 @@ int start_workers(int count) {
         pthread_attr_init(&attributes);
         pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
         pthread_t thread;
-        const uint64_t both = uint64_t(pool.tickets[have + 1].load()) << 16 | uint64_t(have + 1);
-        const int failed = pthread_create(&thread, &attributes, worker_main, reinterpret_cast<void*>(uintptr_t(both)));
+        const int failed =
+            pthread_create(&thread, &attributes, worker_main, reinterpret_cast<void*>(intptr_t(have + 1)));
         pthread_attr_destroy(&attributes);
         if (failed) break;
         pool.started.store(++have);
     }
     return have;
-}
-
-// Ends workers beyond `count` once enough loops in a row have asked for no more. The caller has the pool.
-void end_workers(int count) {
-    const int have = pool.started.load();
-    if (have <= count) {
-        pool.loops_with_fewer = 0;
-        return;
-    }
-    if (++pool.loops_with_fewer < LOOPS_BEFORE_END) return;
-    pool.loops_with_fewer = 0;
-    for (int place = count + 1; place <= have; ++place) pool.tickets[place].fetch_add(1);
-    pool.started.store(count);
-    pool.epoch.fetch_add(1);  // no loop's: cursors of the last one are of another epoch
-    wake(pool.epoch, MAX_THREADS);
 }
 
 void run_alone(const Loop& loop) {
@@ -239,7 +215,6 @@ GEMCUT_EXPORT void gemcut_parallel(gemcut_task task, void* context, int64_t item
     if (loop.threads > MAX_THREADS) loop.threads = MAX_THREADS;
     if (loop.threads > loop.chunks) loop.threads = int(loop.chunks);
     if (loop.threads < 2 || pool.busy.exchange(true, std::memory_order_acquire)) return run_alone(loop);
-    end_workers((threads < MAX_THREADS ? threads : MAX_THREADS) - 1);
     const int have = start_workers(loop.threads - 1) + 1;
     if (loop.threads > have) loop.threads = have;
     if (loop.threads < 2) {
@@ -262,7 +237,7 @@ GEMCUT_EXPORT void gemcut_parallel(gemcut_task task, void* context, int64_t item
     }
     pool.epoch.store(epoch);
     // Workers beyond those of this loop may sleep on: but a futex wakes any of them, so all are woken.
-    if (pool.asleep.load() > 0) wake(pool.epoch, MAX_THREADS);
+    if (pool.asleep.load() > 0) wake(pool.epoch, pool.started.load());
     work(epoch, loop, 0);
 
     const uint32_t chunks = uint32_t(loop.chunks);
