@@ -132,6 +132,26 @@ def test_ctrl_c_while_loading_or_generating(tiny: Path, delay: float) -> None:
     assert err.decode().splitlines() == ["interrupted"]
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (ZeroDivisionError("by zero"), 1, "this is a bug in gemcut, ZeroDivisionError: by zero"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory; choose a smaller model"),
+        (ParameterError("id 5 is unknown"), 2, "id 5 is unknown"),
+    ],
+)
+def test_what_fails_in_the_engines_thread_is_told_as_what_it_is(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, code: int, said: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("gemcut.engine.runner.Runner.run", fail)
+    run = cli("generate", "-m", str(tiny), "-n", "3", "hi")
+    assert (run.code, run.error.startswith(f"error: {said}")) == (code, True), run.error
+    assert len(run.error.splitlines()) == 1
+
+
 @pytest.fixture
 def _ctrl_c() -> Iterator[None]:
     """Ctrl-C as in a process that a person started: a worker of pytest-xdist ignores it."""

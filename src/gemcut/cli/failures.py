@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from gemcut.errors import CapacityError, GemcutError
+from gemcut.errors import CapacityError, GemcutError, RequestError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -26,6 +26,8 @@ def explain(error: BaseException) -> Failure:
         return Failure("interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):  # the reader of our output has left: nobody to tell
         return Failure("", BROKEN_PIPE)
+    if isinstance(error, RequestError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what ended the request, which may be a bug
     if isinstance(error, CapacityError):
         error = error.at("command")
     if isinstance(error, GemcutError):
