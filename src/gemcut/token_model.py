@@ -103,7 +103,8 @@ class TokenModel:
         many = [self.encode(prompt) for prompt in split_prompts(prompts, pad_id=self.pad_id)[0]]
         each = sampling_for_each(params, len(many))
         streams = [
-            self.prepare_stream(ids, own, prompt_logprobs=prompt_logprobs) for ids, own in zip(many, each, strict=True)
+            self.prepare_stream(ids, own, prompt_logprobs_from=1 if prompt_logprobs else None)
+            for ids, own in zip(many, each, strict=True)
         ]
         return run_together(streams)
 
@@ -113,21 +114,14 @@ class TokenModel:
         params: SamplingParams,
         *,
         stop_ids: frozenset[int] | None = None,
-        prompt_logprobs: bool = False,
         prompt_logprobs_from: int | None = None,
     ) -> TextStream:
         """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
 
-        ``prompt_logprobs_from``: score the prompt's tokens from this place on; ``prompt_logprobs``: from the second.
+        ``prompt_logprobs_from``: score the prompt's tokens from this place on; 1 is the second token.
         Without a tokenizer all texts are "", and stop texts raise TokenizerError.
         """
-        stream = self.prepare_stream(
-            ids,
-            params,
-            stop_ids=stop_ids,
-            prompt_logprobs=prompt_logprobs,
-            prompt_logprobs_from=prompt_logprobs_from,
-        )
+        stream = self.prepare_stream(ids, params, stop_ids=stop_ids, prompt_logprobs_from=prompt_logprobs_from)
         stream.start()
         return stream
 
@@ -137,7 +131,6 @@ class TokenModel:
         params: SamplingParams,
         *,
         stop_ids: frozenset[int] | None = None,
-        prompt_logprobs: bool = False,
         prompt_logprobs_from: int | None = None,
     ) -> TextStream:
         """A request that is checked and not started (`start_together` starts several). Every front door ends here."""
@@ -152,7 +145,7 @@ class TokenModel:
             params=params,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             text=text,
-            prompt_logprobs_from=1 if prompt_logprobs and prompt_logprobs_from is None else prompt_logprobs_from,
+            prompt_logprobs_from=prompt_logprobs_from,
         )
         return TextStream(self.loop, self.loop.prepare(request))
 

@@ -21,7 +21,7 @@ NOT_FINITE = "the logits of this request hold NaN or infinity"
 
 
 def uniform(seed: int, place: int) -> float:
-    """A number in [0, 1) that is a pure function of both arguments (SplitMix64; Steele, Lea and Flood 2014)."""
+    """SplitMix64's number in [0, 1). Written out again: the same seed must give the same text for ever."""
     x = ((seed & _MASK) * 0xD1342543DE82EF95 + (place + 1) * 0x9E3779B97F4A7C15) & _MASK
     for _ in range(2):
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

@@ -99,7 +99,9 @@ class Reader:
     def work(self) -> None:
         for place, (prompt, _) in enumerate(JOBS):
             if place not in self.streams:
-                self.streams[place] = self.gemma.stream_ids(prompt, params(place), prompt_logprobs=place == 2)
+                self.streams[place] = self.gemma.stream_ids(
+                    prompt, params(place), prompt_logprobs_from=1 if place == 2 else None
+                )
         if self.left is None:
             self.left = self.gemma.stream_ids([3, 3], params(len(JOBS)))
         for place, stream in self.streams.items():

@@ -226,8 +226,42 @@ def test_engine_of_a_loop_is_stepped_by_its_thread_alone(monkeypatch: pytest.Mon
     assert gemma.engine.step() == []
 
 
-def request(seed: int) -> Request:
-    return Request(prompt_ids=(1, 2), params=drawn(seed))
+def request(seed: int, **more: Any) -> Request:
+    return Request(prompt_ids=(1, 2), params=drawn(seed), **more)
+
+
+def test_an_id_in_use_starts_nothing() -> None:
+    gemma = new_gemma()
+    first = gemma.loop.prepare(request(0, request_id=-7))
+    fresh, again = gemma.loop.prepare(request(1)), gemma.loop.prepare(request(2, request_id=-7))
+    with pytest.raises(ParameterError, match="request id -7 is already in use"):
+        gemma.loop.start([first, fresh, again])
+    assert not gemma.loop.busy
+    gemma.loop.start([first, fresh])
+    for sequence in (first, fresh):
+        gemma.loop.wait(sequence, 8)
+        assert len(sequence.output_ids) == 9
+    assert_nothing_held(gemma.engine)
+
+
+class Closing(Words):
+    """Decoding that closes the engine which waits for it."""
+
+    gemma: Gemma
+
+    def token_text(self, token: int) -> str:
+        self.gemma.loop.close()
+        return ""
+
+
+def test_sink_that_closes_the_engine_fails_alone() -> None:
+    gemma, closing = new_gemma(), Closing()
+    gemma.tokenizer, closing.gemma = closing, gemma  # type: ignore[assignment]
+    broken = gemma.stream_ids(PROMPTS[1], drawn(1))
+    gemma.tokenizer = Words()  # type: ignore[assignment]
+    assert gemma.complete([PROMPTS[0]], drawn(0))[0].text == alone(PROMPTS[0], drawn(0))[1]
+    assert "cannot be closed within a step" in str(broken.result.error)
+    assert_nothing_held(gemma.engine)
 
 
 def test_stream_of_another_engine_is_refused() -> None:

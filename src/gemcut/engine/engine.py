@@ -189,7 +189,9 @@ class Engine:
 
     def _check_owner(self) -> None:
         if self.owner is not None and self.owner != threading.get_ident():
-            raise RuntimeError("this engine belongs to the thread of its EngineLoop; send requests there")
+            raise RuntimeError(
+                "this engine belongs to the thread of its EngineLoop; submit and cancel there (Gemma.loop)"
+            )
 
     def _within_step(self) -> bool:
         """Whether the caller is called by a step (by a text sink). A step that was struck is on no stack any more."""
@@ -226,7 +228,8 @@ class Engine:
             del self._new[sequence.id]
             self._whole = True
         asked, self._unwanted = self._unwanted, []
-        for sequence in [*asked, *self.scheduler.running]:  # one whose reader was lost is found when it runs
+        # A waiting request whose reader has gone without a word is found once it runs.
+        for sequence in [*asked, *self.scheduler.running]:
             if sequence.abandoned and self._sequences.get(sequence.id) is sequence:
                 self._whole = False
                 self._cancel(sequence)
@@ -251,7 +254,8 @@ class Engine:
             if not self._whole:  # amid our own changes
                 raise
             self.runner.forget()
-            traceback.clear_frames(error.__traceback__)  # whose tensors would stay as long as the error is known
+            # The request keeps the error. The failed call's local variables must go: tensors are among them.
+            traceback.clear_frames(error.__traceback__)
             if len(batch) > 1:
                 for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                     self._attempt(part)

@@ -29,7 +29,7 @@ _LOOK_AGAIN = 0.25
 
 @dataclass(eq=False)
 class _State:
-    """What the thread works with. It knows nothing of the EngineLoop, which can therefore be dropped and end it."""
+    """What the thread works with. It does not hold the EngineLoop, so that dropping that one ends the thread."""
 
     engine: Engine
     #: Sequences to start together, one to cancel, or None: the thread shall end.
@@ -39,7 +39,7 @@ class _State:
     thread: threading.Thread | None = None
     #: Held by the thread, so that there is one.
     at_work: threading.Lock = field(default_factory=threading.Lock)
-    #: PyTorch's number of threads where the last request came from; it is kept for each thread apart.
+    #: How many threads PyTorch uses in the thread that sent the last request. PyTorch keeps that number per thread.
     threads: int = 0
 
 
@@ -109,11 +109,12 @@ class EngineLoop:
         process.check()
         if self._state.thread is threading.current_thread():
             raise GemcutError("an answer cannot be waited for within a step (by a text sink or a stop rule)")
-        woken = threading.Lock()
-        woken.acquire()
-        sequence.when_more(seen, woken.release)
-        while not woken.acquire(timeout=_LOOK_AGAIN) and len(sequence.events) <= seen and not sequence.finished:
-            self.check(sequence)
+        while len(sequence.events) <= seen and not sequence.finished:
+            woken = threading.Lock()
+            woken.acquire()
+            sequence.when_more(seen, woken.release)
+            if not woken.acquire(timeout=_LOOK_AGAIN):
+                self.check(sequence)
 
     def check(self, sequence: Sequence) -> None:
         """See that somebody works for ``sequence``. A thread that was killed is replaced.
@@ -126,7 +127,12 @@ class EngineLoop:
             raise RuntimeError(f"request {sequence.id} is not in this engine")
 
     def close(self) -> None:
-        """End the thread; waits for the step that is under way. Requests that are not finished are cancelled."""
+        """End the thread; waits for the step that is under way. Requests that are not finished are cancelled.
+
+        Raises GemcutError where the caller is that thread itself (a text sink).
+        """
+        if self._state.thread is threading.current_thread():
+            raise GemcutError("the engine cannot be closed within a step (by a text sink or a stop rule)")
         for sequence in list(self._state.living.values()):
             self.cancel(sequence)
         _end(self._state)
@@ -149,8 +155,8 @@ def _start_thread(state: _State) -> None:
 def _work(state: _State) -> None:
     """The thread: step while there is work, sleep while there is none."""
     engine, failed = state.engine, False
-    if not state.at_work.acquire(timeout=1):  # Ctrl-C struck who started the other one, before it was seen to run
-        return
+    if not state.at_work.acquire(timeout=1):
+        return  # Another thread works already: Ctrl-C came after its start, before it was seen to run.
     try:
         state.thread = threading.current_thread()
         engine.owner = threading.get_ident()
@@ -170,7 +176,8 @@ def _work(state: _State) -> None:
     finally:
         engine.owner = state.thread = None
         state.at_work.release()
-        if failed and state.living:  # sent while this thread ended, and so looked like one that would serve it
+        if failed and state.living:
+            # A request that came while this thread was ending saw it alive, and so nobody started another.
             _start_thread(state)
 
 
@@ -216,8 +223,7 @@ def _end(state: _State) -> None:
     thread = state.thread
     if thread is not None and thread.is_alive():
         state.inbox.put(None)
-        if thread is not threading.current_thread():
-            thread.join()
+        thread.join()
     _end_living(state, RowError("the engine was closed"))
 
 
