@@ -161,7 +161,7 @@ def test_parse_memory(text: str, count: int) -> None:
 
 
 def test_parse_memory_refuses() -> None:
-    for text in ("", "GB", "1e9", "1,5GB", "inf", "0.0001"):
+    for text in ("", "GB", "1e9", "1,5GB", "inf", "0.0001", "9" * 400 + "GB", "8 iB", "3 eggs"):
         with pytest.raises(ParameterError):
             parse_memory(text)
 

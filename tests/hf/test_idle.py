@@ -160,6 +160,12 @@ def test_sizes_are_accelerates(size: Any) -> None:
     assert byte_size("max_memory", size) == theirs
 
 
+@pytest.mark.parametrize("size", ["much", "-1GB", -1, True, 1.5, None, "9" * 400 + "GB"])
+def test_what_is_no_size(size: Any) -> None:
+    with pytest.raises(ParameterError, match=r"max_memory is .*expected a number of bytes"):
+        byte_size("max_memory", size)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.filterwarnings("ignore:.*no GPU|.*max_memory")
 def test_spellings_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,13 @@ from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
 from gemcut.paths import expand
 from gemcut.placement.plan import CHUNK, MemoryPlan
+from gemcut.placement.sizes import parse_size
 from gemcut.quantization.spec import DTYPE_BYTES, DTYPE_NAMES, Quantization
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PUBLISHED = "published shape"
 
 
@@ -117,13 +116,11 @@ def _formats(dtype: str | None, asked: Quantization | None) -> list[tuple[str, Q
 
 def parse_memory(text: str) -> int:
     """Bytes of "24GB", "22.5 GiB", "800MB"; raises ParameterError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    amount = float(match.group(1)) * unit if match is not None and unit is not None else 0.0
-    if not 1 <= amount < 2**63:
+    size = parse_size(text)
+    if size is None or size < 1:
         shown = text if len(text) <= 60 else f"{text[:60]}…"
         raise ParameterError(f"memory is {shown!r}; expected a size such as 24GB, 22.5GiB or 800MB")
-    return int(amount)
+    return size
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,23 +9,20 @@ import torch
 
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.hf.common import find_device
+from gemcut.placement.sizes import parse_size
 
 _ONE = "a model is on one device in this version"
 _WORKS = 'use "auto", "cpu", "cuda", "cuda:N", a number or {"": device}'
 #: Values of device_map that spread a model by themselves.
 _SPREAD = ("balanced", "balanced_low_0", "sequential", "disk")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 
 
 def byte_size(name: str, size: object) -> int:
     """Bytes from a number, or a text such as "5GB", "0.5 GiB". Raises ParameterError, which calls it ``name``."""
-    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if match:
-        unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
-        return int(float(match[1]) * unit)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+    number = parse_size(size) if isinstance(size, str) else size
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise ParameterError(f"{name} is {size!r}; expected a number of bytes, or a text such as '5GB'")
-    return size
+    return number
 
 
 def placement(device_map: Any, max_memory: Any = None) -> tuple[torch.device, int | None]:
