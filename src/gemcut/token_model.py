@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gemcut.checkpoint.source import Source
-from gemcut.engine import Engine, EngineConfig, EngineLoop, Request, SamplingParams
+from gemcut.engine import Engine, EngineConfig, EngineLoop, LogitsEdit, Request, SamplingParams
 from gemcut.engine.results import Completion, TextStream, run_together
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.model import Model
@@ -115,13 +115,18 @@ class TokenModel:
         *,
         stop_ids: frozenset[int] | None = None,
         prompt_logprobs_from: int | None = None,
+        edit: LogitsEdit | None = None,
     ) -> TextStream:
         """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
 
         ``prompt_logprobs_from``: score the prompt's tokens from this place on; 1 is the second token.
+        ``edit``: asked before each token what to change of its logits: which tokens may come, what is added
+        (`gemcut.engine.LogitsEdit`).
         Without a tokenizer all texts are "", and stop texts raise TokenizerError.
         """
-        stream = self.prepare_stream(ids, params, stop_ids=stop_ids, prompt_logprobs_from=prompt_logprobs_from)
+        stream = self.prepare_stream(
+            ids, params, stop_ids=stop_ids, prompt_logprobs_from=prompt_logprobs_from, edit=edit
+        )
         stream.start()
         return stream
 
@@ -132,11 +137,14 @@ class TokenModel:
         *,
         stop_ids: frozenset[int] | None = None,
         prompt_logprobs_from: int | None = None,
+        edit: LogitsEdit | None = None,
     ) -> TextStream:
         """A request that is checked and not started (`start_together` starts several). Every front door ends here."""
         ids = token_ids(ids)
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
+        if edit is not None and not callable(edit):
+            raise ParameterError(f"edit is of type {type(edit).__name__}; expected a LogitsEdit, which is called")
         text = None
         if (self._tokenizer is not None and params.max_new_tokens) or params.stop:
             text = partial(Detokenizer, self.tokenizer, prompt_ids=tuple(ids), stop=params.stop)
@@ -146,6 +154,7 @@ class TokenModel:
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             text=text,
             prompt_logprobs_from=prompt_logprobs_from,
+            edit=edit,
         )
         return TextStream(self.loop, self.loop.prepare(request))
 
