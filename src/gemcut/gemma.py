@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
+from torch import Tensor
 
 from gemcut import process
 from gemcut.checkpoint.resolve import resolve
@@ -301,6 +302,39 @@ class Gemma(TokenModel):
         ids = [self.encode(text) for text in many]
         scores = score_texts(ids, check_starts(start, ids), partial(self._scores, ids))
         return scores if ranks else [[each.logprob for each in own] for own in scores]
+
+    def embed(self, texts: Any) -> Tensor:
+        """Embeddings: for each text the mean of its tokens' hidden states behind the final norm.
+
+        ``<bos>`` is not counted among the tokens. The vectors are not normalised, and no model of this family was
+        trained to make them. One prefill a text, all of them together.
+
+        Args:
+            texts: prompts as in `generate`.
+
+        Returns:
+            fp32 [texts, hidden size], on the CPU; a row also where there is one text alone.
+
+        Raises:
+            ParameterError: something in ``texts`` is no prompt, or has no token but ``<bos>``.
+            ContextLengthError: one is longer than the context.
+        """
+        results = run_together(self.embed_streams(texts))
+        rows = [result.checked().embedding for result in results]
+        return (
+            torch.stack([row for row in rows if row is not None]) if rows else torch.empty(0, self.config.hidden_size)
+        )
+
+    def embed_streams(self, texts: Any, *, cache_salt: bytes = b"") -> list[TextStream]:
+        """The requests of `embed`, checked and not started; each one's result has an ``embedding``."""
+        many, _ = split_prompts(texts, pad_id=self.pad_id)
+        params, streams = SamplingParams(max_new_tokens=0), []
+        for place, ids in enumerate(self.encode(text) for text in many):
+            start = int(bool(ids) and ids[0] == self.bos_id)
+            if start == len(ids):
+                raise ParameterError(f"text {place} is empty; expected at least one token besides <bos>")
+            streams.append(self.prepare_stream(ids, params, embed_from=start, cache_salt=cache_salt))
+        return streams
 
     def _scores(self, texts: list[list[int]], parts: list[Portion]) -> list[tuple[PromptLogprob, ...]]:
         params = SamplingParams(max_new_tokens=0)

@@ -138,8 +138,13 @@ class TokenModel:
         stop_ids: frozenset[int] | None = None,
         prompt_logprobs_from: int | None = None,
         edit: LogitsEdit | None = None,
+        embed_from: int | None = None,
+        cache_salt: bytes = b"",
     ) -> TextStream:
-        """A request that is checked and not started (`start_together` starts several). Every front door ends here."""
+        """A request that is checked and not started (`start_together` starts several). Every front door ends here.
+
+        ``edit``, ``embed_from`` and ``cache_salt`` are those of `gemcut.engine.Request`.
+        """
         ids = token_ids(ids)
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params is of type {type(params).__name__}; expected SamplingParams")
@@ -155,6 +160,8 @@ class TokenModel:
             text=text,
             prompt_logprobs_from=prompt_logprobs_from,
             edit=edit,
+            embed_from=embed_from,
+            cache_salt=cache_salt,
         )
         return TextStream(self.loop, self.loop.prepare(request))
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from gemcut.cache_blocks import sliding_blocks_needed
 from gemcut.config import GemmaConfig
 from gemcut.engine import Engine, EngineConfig, Request, SamplingParams, TokenEvent
-from gemcut.engine.blocks import BlockPool
-from gemcut.engine.cache import ROOT_KEY, block_key
+from gemcut.engine.blocks import BlockPool, block_key
 from gemcut.engine.request import Sequence
 from gemcut.model import Model
 from gemcut.model.dense import dense_logits
@@ -193,7 +192,7 @@ def assert_consistent(engine: Engine) -> None:
         holders["full"].update(tables.full)
         holders["sliding"].update(held)
         # What others may find in this table's blocks is what this sequence's tokens say.
-        key = ROOT_KEY
+        key = sequence.root_key
         for index in range(tables.published):
             key = block_key(key, sequence.tokens[index * size : (index + 1) * size])
             assert sequence.block_keys[index] == key

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from engine.driver import Recording, assert_nothing_held, greedy_by_transformers, prompts_of, twins
+from engine.driver import (
+    Recording,
+    assert_consistent,
+    assert_nothing_held,
+    greedy_by_transformers,
+    prompts_of,
+    twins,
+)
 from gemcut.engine import SamplingParams
+from gemcut.engine.blocks import ROOT_KEY, root_key
 
 TOLERANCE = 1e-5
 
@@ -120,3 +128,28 @@ def test_eviction_forgets_the_oldest_and_stays_right() -> None:
     assert [s.tokens[40:] for s in again] == [answers[2], answers[0]]
     assert answers == [greedy_by_transformers(reference, p) for p in prompts]
     assert engine.largest_error() < TOLERANCE
+
+
+def test_requests_share_with_those_of_their_salt_alone() -> None:
+    """Neither finished ones nor those under way: how long a prompt takes tells nothing of another salt's prompts."""
+    model, reference = twins()
+    (prompt,) = prompts_of(40, seed=6)
+    engine = Recording(model, sequences=4)
+    for salt, cached in ((b"", 0), (b"", 36), (b"one", 0), (b"one", 36), (b"two", 0), (b"", 36), (b"one", 36)):
+        sequence = engine.add(prompt, cache_salt=salt)
+        engine.finish()
+        assert (salt, sequence.cached_tokens) == (salt, cached)
+        assert sequence.output_ids == greedy_by_transformers(reference, prompt)
+    first, same, other = (engine.add([9, *prompt], cache_salt=salt) for salt in (b"one", b"one", b"two"))
+    engine.step()
+    assert engine.scheduler.running == [first, other]  # ``same`` waits for what ``first`` computes
+    assert_consistent(engine)
+    engine.finish()
+    assert [s.cached_tokens for s in (first, same, other)] == [0, 40, 0]
+    assert_nothing_held(engine)
+
+
+def test_salts_give_different_names() -> None:
+    roots = [root_key(salt) for salt in (b"", b"gemcut", b"a", b"b", b"ab", b"\0")]
+    assert len(set(roots)) == len(roots)
+    assert roots[0] == ROOT_KEY

@@ -136,3 +136,13 @@ def test_half_precision_on_real_weights(theirs: Any, text_ids: Tensor, dtype: to
         assert rms(ours - exact) < 0.02  # bf16, three bits coarser, has 0.05 here
     else:
         assert rms(ours - exact) <= rms(their_logits(rounded, ids, 40) - exact)
+
+
+def test_embeddings_equal_transformers(ours: Gemma, theirs: Any, text_ids: Tensor) -> None:
+    """In chunks and whole, beyond the window; the largest components are about 40."""
+    texts = [text_ids.tolist(), ours.encode("The capital of France is"), ours.encode("a")]
+    found = ours.embed(texts)
+    for row, ids in zip(found, texts, strict=True):
+        with torch.no_grad():
+            expected = theirs.model(torch.tensor([ids])).last_hidden_state[0, 1:].double().mean(0)
+        assert (row - expected).abs().max() < 1e-4

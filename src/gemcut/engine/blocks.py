@@ -8,6 +8,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 BlockKey = bytes
+ROOT_KEY: BlockKey = b"gemcut"
+
+
+def root_key(salt: bytes) -> BlockKey:
+    """What the names of a sequence's blocks begin with: sequences of another salt find none of its blocks."""
+    return hashlib.blake2b(salt, digest_size=16, person=ROOT_KEY).digest() if salt else ROOT_KEY
 
 
 def block_key(parent: BlockKey, tokens: Sequence[int]) -> BlockKey:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from gemcut.cache_blocks import ceil_div, sliding_blocks_needed
 from gemcut.config import FULL, GemmaConfig
-from gemcut.engine.blocks import BlockKey, BlockPool, block_key
+from gemcut.engine.blocks import ROOT_KEY, BlockKey, BlockPool, block_key
 from gemcut.kernels.cpu.memory import huge_zeros
 
-ROOT_KEY: BlockKey = b"gemcut"
 FREED = -1  # stands in a table for a sliding block that was given back
 
 
@@ -125,19 +124,21 @@ class PagedCache:
         """Bytes of both groups' storage."""
         return self.full_storage.nbytes + self.sliding_storage.nbytes
 
-    def match_prefix(self, tokens: list[int], keys: list[BlockKey], end: int | None = None) -> tuple[Tables, int]:
+    def match_prefix(
+        self, tokens: list[int], keys: list[BlockKey], end: int | None = None, root: BlockKey = ROOT_KEY
+    ) -> tuple[Tables, int]:
         """Tables of the longest usable beginning of ``tokens`` that is in the cache, and its length in tokens.
 
         At least one token is left to compute, and one of the ``end`` first ones where that is given. Nothing is taken
         yet: see ``adopt``. ``keys`` are the names of the tokens' blocks as far as they are known; it grows as needed,
-        so that a waiting request is hashed only once.
+        so that a waiting request is hashed only once. ``root`` is what they begin with: see ``root_key``.
         """
         size = self.block_size
         full: list[int] = []
         sliding: list[int | None] = []
         unbroken: list[int] = []  # run of present sliding blocks that ends at this one
         for index in range((min(len(tokens), end or len(tokens)) - 1) // size):
-            key = self._key(tokens, keys, index)
+            key = self._key(tokens, keys, index, root)
             block = self.full.lookup(key)
             if block is None:
                 break
@@ -194,10 +195,15 @@ class PagedCache:
         sliding -= len(tables.sliding) - tables.first_sliding
         return full <= self.full.free and sliding <= self.sliding.free
 
-    def publish(self, tables: Tables, tokens: list[int], keys: list[BlockKey], computed: int) -> None:
-        """Make blocks that ``computed`` tokens have filled findable by others. ``keys`` as in ``match_prefix``."""
+    def publish(
+        self, tables: Tables, tokens: list[int], keys: list[BlockKey], computed: int, root: BlockKey = ROOT_KEY
+    ) -> None:
+        """Make blocks that ``computed`` tokens have filled findable by others.
+
+        ``keys`` and ``root`` as in ``match_prefix``.
+        """
         for index in range(tables.published, computed // self.block_size):
-            key = self._key(tokens, keys, index)
+            key = self._key(tokens, keys, index, root)
             self.full.publish(tables.full[index], key)
             if tables.sliding[index] != FREED:
                 self.sliding.publish(tables.sliding[index], key)
@@ -211,17 +217,17 @@ class PagedCache:
             self.sliding.release(block)
         tables.full, tables.sliding, tables.first_sliding, tables.published = [], [], 0, 0
 
-    def keys(self, tokens: list[int], keys: list[BlockKey], count: int) -> list[BlockKey]:
-        """Names of the first ``count`` blocks of ``tokens``; ``keys`` as in ``match_prefix``."""
+    def keys(self, tokens: list[int], keys: list[BlockKey], count: int, root: BlockKey = ROOT_KEY) -> list[BlockKey]:
+        """Names of the first ``count`` blocks of ``tokens``; ``keys`` and ``root`` as in ``match_prefix``."""
         for index in range(len(keys), count):
-            self._key(tokens, keys, index)
+            self._key(tokens, keys, index, root)
         return keys[:count]
 
-    def _key(self, tokens: list[int], keys: list[BlockKey], index: int) -> BlockKey:
+    def _key(self, tokens: list[int], keys: list[BlockKey], index: int, root: BlockKey = ROOT_KEY) -> BlockKey:
         """Name of block ``index``, whose predecessors have been named in ``keys`` already."""
         if index == len(keys):
             tail = tokens[index * self.block_size : (index + 1) * self.block_size]
-            keys.append(block_key(keys[-1] if keys else ROOT_KEY, tail))
+            keys.append(block_key(keys[-1] if keys else root, tail))
         return keys[index]
 
     def _first_visible(self, position: int) -> int:

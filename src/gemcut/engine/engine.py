@@ -346,6 +346,11 @@ class Engine:
                 f"prompt_logprobs_from is {start!r}; expected a place from 1 (the second token) to {prompt}, the "
                 "prompt's length"
             )
+        start = request.embed_from
+        if start is not None and (type(start) is not int or not 0 <= start < prompt):
+            raise ParameterError(
+                f"embed_from is {start!r}; expected a place from 0 (the first token) to {prompt - 1}, the prompt's last"
+            )
         if request.params.stop and request.text is None:
             raise ParameterError("stop texts are found in decoded text only; give the request a text (a Detokenizer)")
         if prompt + new > self.max_context:

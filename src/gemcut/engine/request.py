@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from gemcut.engine.blocks import BlockKey
+from gemcut.engine.blocks import BlockKey, root_key
 from gemcut.engine.sampling import SamplingParams
 from gemcut.errors import GemcutError
 
@@ -52,6 +52,9 @@ class Request:
             again where an exception struck inside a sink: the new one is fed with the same tokens.
         prompt_logprobs_from: also score the prompt's tokens from this place on, see `PromptLogprob`; 1 is the second
             token, the first one that has any before it. None: none of them.
+        embed_from: also give the mean of the hidden states behind the final norm, of the prompt's tokens from this
+            place on; 0 is the first token. None: not wanted.
+        cache_salt: requests share what they have in common with those of the same salt alone, b"" too.
         edit: asked before each choice what to change of the logits; None: nothing.
         request_id: unique while the request lives.
     """
@@ -61,6 +64,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     text: Callable[[], TextSink] | None = None
     prompt_logprobs_from: int | None = None
+    embed_from: int | None = None
+    cache_salt: bytes = b""
     edit: LogitsEdit | None = None
     request_id: int = field(default_factory=lambda: next(_ids))
 
@@ -154,11 +159,14 @@ class Sequence:
         # A fresh seed is drawn once, so that a preempted request goes on as it would have.
         self.seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         self.output_counts: dict[int, int] = {}
+        self.root_key = root_key(request.cache_salt)
         self.block_keys: list[BlockKey] = []  # names of its blocks, as far as they were needed; tokens never change
         self._seen: tuple[set[int], array[int]] | None = None
         self._sink = request.text() if request.text is not None else None
         #: Of the prompt's tokens from ``request.prompt_logprobs_from`` on, as far as they are computed.
         self.prompt_scores: list[PromptLogprob] = []
+        #: (Sum of the hidden states from ``request.embed_from`` on, fp64 [d]; of how many tokens), as far as computed.
+        self.embedded: tuple[Any, int] = (0.0, 0)
         #: Set while a step runs by whoever finds that this request cannot go on (prompt log-probabilities that are not
         #: finite); the engine ends it behind the step, as a RowError in the place of its token does.
         self.failure: RowError | None = None
@@ -209,6 +217,24 @@ class Sequence:
             return None
         place = self.request.prompt_logprobs_from + len(self.prompt_scores)
         return place if place < self.prompt_length else None
+
+    @property
+    def next_embedded(self) -> int | None:
+        """The place of the first prompt token whose hidden state is still to be summed."""
+        if self.request.embed_from is None:
+            return None
+        place = self.request.embed_from + self.embedded[1]
+        return place if place < self.prompt_length else None
+
+    @property
+    def cacheable(self) -> int | None:
+        """One of so many first tokens must be computed, since its hidden state is wanted; None: any will do.
+
+        A token is scored by the hidden state before it.
+        """
+        embedded = self.next_embedded
+        wanted = [self.next_scored, None if embedded is None else embedded + 1]
+        return min((place for place in wanted if place is not None), default=None)
 
     @property
     def pending(self) -> int:
@@ -280,5 +306,6 @@ class Sequence:
         self.block_keys = []
         self._seen = self._sink = None
         self.prompt_scores = []
+        self.embedded = (0.0, 0)
         self.failure = None
         self.status, self.computed = Status.WAITING, 0

@@ -16,6 +16,8 @@ from gemcut.errors import RequestError
 from gemcut.prompts import refuse_pickle
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gemcut.engine.loop import EngineLoop
 
 
@@ -80,6 +82,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None
     prompt_scores: tuple[PromptLogprob, ...] | None
     stats: Stats
+    #: Mean of the prompt's hidden states where it was asked for: fp32 [d], on the CPU.
+    embedding: Tensor | None = field(default=None, compare=False, repr=False)
     error: str | None = None  # with finish reason "error": what happened, in one line
     cause: BaseException | None = field(default=None, compare=False, repr=False)  # the exception behind it, if any
 
@@ -106,6 +110,7 @@ class Completion:
             logprobs=logprobs if request.params.logprobs is not None else None,
             prompt_scores=None if request.prompt_logprobs_from is None else tuple(sequence.prompt_scores),
             stats=Stats.of(sequence),
+            embedding=_mean(sequence),
             error=end.error,
             cause=sequence.cause,
         )
@@ -119,6 +124,15 @@ class Completion:
     def prompt_tokens(self) -> int:
         """Number of tokens in the prompt."""
         return len(self.prompt_ids)
+
+
+def _mean(sequence: Sequence) -> Tensor | None:
+    """The mean of the hidden states that were asked for; None where they are not all there."""
+    total, count = sequence.embedded
+    if sequence.request.embed_from is None or sequence.next_embedded is not None:
+        return None
+    mean: Tensor = total / count
+    return mean.float()
 
 
 class TextStream(Iterator[str]):

@@ -73,7 +73,7 @@ class Runner:
         """The decode graphs where they serve this device and step: one token of each sequence, its logits wanted."""
         if self.graph_refusal is not None or len(batch) > decode_graph.SIZES[-1]:
             return None
-        if not all(s.length == 1 and s.samples and not s.scored for s in batch):
+        if not all(s.length == 1 and s.samples and not s.scored and not s.embedded for s in batch):
             return None
         if self._graphs is None:
             limit = self.model.config.max_position_embeddings
@@ -106,17 +106,23 @@ class Runner:
             spans.append(Span(len(ids), scheduled.length, end))
             ids += sequence.tokens[start:end]
             positions += range(start, end)
-        # The rows that are wanted: those that score a prompt's tokens, then each sequence's last.
+        # The rows that are wanted: those that score a prompt's tokens, those of embeddings, then each sequence's last.
         scored = [list(scheduled.scored) for scheduled in batch]
         rows = [
             span.start + place - 1 - scheduled.sequence.computed
             for scheduled, span, places in zip(batch, spans, scored, strict=True)
             for place in places
         ]
-        wanted = [*rows, *(span.start + span.length - 1 for span in spans)]
+        embedded = [
+            [span.start + place - scheduled.sequence.computed for place in scheduled.embedded]
+            for scheduled, span in zip(batch, spans, strict=True)
+        ]
+        embedded_rows = [row for own in embedded for row in own]
+        wanted = [*rows, *embedded_rows, *(span.start + span.length - 1 for span in spans)]
         hidden = self._hidden(ids, positions, spans, tables, wanted)
-        ends = hidden[len(rows) :]
-        self._score([s.sequence for s in batch], scored, hidden[: len(rows)])
+        scores, states, ends = torch.split(hidden, [len(rows), len(embedded_rows), len(batch)])
+        self._score([s.sequence for s in batch], scored, scores)
+        self._embed([s.sequence for s in batch], [len(own) for own in embedded], states)
         # The head shows what is not finite in the others.
         self._check_parts([s for s in batch if not s.samples], ends[[not s.samples for s in batch]])
         if not any(s.samples for s in batch):
@@ -190,6 +196,24 @@ class Runner:
                 sequence.failure = RowError(self.explain())
             else:
                 sequence.prompt_scores += good
+
+    def _embed(self, sequences: Sequence[EngineSequence], counts: list[int], hidden: Tensor) -> None:
+        """Add hidden states behind the final norm to their sequences' sums.
+
+        Args:
+            sequences: the batch's.
+            counts: how many rows of ``hidden`` are each one's, one sequence's after another's.
+            hidden: fp32 [n, d], before the final norm.
+        """
+        for sequence, rows in zip(sequences, torch.split(hidden, counts), strict=True):
+            if not len(rows):
+                continue
+            total = self.model.norm(rows).sum(dim=0, dtype=torch.float64).cpu()
+            if not total.isfinite().all():
+                sequence.failure = RowError(self.explain())
+            # One assignment: where an exception strikes this step, the next one goes on behind these rows or before.
+            before, count = sequence.embedded
+            sequence.embedded = (before + total, count + len(rows))
 
 
 def _wants_tokens(scheduled: Scheduled) -> bool:

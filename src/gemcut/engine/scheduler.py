@@ -52,6 +52,14 @@ class Scheduled:
             return range(0)
         return range(max(first, start + 1), min(start + self.length + 1, self.sequence.prompt_length))
 
+    @property
+    def embedded(self) -> range:
+        """The places of the prompt tokens whose hidden states are summed behind this step."""
+        first, start = self.sequence.next_embedded, self.sequence.computed
+        if first is None:
+            return range(0)
+        return range(max(first, start), min(start + self.length, self.sequence.prompt_length))
+
 
 class Scheduler:
     """First come, first served. Running requests go on before waiting ones start; a long prompt is cut into chunks
@@ -138,7 +146,8 @@ class Scheduler:
         """Add the blocks that ``sequence`` still has to compute to those that come."""
         if sequence.pending > 1:
             published = self.tables[sequence.id].published
-            keys = self.cache.keys(sequence.tokens, sequence.block_keys, len(sequence.tokens) // self.cache.block_size)
+            count = len(sequence.tokens) // self.cache.block_size
+            keys = self.cache.keys(sequence.tokens, sequence.block_keys, count, sequence.root_key)
             coming.update(keys[published:])
 
     def _comes(self, sequence: Sequence, cached: int, coming: set[BlockKey]) -> bool:
@@ -146,8 +155,8 @@ class Scheduler:
         if not coming:
             return False
         size, end = self.cache.block_size, len(sequence.tokens)
-        usable = (min(end, sequence.next_scored or end) - 1) // size
-        keys = self.cache.keys(sequence.tokens, sequence.block_keys, usable)
+        usable = (min(end, sequence.cacheable or end) - 1) // size
+        keys = self.cache.keys(sequence.tokens, sequence.block_keys, usable, sequence.root_key)
         shared = cached // size
         while shared < usable and keys[shared] in coming:
             shared += 1
@@ -157,7 +166,7 @@ class Scheduler:
         """Note that a step is done: its blocks may be shared and those out of the window given back."""
         sequence, tables = scheduled.sequence, self.tables[scheduled.sequence.id]
         sequence.computed += scheduled.length
-        self.cache.publish(tables, sequence.tokens, sequence.block_keys, sequence.computed)
+        self.cache.publish(tables, sequence.tokens, sequence.block_keys, sequence.computed, sequence.root_key)
         self.cache.free_out_of_window(tables, sequence.computed)
 
     def _shortfall(self, sequence: Sequence, length: int) -> int:
@@ -169,8 +178,9 @@ class Scheduler:
         Its place among the waiting is the caller's to clear.
         Where others run it must be so in both groups: it would lose what it had computed again and again otherwise.
         """
-        # A token is scored by the hidden state before it, which has to be computed.
-        tables, cached = self.cache.match_prefix(sequence.tokens, sequence.block_keys, sequence.next_scored)
+        tables, cached = self.cache.match_prefix(
+            sequence.tokens, sequence.block_keys, sequence.cacheable, sequence.root_key
+        )
         if self._comes(sequence, cached, coming):
             return LATER
         self.cache.adopt(tables)
