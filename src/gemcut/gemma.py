@@ -348,7 +348,11 @@ class Gemma(TokenModel):
 
         No text of a message becomes a control token, in Gemma's format and in a checkpoint's own template alike.
         """
-        return self._chat.prompt(messages, ChatOptions(system=system))
+        return self.chat_ids(messages, ChatOptions(system=system))
+
+    def chat_ids(self, messages: Messages, options: ChatOptions) -> list[int]:
+        """The same with all options that there are."""
+        return self._chat.prompt(messages, options)
 
     def _answer_streams(
         self, prompts: list[list[int]], n: int | None, sampling: Mapping[str, Any], *, chat: bool = False

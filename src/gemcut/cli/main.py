@@ -22,6 +22,7 @@ from gemcut.cli.interrupt import imports_interrupted
 from gemcut.cli.options import DEBUG_HELP, flag
 from gemcut.cli.plan import plan
 from gemcut.cli.quantize import quantize
+from gemcut.cli.serve import serve
 
 app = typer.Typer(
     name="gemcut",
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)

@@ -145,8 +145,8 @@ class LoadOptions(QuantizationOptions, HubOptions):
     max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
     threads: Annotated[int | None, _model("CPU threads to compute with.", metavar="N")] = None
 
-    def load(self, name: str) -> Gemma:
-        """Load a model, with a progress bar on a terminal."""
+    def load(self, name: str, *, progress: bool | Report = True) -> Gemma:
+        """Load a model, with a progress bar on a terminal, or ``progress`` that hears how far it is."""
         if self.threads is not None:
             check_threads(self.threads, "--threads")
         if self.max_context is not None and self.max_context < 1:
@@ -174,6 +174,7 @@ class LoadOptions(QuantizationOptions, HubOptions):
             local_files_only=self.local_files_only,
             attn_implementation=self.attn_implementation,
             max_context=self.max_context,
+            progress=progress,
         )
 
     def most_bytes(self, name: str) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import queue
 import threading
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ import torch
 
 from gemcut import process
 from gemcut.engine.engine import Engine
-from gemcut.engine.request import Request, RowError, Sequence
+from gemcut.engine.request import Request, RowError, Sequence, TokenEvent
 from gemcut.errors import GemcutError, ParameterError
 
 # Seconds after which one who waits looks whether the thread still lives (and, on Windows, for Ctrl-C).
@@ -41,6 +42,8 @@ class _State:
     at_work: threading.Lock = field(default_factory=threading.Lock)
     #: How many threads PyTorch uses in the thread that sent the last request. PyTorch keeps that number per thread.
     threads: int = 0
+    #: Hears the events of each step.
+    listener: Callable[[Many[TokenEvent]], None] | None = None
 
 
 class EngineLoop:
@@ -60,6 +63,14 @@ class EngineLoop:
     def busy(self) -> bool:
         """Whether a request has not ended."""
         return bool(self._state.living)
+
+    def listen(self, listener: Callable[[Many[TokenEvent]], None] | None) -> None:
+        """Have ``listener`` called with all events of each step, in the loop's thread; None: nobody any more.
+
+        One call a step, for who serves many requests; `wait` and TextStream need it not. An event may come twice, and
+        the last ones may come from another thread. It must neither raise nor wait.
+        """
+        self._state.listener = listener
 
     def prepare(self, request: Request) -> Sequence:
         """Check a request and give it its state, without starting it. Raises as `Engine.submit` does."""
@@ -165,9 +176,12 @@ def _work(state: _State) -> None:
         while _take_in(state):
             if torch.get_num_threads() != state.threads:
                 torch.set_num_threads(state.threads)
-            for event in engine.step():
+            events = engine.step()
+            for event in events:
                 if event.finish_reason is not None:
                     state.living.pop(event.request_id, None)
+            if events and state.listener is not None:
+                state.listener(events)
     except BaseException as error:
         # The engine ends what fails on a request's own account, so this is a bug, or somebody killed the thread.
         failed = True
@@ -216,6 +230,8 @@ def _end_living(state: _State, failure: RowError) -> bool:
     for request_id, sequence in living:
         sequence.end_with(failure)
         state.living.pop(request_id, None)
+    if living and state.listener is not None:
+        state.listener([sequence.events[-1] for _, sequence in living])
     return bool(living)
 
 

@@ -154,6 +154,11 @@ class TextStream(Iterator[str]):
         self._unread = iter(sequence.events)
         sequence.reader = weakref.ref(self)
 
+    @property
+    def sequence(self) -> Sequence:
+        """The request's state in the engine."""
+        return self._sequence
+
     def start(self) -> None:
         """Start the request."""
         self._loop.start([self._sequence])

@@ -1,0 +1,149 @@
+"""``gemcut serve``: OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import gemcut
+from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, option, with_options
+from gemcut.errors import ParameterError, UnsupportedError
+from gemcut.progress import LoadProgress, Report
+
+if TYPE_CHECKING:
+    from gemcut.gemma import Gemma
+    from gemcut.server.state import ServerState
+
+
+@with_options
+def serve(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    *,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="The port; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, option("What clients call the model; repeatable. Else MODEL.", metavar="NAME")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, option("Speak HTTPS with this certificate (PEM).", metavar="PATH")] = None,
+    ssl_keyfile: Annotated[Path | None, option("Its private key, where that is another file.", metavar="PATH")] = None,
+    max_requests: Annotated[
+        int, typer.Option(metavar="N", help="Most answers computed or waiting; one more gets 503.")
+    ] = 512,
+    queue_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="An answer that is not begun by then gets 503.")
+    ] = 120.0,
+    request_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="An answer that is not whole by then gets 503.")
+    ] = 3600.0,
+    drain_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="What answers under way have left after SIGTERM.")
+    ] = 30.0,
+    allow_unknown: Annotated[bool, flag("Ignore unknown fields of requests, and say so.", "--allow-unknown")] = False,
+    debug: Debug = False,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Serve a model to OpenAI's clients, at http://127.0.0.1:8000/v1.
+
+    Example: [cyan]gemcut serve gemma-3-270m[/]
+
+    The port is open at once; requests get 503 until the model is loaded.
+    SIGTERM and Ctrl-C finish the answers under way; a second one ends at once.
+    Sampling options are defaults, which a request may change.
+    """
+    name = need_model(model, "gemcut serve MODEL")
+    _check(port, max_requests, queue_timeout, request_timeout, drain_timeout)
+    if ssl_keyfile is not None and ssl_certfile is None:
+        raise ParameterError("--ssl-keyfile needs --ssl-certfile, the certificate that belongs to it")
+    try:
+        import httptools  # noqa: F401
+        import msgspec  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"gemcut serve needs {error.name}: pip install 'gemcut[serve]' (in the clone: pip install -e '.[serve]')"
+        ) from None
+    fields, levels = sampling.fields(), sampling.levels()
+    from gemcut.server import run
+    from gemcut.server.state import ServerSettings, ServerState
+
+    if ssl_certfile is not None:
+        run.check_certificate(ssl_certfile, ssl_keyfile)
+    settings = ServerSettings(
+        names=tuple(served_model_name or [_called(name)]),
+        max_requests=max_requests,
+        queue_timeout=queue_timeout,
+        request_timeout=request_timeout,
+        drain_timeout=drain_timeout,
+        allow_unknown=allow_unknown,
+    )
+    listener = run.open_port(host, port)
+    scheme = "http" if ssl_certfile is None else "https"
+    address = f"{scheme}://{_shown(listener)}"
+    print(f"gemcut {gemcut.__version__} listens at {address} and loads {name}", file=sys.stderr, flush=True)
+
+    def load_model(report: Report) -> Gemma:
+        with LoadProgress(True, f"loading {name}") as bar:
+
+            def tell(done: int, total: int) -> None:
+                report(done, total)
+                if bar is not None:
+                    bar(done, total)
+
+            gemma = load.load(name, progress=tell)
+        gemma.sampling_levels[:0] = [("command line", fields), *levels]
+        return gemma
+
+    number = run.serve(
+        ServerState(settings),
+        load_model,
+        listener,
+        certificate=ssl_certfile,
+        key=ssl_keyfile,
+        ready=lambda state: print(banner(state, address), file=sys.stderr, flush=True),
+    )
+    if number == signal.SIGINT:
+        raise typer.Exit(128 + number)
+
+
+def banner(state: ServerState, address: str) -> str:
+    """What is served, where, with what: a few lines."""
+    gemma = state.gemma
+    assert gemma is not None
+    dtype = str(gemma.dtype).removeprefix("torch.")
+    spec = gemma.model.quantization
+    kind = dtype if spec is None else f"{dtype}, {spec.format}"
+    sampling = gemma.resolve_sampling(0, {}, chat=True).words()
+    return (
+        f"ready: {', '.join(state.settings.names)} at {address}/v1 (loaded in {gemma.load_seconds:.1f} s)\n"
+        f"  device {gemma.device}, dtype {kind}, context {gemma.engine.max_context}, "
+        f"{gemma.engine.config.max_batch_size} rows a step\n"
+        f"  sampling where a request says nothing: {sampling}"
+    )
+
+
+def _check(port: int, max_requests: int, *seconds: float) -> None:
+    if not 0 <= port <= 65535:
+        raise ParameterError(f"--port is {port}; expected from 0 (a free one) to 65535")
+    if max_requests < 1:
+        raise ParameterError(f"--max-requests is {max_requests}; expected at least 1")
+    for name, value in zip(("--queue-timeout", "--request-timeout", "--drain-timeout"), seconds, strict=True):
+        if not 0 < value < 1e9:
+            raise ParameterError(f"{name} is {value:g}; expected seconds, above 0")
+
+
+def _called(name: str) -> str:
+    """What clients call a model that was named so: a path's last part."""
+    path = Path(name)
+    return path.resolve().name if path.exists() else name
+
+
+def _shown(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
