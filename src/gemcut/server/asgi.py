@@ -39,10 +39,24 @@ class Request:
         client: the other side's address.
         arrived: `time.perf_counter` at which the head was there.
         key: the name of the API key it came with, None where none was needed. Set by the gate that checks keys.
+        cache_salt: prompts of different salts share no part of the prefix cache. Set by the same gate.
         notes: what gates and handlers leave for those behind them (metrics, logs).
     """
 
-    __slots__ = ("_body", "_receive", "arrived", "client", "headers", "id", "key", "method", "notes", "path", "scope")
+    __slots__ = (
+        "_body",
+        "_receive",
+        "arrived",
+        "cache_salt",
+        "client",
+        "headers",
+        "id",
+        "key",
+        "method",
+        "notes",
+        "path",
+        "scope",
+    )
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.scope, self._receive = scope, receive
@@ -56,6 +70,7 @@ class Request:
         self.id = asked if plain else secrets.token_hex(12)
         self.arrived = time.perf_counter()
         self.key: str | None = None
+        self.cache_salt = b""
         self.notes: dict[str, Any] = {}
         self._body: bytes | None = None
 

@@ -174,6 +174,8 @@ class ServerState:
 
     def admit(self, count: int) -> None:
         """Make room for ``count`` more answers; `release` gives it back. Raises ApiError 503 where there is none."""
+        if count > self.settings.max_requests:
+            raise ApiError(400, f"{count} answers are asked for at once; {self.settings.max_requests} is the most")
         if self.rows + count > self.settings.max_requests:
             raise unavailable(
                 f"{self.rows} answers are under way or waiting, {self.settings.max_requests} is the most",

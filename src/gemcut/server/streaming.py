@@ -1,0 +1,224 @@
+"""Answer: what goes back to a client, whole as JSON or in chunks as server-sent events. Chat and completions differ in
+their JSON alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Many
+from typing import Any, ClassVar, Generic, TypeVar
+
+import msgspec
+
+from gemcut.engine.request import Sequence, TokenEvent
+from gemcut.engine.results import TextStream
+from gemcut.gemma import Gemma
+from gemcut.server.answers import Waiting, checked, usage
+from gemcut.server.asgi import DONE, ClientLeftError, EventStream, Request, Send, event, respond_json
+from gemcut.server.errors import api_error
+from gemcut.server.fields import Sampling
+from gemcut.server.guards import CheckedText
+from gemcut.server.state import ServerState
+
+Body = TypeVar("Body", bound=Sampling)
+_json = msgspec.json.Encoder().encode
+
+
+class Answer(Generic[Body]):
+    """The answers to one request, on their way to the client. A subclass says how their JSON looks."""
+
+    #: What ids begin with, and the "object" of an answer and of a chunk.
+    PREFIX: ClassVar[str]
+    KIND: ClassVar[str]
+    CHUNK: ClassVar[str]
+    #: Around the JSON of new text in a chunk's choice; and what stands there in the last chunk.
+    TEXT: ClassVar[tuple[bytes, bytes]]
+    LAST: ClassVar[bytes]
+
+    def __init__(
+        self,
+        state: ServerState,
+        request: Request,
+        gemma: Gemma,
+        body: Body,
+        streams: list[TextStream],
+        *,
+        prompts: int = 1,
+    ) -> None:
+        """``streams``: those of the first prompt, then those of the next one, to ``prompts`` prompts."""
+        self.state, self.request, self.gemma, self.body = state, request, gemma, body
+        self.id, self.created = f"{self.PREFIX}{request.id}", int(time.time())
+        self.waiting = Waiting(state, request, streams, each=bool(body.stream))
+        self.texts = [CheckedText(state.guards) for _ in streams] if state.guards else None
+        self.prompts = prompts
+
+    # ---- what a subclass says ------------------------------------------------------------------------------------
+
+    def opening(self, index: int) -> bytes:
+        """The inside of a choice that comes before its first text, ``logprobs`` included; b"" for none."""
+        return b""
+
+    def choice(self, index: int, text: str, sequence: Sequence) -> dict[str, Any]:
+        """A whole choice, but for its finish reason."""
+        raise NotImplementedError
+
+    def logprobs(self, index: int, events: Many[TokenEvent]) -> dict[str, Any] | None:
+        """The log-probabilities of some tokens of a choice; None where nobody asked for them."""
+        raise NotImplementedError
+
+    # ---- the way out ---------------------------------------------------------------------------------------------
+
+    async def send(self, send: Send) -> None:
+        """Compute and answer, as it was asked for."""
+        if self.body.stream:
+            await self._stream(send)
+        else:
+            await self._whole(send)
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every answer and chunk begins with."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.state.name,
+            "system_fingerprint": self.state.fingerprint,
+        }
+
+    async def _whole(self, send: Send) -> None:
+        async with self.waiting as waiting:
+            while not waiting.box.finished:
+                await waiting.news()
+            sequences = waiting.box.sequences
+            choices = [await self._choice(index) for index in range(len(sequences))]
+            value = self.head(self.KIND) | {"choices": choices, "usage": usage(sequences, prompts=self.prompts)}
+        await respond_json(send, value, headers=ignored_header(self.request))
+
+    async def _choice(self, index: int) -> dict[str, Any]:
+        sequence = self.waiting.box.sequences[index]
+        end = checked(sequence.events[-1], sequence)
+        text = "".join(each.text for each in sequence.events)
+        reason: str | None = end.finish_reason
+        if self.texts is not None:
+            text = await self.texts[index].push(text, last=True)
+            reason = "content_filter" if self.texts[index].refused else reason
+        ending = {"finish_reason": reason, "stop_reason": end.stop_reason}
+        return self.choice(index, text, sequence) | ending
+
+    async def _stream(self, send: Send) -> None:
+        """An error behind the first event is an event, too."""
+        out = EventStream(send)
+        send.headers += ignored_header(self.request)
+        try:
+            async with self.waiting as waiting:
+                box = waiting.box
+                render = Chunks(self) if self.texts is None else CheckedChunks(self, self.texts)
+                while not render.ended:
+                    await waiting.news()
+                    pieces = [piece for index in range(len(box.sequences)) if (piece := await render.take(index))]
+                    if pieces:
+                        await out.write(b"".join(pieces))
+                    elif waiting.silent:
+                        await out.write(waiting.ping())
+                last = b""
+                if self.body.stream_options is not None and self.body.stream_options.include_usage:
+                    numbers = usage(box.sequences, prompts=self.prompts)
+                    last = event(self.head(self.CHUNK) | {"choices": [], "usage": numbers})
+            await out.end(last + DONE)
+        except ClientLeftError:
+            raise
+        except Exception as error:
+            if not out.started:
+                raise
+            failure = api_error(error, request_id=self.request.id)
+            self.request.notes["failure"] = failure
+            await out.end(event(failure.body) + DONE)
+
+
+class Chunks:
+    """Chunks of one stream, as bytes: what does not change from chunk to chunk is made once."""
+
+    def __init__(self, answer: Answer[Any]) -> None:
+        self.answer, self.box = answer, answer.waiting.box
+        options = answer.body.stream_options
+        head = _json(answer.head(answer.CHUNK))[:-1]
+        count = len(self.box.sequences)
+        self._starts = [b"data: " + head + b',"choices":[{"index":%d,' % index for index in range(count)]
+        self._end = b'}],"usage":null}\n\n' if options is not None and options.include_usage else b"}]}\n\n"
+        before, after = answer.TEXT
+        self._text_starts = [start + before for start in self._starts]
+        self._text_end = after + b',"logprobs":null,"finish_reason":null' + self._end
+        self._opened = [False] * count
+        self._left = count
+        self._logprobs = answer.logprobs(0, ()) is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether all answers have had their last chunk."""
+        return not self._left
+
+    async def take(self, index: int) -> bytes:
+        """What is new of an answer, b"" if nothing is."""
+        events = self.box.take(index)
+        if not events:
+            return b""
+        last = events[-1]
+        text = last.text if len(events) == 1 else "".join([each.text for each in events])
+        if last.finish_reason is not None:
+            checked(last, self.box.sequences[index])
+        return self.chunks(index, events, text, last.finish_reason, last.stop_reason)
+
+    def chunks(
+        self, index: int, events: Many[TokenEvent], text: str, reason: str | None, stop: int | str | None
+    ) -> bytes:
+        """The chunks of new text, and the last one where there is a finish reason."""
+        found = b""
+        if not self._opened[index]:
+            self._opened[index] = True
+            if opening := self.answer.opening(index):
+                found = self._starts[index] + opening + b',"finish_reason":null' + self._end
+        if self._logprobs and events and (text or events[-1].logprob is not None):
+            before, after = self.answer.TEXT
+            logprobs = _json(self.answer.logprobs(index, events))
+            found += self._starts[index] + before + _json(text) + after + b',"logprobs":' + logprobs
+            found += b',"finish_reason":null' + self._end
+        elif text:
+            found += self._text_starts[index] + _json(text) + self._text_end
+        if reason is not None:
+            self._left -= 1
+            found += self._starts[index] + self.answer.LAST + b',"logprobs":null,"finish_reason":' + _json(reason)
+            found += b',"stop_reason":' + _json(stop) + self._end
+        return found
+
+
+class CheckedChunks(Chunks):
+    """The same where guards look at the text first: it comes in whole sentences, and without log-probabilities of
+    what was not let out."""
+
+    def __init__(self, answer: Answer[Any], texts: list[CheckedText]) -> None:
+        super().__init__(answer)
+        self._texts = texts
+        self._done = [False] * len(texts)
+
+    async def take(self, index: int) -> bytes:
+        events = self.box.take(index)
+        if not events or self._done[index]:
+            return b""
+        last = events[-1]
+        checked(last, self.box.sequences[index])
+        text = "".join(each.text for each in events)
+        text = await self._texts[index].push(text, last=last.finish_reason is not None)
+        reason: str | None = last.finish_reason
+        if self._texts[index].refused is not None:
+            self.box.streams[index].cancel()
+            reason = "content_filter"
+        self._done[index] = reason is not None
+        return self.chunks(index, events if text else (), text, reason, last.stop_reason)
+
+
+def ignored_header(request: Request) -> list[tuple[bytes, bytes]]:
+    """The header that names the fields which were left out."""
+    names = request.notes.get("ignored")
+    if not names:
+        return []
+    plain = ",".join(names).encode("ascii", "replace")[:1024]
+    return [(b"x-gemcut-ignored", bytes(byte if 32 <= byte < 127 else 63 for byte in plain))]
