@@ -97,6 +97,14 @@ class CapacityError(GemcutError):
         return f": {what}; `gemcut plan` shows what fits"
 
 
+class RecipeError(GemcutError, ValueError):
+    """A recipe for data is missing, no TOML, or asks for what there is not; the message names file and key."""
+
+
+class DataError(GemcutError):
+    """Documents cannot be read, a step broke its contract, or the run's folder holds something else."""
+
+
 class RequestError(GemcutError):
     """One request ended with finish reason "error"; the message says why. The others are not concerned."""
 

@@ -15,6 +15,7 @@ import typer
 import gemcut
 from gemcut.cli.chat import chat
 from gemcut.cli.config import app as config_app
+from gemcut.cli.data import app as data_app
 from gemcut.cli.failures import explain, one_line
 from gemcut.cli.generate import generate
 from gemcut.cli.info import info
@@ -44,6 +45,7 @@ app.command()(info)
 app.command()(plan)
 app.command()(quantize)
 app.add_typer(config_app)
+app.add_typer(data_app)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,161 @@
+"""``gemcut data``: raw documents into training data, by a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemcut.cli import output
+from gemcut.cli.options import Debug, flag, option
+from gemcut.errors import ParameterError
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="data",
+    help="Raw documents into training data, by a recipe: filtered, counted, reported.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in TOML.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.", show_default=False)]
+AsJson = Annotated[bool, flag("One JSON object.", "--json")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write into.", show_default=False)],
+    *,
+    workers: Annotated[int, option("Processes; the output is the same. Else 1.", "--workers", "-w", metavar="N")] = 1,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out a recipe, or go on where an earlier run of it stopped.
+
+    OUT gets documents/, rejects/ with each dropped document and its reason,
+    and report.json with report.html. docs/data.md describes recipes.
+    """
+    from gemcut.data.progress import RunProgress
+    from gemcut.data.recipe import read_recipe
+    from gemcut.data.report import write_report
+    from gemcut.data.run import run_recipe
+
+    if not 1 <= workers <= 1024:
+        raise ParameterError(f"--workers is {workers}; expected 1 to 1024")
+    read = read_recipe(recipe)
+    try:
+        with RunProgress(read) as watch:
+            run_recipe(read, out, workers=workers, watch=watch)
+    except KeyboardInterrupt:
+        output.note("stopped; the same command goes on from here")
+        raise
+    report = write_report(read, out)
+    if as_json:
+        output.print_json(report)
+        return
+    _show(report)
+    print(f"\nreport: {output.safe(str(out / 'report.html'))}")
+
+
+@app.command()
+def plan(recipe: RecipePath, *, as_json: AsJson = False, debug: Debug = False) -> None:
+    """What a recipe will read, in which parts, and the steps in their order. Reads no text."""
+    from gemcut.data.plan import make_plan
+    from gemcut.data.recipe import read_recipe
+
+    found = make_plan(read_recipe(recipe))
+    if as_json:
+        output.print_json(found)
+        return
+    for name, source in found["sources"].items():
+        files, size = f"{source['files']:,} files", output.gigabytes(source["bytes"])
+        kind = f"{source['reader']}, licence {source['licence'] or 'not stated'}"
+        print(output.safe(f"{name:<24} {files:>13} {size:>10} {source['parts']:>5} parts   {kind}"))
+    print(f"\n{found['files']:,} files, {output.gigabytes(found['bytes'])} as stored, {found['parts']} parts")
+    for number, stage in enumerate(found["stages"], 1):
+        print(output.safe(f"stage {number}: {', '.join(stage) or 'write'}"))
+    print(f"disk: about {output.gigabytes(found['disk_bytes'])} at the worst, where the files are text")
+
+
+@app.command("report")
+def show_report(out: Folder, *, as_json: AsJson = False, debug: Debug = False) -> None:
+    """What a finished run kept and dropped, and its alarms."""
+    from gemcut.data.report import read_report
+
+    report = read_report(out)
+    if as_json:
+        output.print_json(report)
+    else:
+        _show(report)
+
+
+@app.command()
+def inspect(
+    out: Folder,
+    *,
+    step: Annotated[str, option("Only what this step dropped.", "--step", metavar="NAME")] = "",
+    reason: Annotated[str, option("Only reasons with this text.", "--reason", metavar="TEXT")] = "",
+    source: Annotated[str, option("Only of this source.", "--source", metavar="NAME")] = "",
+    limit: Annotated[int, option("Documents to show. Else 5.", "--limit", "-n", metavar="N")] = 5,
+    characters: Annotated[int, option("Characters of each. Else 400.", "--characters", metavar="N")] = 400,
+    as_json: Annotated[bool, flag("One JSON object a line, with whole texts.", "--json")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show dropped documents with their reasons, beside kept ones."""
+    import itertools
+    import json
+
+    from gemcut.data.inspect import look
+
+    for value, name in ((limit, "--limit"), (characters, "--characters")):
+        if value < 1:
+            raise ParameterError(f"{name} is {value}; expected at least 1")
+    dropped = list(itertools.islice(look(out, step=step, reason=reason, source=source), limit))
+    kept = list(itertools.islice(look(out, source=source, kept=True), limit))
+    for label, some in (("dropped", dropped), ("kept", kept)):
+        for seen in some:
+            if as_json:
+                why = {"step": seen.step, "reason": seen.reason} if seen.step else {}
+                print(json.dumps({"what": label, "source": seen.source, "id": seen.id, **why, "text": seen.text}))
+                continue
+            cause = f" by {seen.step}: {seen.reason}" if seen.step else ""
+            print(output.safe(f"--- {label}{cause} ({seen.source}/{seen.id})"))
+            more = "…" if len(seen.text) > characters else ""
+            print(output.safe(seen.text[:characters] + more))
+    if not dropped:
+        output.note("no dropped document fits")
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = output.console()
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("step", "source", "dropped", "of", "reason"):
+        table.add_column(name, justify="right" if name in ("dropped", "of") else "left")
+    for step in report["steps"]:
+        for source, flow in step["sources"].items():
+            for reason, count in flow["dropped"].items():
+                row = (step["name"], source, f"{count['documents']:,}", f"{flow['documents_in']:,}", reason)
+                table.add_row(*(_plain(value) for value in row))
+    if table.row_count:
+        console.print(table)
+    totals = report["totals"]
+    print(
+        f"{totals['documents_out']:,} of {totals['documents_in']:,} documents kept, "
+        f"{output.gigabytes(totals['bytes_out'])} of {output.gigabytes(totals['bytes_in'])}"
+    )
+    for alarm in report["alarms"]:
+        print(output.safe(f"alarm: {alarm}"))
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(output.safe(text))

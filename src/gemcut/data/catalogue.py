@@ -1,0 +1,19 @@
+"""The names that recipes use, and where each reader and step is defined: nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+READERS: Mapping[str, str] = {
+    "jsonl": "gemcut.data.readers.jsonl:JsonlReader",
+}
+STEPS: Mapping[str, str] = {}
+
+
+def load(place: str) -> type[Any]:
+    """The class at ``module:name``."""
+    module, _, name = place.partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), name)
+    return found

@@ -1,0 +1,328 @@
+"""A recipe carried out: stages of parts, each part written whole or not at all, so that a run can be taken up again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemcut.data.document import Document, Dropped
+from gemcut.data.executor import Progress, run_jobs
+from gemcut.data.parts import Part, divide
+from gemcut.data.readers.base import File, Reader
+from gemcut.data.recipe import Recipe, StepSpec, read_recipe
+from gemcut.data.steps import Barrier, Flow, batches, run_step
+from gemcut.data.store import DocumentWriter, read_documents, read_json, write_json
+from gemcut.errors import DataError
+
+READ = "read"
+_STATE = "run.json"
+_VERSION = 1
+_REPORT_EVERY = 1 << 20  # bytes of text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps between two barriers: ``opening`` applies what it decided, then ``steps``, then ``closing`` collects."""
+
+    number: int
+    opening: StepSpec | None
+    steps: tuple[StepSpec, ...]
+    closing: StepSpec | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part in one stage, small enough to be sent to another process."""
+
+    out: Path
+    recipe: Path
+    digest: str
+    stage: int
+    part: Part
+    parts: int
+
+    def __str__(self) -> str:
+        names = [file.name for file in self.part.files]
+        return (
+            f"part {self.part.number} of source {self.part.source} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+        )
+
+
+def stages(recipe: Recipe) -> list[Stage]:
+    """The recipe's steps, divided at its barriers."""
+    out: list[Stage] = []
+    opening: StepSpec | None = None
+    steps: list[StepSpec] = []
+    for spec in recipe.steps:
+        if isinstance(spec.step, Barrier):
+            out.append(Stage(len(out), opening, tuple(steps), spec))
+            opening, steps = spec, []
+        else:
+            steps.append(spec)
+    out.append(Stage(len(out), opening, tuple(steps), None))
+    return out
+
+
+#: Hears of a run: (stage, stages, part, parts that were left when the stage began, bytes of text read from the part,
+#: documents read, dropped, is the part done).
+Watch = Callable[[int, int, int, int, int, int, int, bool], None]
+
+
+def run_recipe(recipe: Recipe, out: Path, *, workers: int = 1, watch: Watch | None = None) -> None:
+    """Carry out ``recipe`` into the folder ``out``, or go on where an earlier run of it ended.
+
+    Afterwards ``out/documents`` holds the kept documents, ``out/rejects`` the dropped ones with their reasons, and
+    ``out/work`` what was counted.
+
+    Raises:
+        DataError: a source cannot be read, a step broke its contract, or ``out`` holds something else.
+        OSError: the disk is full, or a file cannot be written.
+    """
+    parts = divide(recipe)
+    with _folder(recipe, parts, out):
+        chain = stages(recipe)
+        for stage in chain:
+            jobs = [Job(out, recipe.path, recipe.digest, stage.number, part, len(parts)) for part in parts]
+            waiting = [job for job in jobs if not _stats(out, stage.number, job.part.number).exists()]
+
+            ears = _Ears(watch, waiting, len(chain))
+            run_jobs(run_part, waiting, workers, ears.done, ears.heard)
+            if stage.closing is not None:
+                _decide(stage, recipe, parts, out)
+            if stage.number:
+                for part in parts:
+                    _documents(out, len(chain), stage.number - 1, part.number).unlink(missing_ok=True)
+        write_json(out / "work" / "finished.json", {"digest": recipe.digest})
+
+
+@dataclass(frozen=True)
+class _Ears:
+    """Passes on what the executor tells of a stage's jobs."""
+
+    watch: Watch | None
+    jobs: list[Job]
+    stages: int
+
+    def heard(self, number: int, read: int, documents: int, dropped: int) -> None:
+        if self.watch is not None:
+            job = self.jobs[number]
+            self.watch(job.stage, self.stages, job.part.number, len(self.jobs), read, documents, dropped, False)
+
+    def done(self, number: int, result: tuple[int, int, int]) -> None:
+        if self.watch is not None:
+            job = self.jobs[number]
+            self.watch(job.stage, self.stages, job.part.number, len(self.jobs), *result, True)
+
+
+def run_part(job: Job, progress: Progress) -> tuple[int, int, int]:
+    """Carry out one stage on one part, and write documents, rejects, collected arrays and counts.
+
+    The counts come last: where they are, the part is done. Gives (bytes read, documents read, documents dropped).
+    """
+    recipe = _recipe(job.recipe, job.digest)
+    chain = stages(recipe)
+    stage, part = chain[job.stage], job.part
+    steps = [spec for spec in stage.steps if spec.sees(part.source)]
+    flows: dict[str, Flow] = {}
+    totals = [0, 0, 0]
+    label = f"{job.stage}-{part.number:05d}"
+
+    with (
+        _Rejects(job.out / "rejects" / f"{label}.jsonl.zst", recipe.keep_rejects) as rejects,
+        DocumentWriter(_documents(job.out, len(chain), job.stage, part.number)) as writer,
+    ):
+
+        def dropped(step: str, item: Dropped, may_write: bool) -> None:
+            totals[2] += 1
+            rejects.add(step, item, may_write)
+
+        documents = _watched(_input(job, recipe, stage, flows, dropped), totals, progress)
+        for spec in steps:
+            spec.step.notes.clear()
+            flow = flows[spec.name] = Flow()
+            documents = run_step(spec.step, spec.name, documents, part.number, job.parts, flow, dropped)
+        closing = stage.closing if stage.closing is not None and stage.closing.sees(part.source) else None
+        collector = closing.step.collector() if closing is not None and isinstance(closing.step, Barrier) else None
+        for batch in batches(documents):
+            if collector is not None:
+                collector.add(batch)
+            for document in batch:
+                writer.add(document)
+        if collector is not None:
+            collector.save(_collected(job.out, job.stage, part.number))
+    for name, flow in flows.items():
+        flow.check(name, part.source)
+    counted = [stage.opening, *steps] if stage.opening is not None and stage.opening.sees(part.source) else steps
+    write_json(
+        _stats(job.out, job.stage, part.number),
+        {
+            "source": part.source,
+            "flows": {name: flow.as_dict() for name, flow in flows.items()},
+            "notes": {spec.name: dict(spec.step.notes) for spec in counted if spec is not None and spec.step.notes},
+            "examples": rejects.examples,
+        },
+    )
+    return totals[0], totals[1], totals[2]
+
+
+def _input(
+    job: Job, recipe: Recipe, stage: Stage, flows: dict[str, Flow], dropped: Callable[[str, Dropped, bool], None]
+) -> Iterator[Document]:
+    """The documents that a stage begins with: read from the source, or what its barrier lets through."""
+    part = job.part
+    if job.stage == 0:
+        source = recipe.source(part.source)
+        flow = flows[READ] = Flow()
+
+        def read(documents: Iterator[Document], rank: int, world_size: int) -> Iterator[Document | Dropped]:
+            for file in part.files:
+                for item in _read_file(source.reader, file, source.name, source.licence):
+                    flow.taken.add(item if isinstance(item, Document) else item.document)
+                    yield item
+
+        return run_step(read, READ, iter(()), part.number, job.parts, flow, dropped)
+    documents = read_documents(_documents(job.out, len(stages(recipe)), job.stage - 1, part.number))
+    opening = stage.opening
+    if opening is None or not opening.sees(part.source):
+        return documents
+    barrier = opening.step
+    assert isinstance(barrier, Barrier)
+    barrier.notes.clear()
+    flow = flows[opening.name] = Flow()
+
+    def apply(documents: Iterator[Document], rank: int, world_size: int) -> Iterator[Document | Dropped]:
+        yield from barrier.apply(documents, rank, _decision(job.out, job.stage - 1))
+
+    return run_step(apply, opening.name, documents, part.number, job.parts, flow, dropped)
+
+
+def _read_file(reader: Reader, file: File, source: str, licence: str) -> Iterator[Document | Dropped]:
+    """A file's items; one that cannot be opened any more is a dropped record, a full disk is not its fault."""
+    try:
+        yield from reader.read(file, source, licence)
+    except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
+        yield Dropped(Document(file.name, source, ""), f"cannot be read: {error.strerror}")
+
+
+def _watched(documents: Iterator[Document], totals: list[int], progress: Progress) -> Iterator[Document]:
+    last = 0
+    for document in documents:
+        totals[0] += document.nbytes
+        totals[1] += 1
+        if totals[0] - last > _REPORT_EVERY:
+            last = totals[0]
+            progress(0, *totals)
+        yield document
+
+
+class _Rejects:
+    """Dropped documents of one part in a file; and the first ids of each reason, for the report."""
+
+    SHOWN = 3
+
+    def __init__(self, path: Path, wanted: bool) -> None:
+        self._path, self._writer = path, DocumentWriter(path) if wanted else None
+        self.examples: dict[str, dict[str, list[str]]] = {}
+
+    def __enter__(self) -> _Rejects:
+        if self._writer is not None:
+            self._writer.__enter__()
+        return self
+
+    def add(self, step: str, item: Dropped, may_write: bool) -> None:
+        if not may_write:
+            return
+        ids = self.examples.setdefault(step, {}).setdefault(item.reason, [])
+        if len(ids) < self.SHOWN:
+            ids.append(item.document.id)
+        if self._writer is not None:
+            self._writer.add(item.document, step=step, reason=item.reason)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*error)
+
+
+def _decide(stage: Stage, recipe: Recipe, parts: list[Part], out: Path) -> None:
+    """Let the closing barrier decide, once all parts are there."""
+    spec = stage.closing
+    assert spec is not None
+    assert isinstance(spec.step, Barrier)
+    folder = _decision(out, stage.number)
+    mark = folder / "decided.json"
+    if mark.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    collected = [_collected(out, stage.number, part.number) if spec.sees(part.source) else None for part in parts]
+    spec.step.decide(collected, folder)
+    write_json(mark, {"step": spec.name})
+    for path in collected:
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _folder(recipe: Recipe, parts: list[Part], out: Path) -> Iterator[None]:
+    """``out`` for one run at a time, of this recipe and this input, with nothing half-written in it."""
+    state = {"version": _VERSION, "digest": recipe.digest, "parts": [part.as_dict() for part in parts]}
+    state = json.loads(json.dumps(state))
+    try:
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out} is a file; expected a folder, or a name that is not taken")
+        found = out / _STATE
+        if out.is_dir() and any(out.iterdir()) and not found.exists():
+            raise DataError(f"{out} holds something that is no run of gemcut data; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"another run is writing {out}; wait for it, or choose another folder") from None
+            if found.exists() and read_json(found) != state:
+                what = "another recipe" if read_json(found).get("digest") != recipe.digest else "other input files"
+                raise DataError(f"{out} holds a run with {what}; choose another folder, or remove it to begin anew")
+            write_json(found, state)
+            for leftover in out.rglob("*.unfinished"):
+                leftover.unlink(missing_ok=True)
+            yield
+    except NotADirectoryError:
+        raise DataError(f"cannot make the folder {out}: a part of its path is a file") from None
+
+
+_RECIPES: dict[tuple[str, str], Recipe] = {}
+
+
+def _recipe(path: Path, digest: str) -> Recipe:
+    """The recipe, read once in each process."""
+    key = (os.fspath(path), digest)
+    if key not in _RECIPES:
+        recipe = read_recipe(path)
+        if recipe.digest != digest:
+            raise DataError(f"{path} changed while it was run; run again")
+        _RECIPES.clear()
+        _RECIPES[key] = recipe
+    return _RECIPES[key]
+
+
+def _documents(out: Path, count: int, stage: int, part: int) -> Path:
+    last = stage == count - 1
+    folder = out / "documents" if last else out / "work" / f"stage-{stage}"
+    return folder / f"{part:05d}.jsonl.zst"
+
+
+def _stats(out: Path, stage: int, part: int) -> Path:
+    return out / "work" / f"stage-{stage}" / f"{part:05d}.json"
+
+
+def _collected(out: Path, stage: int, part: int) -> Path:
+    return out / "work" / f"stage-{stage}" / f"{part:05d}.npz"
+
+
+def _decision(out: Path, stage: int) -> Path:
+    return out / "work" / f"stage-{stage}" / "decision"
