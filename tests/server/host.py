@@ -7,7 +7,8 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import openai
 
 from engine.driver import CPU, settled, small_model
 from gemcut.engine import EngineConfig
+from gemcut.engine.request import Sequence
 from gemcut.gemma import Gemma
 from gemcut.server import run
 from gemcut.server.app import App
@@ -25,7 +27,6 @@ from gemcut.text import Tokenizer
 from support import tokenizer_dir
 
 NAME = "tiny"
-#: Milliseconds that a test's engine sleeps each step where a test needs time; see `slow_down`.
 CHAT = [{"role": "user", "content": "Name a colour."}]
 
 
@@ -40,6 +41,34 @@ def new_gemma(**sizes: Any) -> Gemma:
     sizes = {"block_size": 4, "max_batch_tokens": 32, "sequences": 8, **sizes}
     model = small_model(vocab_size=256_000, context=512)
     return Gemma(model, tokenizer(), CPU, engine=EngineConfig(**sizes))
+
+
+def slow_down(gemma: Gemma, seconds: float) -> None:
+    """Let each step of a model's engine take so long at least."""
+    run, tokens = gemma.engine.runner.run, gemma.engine.runner.tokens
+
+    def slow_run(*args: Any) -> Any:
+        time.sleep(seconds)
+        return run(*args)
+
+    def slow_tokens(*args: Any) -> Any:
+        found = tokens(*args)
+        if found is not None:
+            time.sleep(seconds)
+        return found
+
+    gemma.engine.runner.run = slow_run  # type: ignore[method-assign]
+    gemma.engine.runner.tokens = slow_tokens  # type: ignore[method-assign]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """What ``condition`` gives once it is true."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := condition():
+            return found
+        time.sleep(0.002)
+    raise AssertionError("it never came true")
 
 
 class Served:
@@ -71,6 +100,16 @@ class Served:
         body = {"model": NAME, "prompt": "The sky is", "max_tokens": 4, **fields}
         return self.http.post("/v1/completions", json={k: v for k, v in body.items() if v is not None})
 
+    def send(self, body: dict[str, Any], path: str = "/v1/chat/completions", version: str = "1.1") -> socket.socket:
+        """A connection on which a request was sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(request_bytes(body, path, version))
+        return connection
+
+    def sequences(self) -> list[Sequence]:
+        """What lives in the engine."""
+        return list(self.gemma.engine._sequences.values())
+
     def raw(self, data: bytes, *, seconds: float = 20) -> bytes:
         """What the server answers to bytes, up to the end of the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
@@ -90,6 +129,13 @@ class Served:
         raise AssertionError(f"{self.state.rows} answers, {self.state.metrics.running} requests are still open")
 
 
+def request_bytes(body: dict[str, Any], path: str = "/v1/chat/completions", version: str = "1.1") -> bytes:
+    """A POST as it goes over the wire."""
+    data = json.dumps({"messages": CHAT, **body} if "chat" in path else body).encode()
+    head = f"POST {path} HTTP/{version}\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
 def read_all(connection: socket.socket) -> bytes:
     """Everything up to the end."""
     pieces = []
@@ -100,12 +146,18 @@ def read_all(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def serving(
-    gemma: Gemma | None, state: ServerState | None = None, certificate: tuple[Path, Path] | None = None, **settings: Any
+    gemma: Gemma | None,
+    state: ServerState | None = None,
+    certificate: tuple[Path, Path] | None = None,
+    send_buffer: int = 0,
+    **settings: Any,
 ) -> Iterator[Served]:
-    """A server; ``settings`` are fields of ServerSettings."""
+    """A server; ``settings`` are fields of ServerSettings, ``send_buffer`` the bytes that the system keeps unsent."""
     state = state or ServerState(ServerSettings(names=(NAME,), **settings))
     state.gemma = gemma
     listener = run.open_port("127.0.0.1", 0)
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     files = {} if certificate is None else {"certificate": certificate[0], "key": certificate[1]}
     server = run.Server(run.config_of(App(state), **files), state)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
