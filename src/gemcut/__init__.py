@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemcut.config import GemmaConfig as GemmaConfig
+    from gemcut.engine.grammar import Grammar as Grammar
     from gemcut.engine.results import Completion as Completion
     from gemcut.engine.results import TextStream as TextStream
     from gemcut.engine.sampling import SamplingParams as SamplingParams
@@ -36,6 +37,7 @@ _HOME = {
     "Gemma": "gemcut.gemma",
     "GemmaConfig": "gemcut.config",
     "GenerationConfig": "gemcut.hf",
+    "Grammar": "gemcut.engine.grammar",
     "Quantization": "gemcut.quantization.spec",
     "SamplingParams": "gemcut.engine.sampling",
     "TextIteratorStreamer": "gemcut.hf",

@@ -78,6 +78,8 @@ class ResolvedSampling:
         shown = [f.name for f in dataclasses.fields(self.params)]
         shown = [name for name in shown if name in self.origins or name in ("temperature", "max_new_tokens")]
         values = {name: getattr(self.params, name) for name in shown}
+        if "grammar" in values:
+            values["grammar"] = None if self.params.grammar is None else str(self.params.grammar)
         return {name: {"value": value, "origin": self.origin(name)} for name, value in values.items()}
 
     def words(self) -> str:

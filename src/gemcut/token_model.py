@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from gemcut.checkpoint.source import Source
 from gemcut.engine import Engine, EngineConfig, EngineLoop, LogitsEdit, Request, SamplingParams
+from gemcut.engine.constrain import Grammars, Vocabulary, make_vocabulary
 from gemcut.engine.results import Completion, TextStream, run_together
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.model import Model
@@ -69,7 +70,8 @@ class TokenModel:
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.__dict__.pop("_chat", None)
+        for made in ("_chat", "grammars"):
+            self.__dict__.pop(made, None)
 
     @property
     def bos_id(self) -> int:
@@ -80,6 +82,12 @@ class TokenModel:
     def pad_id(self) -> int:
         """The id that pads: the tokenizer's, or config.json's where there is none."""
         return self.config.pad_token_id if self._tokenizer is None else self._tokenizer.pad_id
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what ``SamplingParams.grammar`` asks for. Its set-up takes seconds, at the first such request or by
+        ``grammars.prepare()``."""
+        return Grammars(partial(_vocabulary, self.tokenizer, self.config.vocab_size, self.stop_ids))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; a text gets exactly one ``<bos>``, ids (an array's too) are taken as they are.
@@ -153,10 +161,15 @@ class TokenModel:
         text = None
         if (self._tokenizer is not None and params.max_new_tokens) or params.stop:
             text = partial(Detokenizer, self.tokenizer, prompt_ids=tuple(ids), stop=params.stop)
+        ends = self.stop_ids if stop_ids is None else stop_ids
+        if params.grammar is not None and params.max_new_tokens:
+            if edit is not None:
+                raise ParameterError("a request takes a grammar or an edit of its own; drop one")
+            edit = self.grammars.edit(params.grammar, ends, params.max_new_tokens)
         request = Request(
             prompt_ids=tuple(ids),
             params=params,
-            stop_ids=self.stop_ids if stop_ids is None else stop_ids,
+            stop_ids=ends,
             text=text,
             prompt_logprobs_from=prompt_logprobs_from,
             edit=edit,
@@ -197,3 +210,9 @@ class TokenModel:
 
     def _params(self, ids: Sequence[int], sampling: Mapping[str, Any], *, chat: bool = False) -> SamplingParams:
         return self.resolve_sampling(len(ids), sampling, chat=chat).params
+
+
+def _vocabulary(tokenizer: Tokenizer, size: int, ends: frozenset[int]) -> Vocabulary:
+    """A tokenizer's vocabulary as grammars need it, for a model of ``size`` tokens. Takes a second."""
+    encode = partial(tokenizer.encode, add_bos=False, parse_special=False)
+    return make_vocabulary(tokenizer.all_token_bytes(), size, tokenizer.special_ids, tokenizer.bos_id, ends, encode)

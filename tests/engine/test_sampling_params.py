@@ -59,6 +59,8 @@ BAD: list[tuple[str, Any]] = [
     ("stop", 5),
     ("stop", [b"x"]),
     ("stop", ["x"] * 65),
+    ("grammar", 5),
+    ("grammar", "{}"),
     ("logit_bias", [1]),
     ("logit_bias", {"a": 1}),
     ("logit_bias", {1.5: 1}),

@@ -2,6 +2,7 @@
 
 from gemcut.engine.edits import Edit, LogitsEdit
 from gemcut.engine.engine import Engine, EngineConfig
+from gemcut.engine.grammar import Grammar
 from gemcut.engine.loop import EngineLoop
 from gemcut.engine.request import PromptLogprob, Request, TokenEvent, TokenLogprob
 from gemcut.engine.sampling import SamplingParams
@@ -11,6 +12,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineLoop",
+    "Grammar",
     "LogitsEdit",
     "PromptLogprob",
     "Request",

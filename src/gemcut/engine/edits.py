@@ -5,6 +5,7 @@ All rows of a step are changed together, by the operations that any of them asks
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -46,6 +47,29 @@ class LogitsEdit(Protocol):
         It may be asked again for the same place, and must then answer the same. What it raises ends its request, and no
         other. It is called by whoever runs the engine's steps, and every request waits for it.
         """
+
+
+class AheadEdit(LogitsEdit, Protocol):
+    """A LogitsEdit that works while the network does."""
+
+    def begin(self, tokens: Many[int], prompt_length: int, /) -> None:
+        """Told each token as soon as it was chosen, behind ``tokens``' others: the call for the next one is to come.
+
+        It must not wait. It may be told the same place again, or none.
+        """
+
+
+def begin_next(sequence: Sequence) -> None:
+    """Let a sequence's edit begin with its next place, where it can."""
+    begin = getattr(sequence.request.edit, "begin", None)
+    if begin is not None:
+        with contextlib.suppress(Exception):  # the call itself then says what is wrong
+            begin(sequence.tokens, sequence.prompt_length)
+
+
+def was_shortened(sequence: Sequence) -> bool:
+    """Whether a sequence's edit has ended the answer because its tokens run out."""
+    return bool(getattr(sequence.request.edit, "shortened", False))
 
 
 def changes_logits(sequence: Sequence) -> bool:
@@ -174,9 +198,16 @@ def _own_edits(rows: Tensor, sequences: Many[Sequence], errors: dict[int, RowErr
         rows[indices(list(biases), rows.device)] += torch.stack([bias.to(rows.device) for bias in biases.values()])
     masks = {row: edit.allowed for row, edit in edits.items() if edit.allowed is not None}
     if masks:
-        words = torch.stack([mask.to(rows.device) for mask in masks.values()])
+        words = _together(list(masks.values()), rows.device)
         where = indices(list(masks), rows.device)
         rows[where] = rows[where].masked_fill_(~unpacked(words, rows.shape[1]), float("-inf"))
+
+
+def _together(masks: list[Tensor], device: torch.device) -> Tensor:
+    """int32 [m, words] of masks on ``device``; those of the CPU go there in one piece, and no GPU is waited for."""
+    if all(mask.device.type == "cpu" for mask in masks):
+        return upload(np.stack([mask.numpy() for mask in masks]), device)
+    return torch.stack([mask.to(device) for mask in masks])
 
 
 def _checked(edit: object, vocabulary: int) -> Edit:

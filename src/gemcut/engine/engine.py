@@ -27,6 +27,7 @@ from gemcut.engine.cache import (
     shape_for_bytes,
     shape_for_tokens,
 )
+from gemcut.engine.edits import begin_next, was_shortened
 from gemcut.engine.request import FinishReason, Request, RowError, Sequence, Status, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
 from gemcut.engine.sampler import sample
@@ -307,6 +308,8 @@ class Engine:
             self._fail(sequence, RowError.of(error))
         else:
             self._add(sequence, event)
+            if event.finish_reason is None:
+                begin_next(sequence)
 
     def _cancel(self, sequence: Sequence) -> None:
         try:
@@ -404,7 +407,7 @@ def _event(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Toke
     stop: int | str | None = None
     text = ""
     if token in request.stop_ids and not request.params.ignore_eos:
-        reason, stop = "stop", token
+        reason, stop = "length" if was_shortened(sequence) else "stop", token
     else:
         text = sink.push(token) if sink is not None else ""
         if sink is not None and sink.stopped is not None:

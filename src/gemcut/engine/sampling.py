@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from gemcut.engine.grammar import Grammar
 from gemcut.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class SamplingParams:
         ignore_eos: go on past end-of-sequence tokens (for benchmarks).
         logprobs: give each token's log-probability and this many likeliest alternatives; None gives none.
         do_sample: transformers' switch; False means greedy. None: decided by ``temperature``.
+        grammar: what the answer must match: a Grammar, or a JSON schema as a dict. None: anything.
     """
 
     max_new_tokens: int = 256
@@ -57,6 +59,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     do_sample: bool | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _whole(self, "max_new_tokens", 0, None)
@@ -83,6 +86,11 @@ class SamplingParams:
             raise ParameterError(f"do_sample is {self.do_sample!r}; expected True or False")
         if self.do_sample and self.temperature == 0:
             raise ParameterError("do_sample=True contradicts temperature=0; raise the temperature or drop do_sample")
+        if self.grammar is not None:
+            object.__setattr__(self, "grammar", Grammar.of(self.grammar))
+            for name in ("ignore_eos", "min_new_tokens"):
+                if getattr(self, name):
+                    raise ParameterError(f"{name} contradicts grammar: an answer ends where its grammar does; drop one")
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 

@@ -267,6 +267,15 @@ class Tokenizer:
         byte = self._bytes.get(token_id)
         return self.token_text(token_id).encode() if byte is None else bytes([byte])
 
+    def all_token_bytes(self) -> list[bytes]:
+        """`token_bytes` of every id of the vocabulary, without keeping what is made on the way."""
+        texts: list[bytes] = []
+        for token_id in range(self.vocab_size):
+            byte = self._bytes.get(token_id)
+            name = self.backend.id_to_token(token_id) if byte is None else None
+            texts.append(bytes([byte]) if byte is not None else (name or "").replace(_SPACE, " ").encode())
+        return texts
+
     def id_to_token(self, token_id: int) -> str:
         """The vocabulary's spelling of a token (``▁`` for a space).
 
