@@ -9,7 +9,12 @@ from typing import Any
 READERS: Mapping[str, str] = {
     "jsonl": "gemcut.data.readers.jsonl:JsonlReader",
 }
-STEPS: Mapping[str, str] = {}
+STEPS: Mapping[str, str] = {
+    "gopher-quality": "gemcut.data.filters.web:GopherQuality",
+    "gopher-repetition": "gemcut.data.filters.web:GopherRepetition",
+    "c4": "gemcut.data.filters.web:C4",
+    "fineweb": "gemcut.data.filters.web:FineWeb",
+}
 
 
 def load(place: str) -> type[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemcut.data.split import Split, split_texts
+from gemcut.data.split import Many, Split
 from gemcut.files import shown
 
 #: Characters that are split together: 3 to 4 times as fast as ten times as many, whose arrays leave the L2 cache.
@@ -42,7 +42,7 @@ class Document:
         self.id, self.source, self.licence, self.url, self.language = id, source, licence, url, language
         self.meta: dict[str, Any] = dict(meta or {})
         self._text = text
-        self._split: Split | None = None
+        self._split: tuple[Many, int] | None = None
         self._nbytes = -1
 
     @property
@@ -63,10 +63,15 @@ class Document:
 
     @property
     def split(self) -> Split:
-        """Words, terms and lines; made at the first use and kept until the text changes."""
+        """Words, terms and lines; found at the first use and kept until the text changes."""
+        many, i = self.place
+        return many.one(i)
+
+    @property
+    def place(self) -> tuple[Many, int]:
+        """The texts it was split together with, and which of them it is."""
         if self._split is None:
-            _make([self])
-        assert self._split is not None
+            self._split = (Many([self._text]), 0)
         return self._split
 
     def release(self) -> None:
@@ -98,8 +103,8 @@ class Dropped:
     reason: str
 
 
-def split_all(documents: Sequence[Document]) -> list[Split]:
-    """The splits of all. Those that are missing are made together, as many at a time as the processor's cache holds."""
+def split_all(documents: Sequence[Document]) -> None:
+    """Split those that are not yet, together, as many at a time as the processor's cache holds."""
     together: list[Document] = []
     size = 0
     for document in documents:
@@ -110,10 +115,10 @@ def split_all(documents: Sequence[Document]) -> list[Split]:
             _make(together)
             together, size = [], 0
     _make(together)
-    return [document.split for document in documents]
 
 
 def _make(documents: Sequence[Document]) -> None:
     if documents:
-        for document, split in zip(documents, split_texts([d.text for d in documents]), strict=True):
-            document._split = split
+        many = Many([document.text for document in documents])
+        for i, document in enumerate(documents):
+            document._split = (many, i)

@@ -6,9 +6,9 @@ kana or Thai character being a term of its own; deduplication, decontamination a
 is what ``text.split("\\n")`` gives, without white space at its ends, empty ones left out. A *paragraph* is the lines
 between empty lines.
 
-All pieces are found with numpy on the array of code points. The hash of a piece is a polynomial of random numbers
-drawn for its code points, computed from prefix sums, so that its cost does not depend on the number of pieces. Hashes
-are stored (indexes, signatures): ``HASH_VERSION`` must change when they do.
+A piece's hash is taken over its bytes in UTF-8, eight at a time: numpy does each round for all pieces that are long
+enough. A line's hash is that of its words in their order. Hashes are stored (indexes, signatures): ``HASH_VERSION``
+must change when they do.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ if TYPE_CHECKING:
 
     U64 = NDArray[np.uint64]
     I64 = NDArray[np.int64]
+    Codes = NDArray[np.uint8] | NDArray[np.uint32]
 
-HASH_VERSION = "gemcut-poly64-1"
+HASH_VERSION = "gemcut-chunk64-1"
 
 SPACE, LETTER, WORDLIKE, ALONE = 1, 2, 4, 8
 #: Code points from here on (the last planes of Unicode) hold no letters, digits or spaces.
 _LIMIT = 0x32400
-_ODD = 0x9E3779B97F4A7C15  # of SplitMix64; odd, so it has an inverse modulo 2^64
-_STEP = 0xD1342543DE82EF95
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
+_CHUNK = np.uint64(0xD1342543DE82EF95)
+#: For the last, shorter chunk of a piece: which of its eight bytes count, by their number.
+_MASKS = np.array([(1 << 8 * n) - 1 for n in range(8)] + [(1 << 64) - 1], np.uint64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pieces:
     """Pieces of one text: ``start`` and ``end`` in code points, and a 64-bit ``hash`` of each."""
 
@@ -51,82 +54,125 @@ class Pieces:
         return [text[a:b] for a, b in zip(self.start.tolist(), self.end.tolist(), strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Split:
-    """What one text consists of. ``codes`` are its code points; ``breaks[i]`` says that line i begins a paragraph."""
+    """What one text consists of.
 
-    codes: NDArray[np.uint32]
+    ``codes`` are its code points (uint8 where the texts that were split together are ASCII, else uint32),
+    ``letters[i]`` says that word i holds a letter, ``breaks[i]`` that line i begins a paragraph.
+    """
+
+    codes: Codes
     words: Pieces
     terms: Pieces
     lines: Pieces
     breaks: NDArray[np.bool_]
-    newlines: int
+    letters: NDArray[np.bool_]
+
+
+class Many:
+    """Texts that were split together: flat arrays over all of them, places counted from the first text's beginning.
+
+    Text i's code points are ``codes[begin[i] : begin[i + 1] - 1]``; its pieces of a kind (0 words, 1 terms, 2 lines)
+    those from ``cuts[kind][i]`` to ``cuts[kind][i + 1]`` of ``pieces[kind]``. ``letters`` and ``breaks`` are those of
+    ``Split``, over all words and lines.
+    """
+
+    __slots__ = ("begin", "breaks", "codes", "cuts", "letters", "pieces")
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Raises UnicodeEncodeError for a text with lone surrogates, which the readers let none through."""
+        joined = "\n".join(texts)
+        sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+        begins = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum(sizes + 1, out=begins[1:])
+        found = _ascii(joined) if joined.isascii() else _unicode(joined)
+        words = Pieces(*(run := _runs((found.kind & SPACE) == 0)), found.exact.hash(*run))
+        terms = Pieces(*(run := _terms(found.kind)), found.lower.hash(*run))
+        lines, self.breaks = _lines(found.codes, words)
+        # From each word's first character to the next word's: the white space between them holds no letters.
+        some = len(words) > 0
+        self.letters = (np.bitwise_or.reduceat(found.kind, words.start) & LETTER) > 0 if some else np.zeros(0, np.bool_)
+        self.codes = found.codes
+        self.begin: list[int] = begins.tolist()
+        self.pieces = (words, terms, lines)
+        self.cuts: list[list[int]] = [np.searchsorted(piece.start, begins).tolist() for piece in self.pieces]
+        own = np.array(self.cuts[2][:-1])
+        self.breaks[own[own < len(self.breaks)]] = True
+
+    def one(self, i: int) -> Split:
+        """Text i's."""
+        base, stop = self.begin[i], self.begin[i + 1] - 1
+        own = []
+        for piece, cut in zip(self.pieces, self.cuts, strict=True):
+            a, b = cut[i], cut[i + 1]
+            own.append(Pieces(piece.start[a:b] - base, piece.end[a:b] - base, piece.hash[a:b]))
+        breaks = self.breaks[self.cuts[2][i] : self.cuts[2][i + 1]]
+        letters = self.letters[self.cuts[0][i] : self.cuts[0][i + 1]]
+        return Split(self.codes[base:stop], own[0], own[1], own[2], breaks, letters)
 
 
 def split_text(text: str) -> Split:
-    """One text; ``split_texts`` is much faster where there are many."""
-    return split_texts([text])[0]
+    """One text; several are split much faster together (``Many``)."""
+    return Many([text]).one(0)
 
 
-def split_texts(texts: Sequence[str]) -> list[Split]:
-    """Every text's pieces, in order.
+@dataclass(frozen=True, slots=True)
+class _Characters:
+    """All characters of some texts: their code points and flags, and their bytes as they are and in lower case."""
 
-    Raises UnicodeEncodeError for a text with lone surrogates, which the readers let none through.
-    """
-    joined = "\n".join(texts)
-    codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
-    flags, lower, random = _tables()
-    known = np.minimum(codes, _LIMIT - 1)  # the last entry of the tables stands for all above
-    kind = flags.take(known)
-    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
-    begins = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum(sizes + 1, out=begins[1:])
-
-    high = codes if len(codes) and codes.max() >= _LIMIT - 1 else None
-    exact = _Hasher(_replace(random.take(known), high))
-    folded = _Hasher(_replace(random.take(lower.take(known)), high))
-
-    words = _runs((kind & SPACE) == 0)
-    terms = _terms(kind)
-    lines, paragraph = _lines(codes, kind)
-    columns = [
-        (words, exact.hash(*words), _cut(words[0], begins)),
-        (terms, folded.hash(*terms), _cut(terms[0], begins)),
-        (lines, exact.hash(*lines), _cut(lines[0], begins)),
-    ]
-    breaks = np.cumsum(codes == 10)
-    out = []
-    ends = begins.tolist()
-    for i in range(len(texts)):
-        base, stop = ends[i], ends[i + 1] - 1
-        found = []
-        for (start, end), hashed, cut in columns:
-            a, b = cut[i], cut[i + 1]
-            found.append(Pieces(start[a:b] - base, end[a:b] - base, hashed[a:b]))
-        newline = int(breaks[stop - 1] - (breaks[base - 1] if base else 0)) if stop > base else 0
-        begin = paragraph[columns[2][2][i] : columns[2][2][i + 1]].copy()
-        begin[:1] = True
-        out.append(Split(codes[base:stop], found[0], found[1], found[2], begin, newline))
-    return out
+    codes: Codes
+    kind: NDArray[np.uint8]
+    exact: _Bytes
+    lower: _Bytes
 
 
-def _replace(values: U64, codes: NDArray[np.uint32] | None) -> U64:
-    """Random numbers where some code points are above the tables: theirs are computed from the code point itself."""
-    if codes is None:
-        return values
-    return np.where(codes >= _LIMIT - 1, mix(codes.astype(np.uint64) + np.uint64(_STEP)), values)
+class _Bytes:
+    """Text in UTF-8, and ``place``: for each character the number of bytes before it, None where that is its number."""
 
-
-class _Hasher:
-    """Hashes of any pieces of one sequence of 64-bit numbers, from prefix sums modulo 2^64."""
-
-    def __init__(self, values: U64) -> None:
-        powers, self._inverse = _powers(len(values))
-        self._sums = np.zeros(len(values) + 1, np.uint64)
-        np.cumsum(values * powers, out=self._sums[1:])
+    def __init__(self, data: bytes, place: I64 | None) -> None:
+        # Each byte with the seven behind it, little-endian; the text is followed by zeros.
+        self._chunks = np.ndarray(len(data) + 1, np.dtype("<u8"), data + bytes(8), strides=(1,))
+        self._place = place
 
     def hash(self, start: I64, end: I64) -> U64:
-        return mix((self._sums[end] - self._sums[start]) * self._inverse[start] + (end - start).astype(np.uint64))
+        """A hash of each piece from character ``start`` to ``end``; no piece is empty."""
+        if self._place is not None:
+            start, end = self._place[start], self._place[end]
+        left = end - start
+        state = left.astype(np.uint64) * _ODD
+        active: I64 | slice = slice(None)
+        while len(left):
+            chunk = self._chunks[start] & _MASKS[np.minimum(left, 8)]
+            value = (state[active] ^ chunk) * _CHUNK
+            state[active] = value ^ (value >> np.uint64(32))
+            longer = np.flatnonzero(left > 8)
+            active = longer if isinstance(active, slice) else active[longer]
+            start, left = start[longer] + 8, left[longer] - 8
+        return mix(state)
+
+
+def _ascii(text: str) -> _Characters:
+    data = text.encode()
+    kind = np.frombuffer(data.translate(_ascii_flags()), np.uint8)
+    return _Characters(np.frombuffer(data, np.uint8), kind, _Bytes(data, None), _Bytes(data.lower(), None))
+
+
+def _unicode(text: str) -> _Characters:
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    flags, lower = _tables()
+    known = np.minimum(codes, _LIMIT - 1)  # the last entry of the tables stands for all above
+    lowered = np.where(codes < _LIMIT, lower[known], codes)
+    folded = lowered.tobytes().decode("utf-32-le")
+    return _Characters(
+        codes, flags[known], _Bytes(text.encode(), _places(codes)), _Bytes(folded.encode(), _places(lowered))
+    )
+
+
+def _places(codes: NDArray[np.uint32]) -> I64:
+    places = np.zeros(len(codes) + 1, np.int64)
+    np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(np.int64), out=places[1:])
+    return places
 
 
 def mix(values: U64) -> U64:
@@ -138,30 +184,9 @@ def mix(values: U64) -> U64:
     return values ^ (values >> np.uint64(31))
 
 
-_POWERS: list[U64] = []
-
-
-def _powers(count: int) -> tuple[U64, U64]:
-    """Powers of ``_ODD`` and of its inverse modulo 2^64, for at least ``count`` places."""
-    if not _POWERS or len(_POWERS[0]) < count:
-        size = max(1 << 20, 1 << (count - 1).bit_length())
-        _POWERS[:] = [_progression(_ODD, size), _progression(pow(_ODD, -1, 1 << 64), size)]
-    return _POWERS[0][:count], _POWERS[1]
-
-
-def _progression(base: int, size: int) -> U64:
-    powers = np.ones(size, np.uint64)
-    done = 1
-    while done < size:  # doubling: powers[done:2 done] = powers[:done] * base^done
-        more = min(done, size - done)
-        powers[done : done + more] = powers[:more] * np.uint64(pow(base, done, 1 << 64))
-        done += more
-    return powers
-
-
 @cache
-def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32], U64]:
-    """For each code point: its flags, its lower case, its random number."""
+def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    """For each code point: its flags, and its lower case, of which the first where there are several."""
     characters = [chr(i) for i in range(_LIMIT)]
     flags = np.zeros(_LIMIT, np.uint8)
     flags |= np.fromiter((c.isspace() for c in characters), np.uint8, _LIMIT) * np.uint8(SPACE)
@@ -171,18 +196,24 @@ def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32], U64]:
         inside = flags[first : last + 1]
         inside[(inside & WORDLIKE) > 0] |= ALONE
     lower = np.fromiter((ord(c.lower()[0]) for c in characters), np.uint32, _LIMIT)
-    return flags, lower, mix(np.arange(_LIMIT, dtype=np.uint64) * np.uint64(_ODD) + np.uint64(_STEP))
+    lower[0xD800:0xE000] = np.arange(0xD800, 0xE000)  # halves of pairs stay as they are; no text holds them
+    return flags, lower
 
 
-def _edges(inside: NDArray[np.bool_]) -> I64:
-    """Where ``inside`` changes, with a first and last change at the ends."""
-    padded = np.zeros(len(inside) + 2, np.bool_)
-    padded[1:-1] = inside
-    return np.flatnonzero(padded[1:] != padded[:-1])
+@cache
+def _ascii_flags() -> bytes:
+    out = bytearray(256)
+    for i in range(128):
+        c = chr(i)
+        out[i] = SPACE * c.isspace() + LETTER * c.isalpha() + WORDLIKE * (c.isalnum() or c == "_")
+    return bytes(out)
 
 
 def _runs(inside: NDArray[np.bool_]) -> tuple[I64, I64]:
-    edges = _edges(inside)
+    """Start and end of each run of True."""
+    padded = np.zeros(len(inside) + 2, np.bool_)
+    padded[1:-1] = inside
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
     return edges[::2], edges[1::2]
 
 
@@ -204,22 +235,19 @@ def _terms(kind: NDArray[np.uint8]) -> tuple[I64, I64]:
     return np.flatnonzero(opens), np.flatnonzero(closes)
 
 
-def _lines(codes: NDArray[np.uint32], kind: NDArray[np.uint8]) -> tuple[tuple[I64, I64], NDArray[np.bool_]]:
-    """Lines without white space at their ends, empty ones left out; and which of them follow an empty line."""
+def _lines(codes: Codes, words: Pieces) -> tuple[Pieces, NDArray[np.bool_]]:
+    """Lines that hold words, from the first word's start to the last one's end; and which follow an empty line."""
     stops = np.append(np.flatnonzero(codes == 10), len(codes))
     begins = np.concatenate([np.zeros(1, np.int64), stops[:-1] + 1])
-    visible = np.flatnonzero((kind & SPACE) == 0)
-    first = np.searchsorted(visible, begins)
-    last = np.searchsorted(visible, stops)
+    first = np.searchsorted(words.start, begins)
+    last = np.append(first[1:], len(words))
     full = last > first
     follows = np.zeros(len(full), np.bool_)
     follows[1:] = ~full[:-1]
-    start = visible[first[full]]
-    end = visible[last[full] - 1] + 1
-    return (start.astype(np.int64), end.astype(np.int64)), follows[full]
-
-
-def _cut(start: I64, begins: I64) -> list[int]:
-    """For each text the number of pieces before it, and of all at last."""
-    cut: list[int] = np.searchsorted(start, begins).tolist()
-    return cut
+    first, last = first[full], last[full]
+    if not len(first):
+        empty = np.zeros(0, np.int64)
+        return Pieces(empty, empty, np.zeros(0, np.uint64)), np.zeros(0, np.bool_)
+    rank = (np.arange(len(words)) - np.repeat(first, last - first)).astype(np.uint64)
+    hashes = mix(np.add.reduceat(mix(words.hash + rank * _ODD), first))
+    return Pieces(words.start[first], words.end[last - 1], hashes), follows[full]

@@ -19,8 +19,8 @@ from gemcut.errors import DataError
 from gemcut.files import shown
 
 Verdict = bool | tuple[bool, str]
-#: Documents that a filter sees together, at most; and their characters.
-BATCH, BATCH_CHARACTERS = 256, 1 << 20
+#: Documents that a filter sees together, and their characters: as many as the processor's cache holds the arrays of.
+BATCH, BATCH_CHARACTERS = 256, 1 << 16
 
 
 class Step(Protocol):

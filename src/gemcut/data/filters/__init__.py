@@ -1,0 +1,1 @@
+"""Steps that judge documents: where they are from, their language, their quality."""
