@@ -139,7 +139,10 @@ def test_a_misspelled_variable_brings_a_warning(file: Path, monkeypatch: pytest.
     assert len(w) == 1
 
 
-@pytest.mark.parametrize("key", [key for key in settings.KEYS.values() if key.kind in ("whole", "number")])
+NUMBERS = [key for key in settings.KEYS.values() if key.kind in ("whole", "number") and key.part == "sampling"]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
 def test_bounds_are_those_of_sampling_params(key: settings.Key) -> None:
     """A setting lets pass what SamplingParams takes, at each bound and on both sides of it."""
     if key.default is not None:
@@ -300,3 +303,19 @@ def test_any_file_keeps_its_other_keys_and_every_comment(
         assert path.read_bytes().decode().startswith(text)
         unset_key("stop")
         assert path.read_bytes().decode().rstrip("\n") == text.rstrip("\n")
+
+
+def test_what_counts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command's option, then a variable, then the file, then what is built in; the same checks for each."""
+    assert settings.read_settings().value("port") == 8000
+    assert settings.read_settings().value("api_key_file") is None
+    set_key("port", 8001)
+    assert settings.read_settings().value("port") == 8001
+    monkeypatch.setenv("GEMCUT_PORT", "8002")
+    assert settings.read_settings().value("port") == 8002
+    assert settings.read_settings().value("port", 0) == 0
+    with pytest.raises(ParameterError, match=r"--queue-timeout: queue_timeout is 0.0; expected a number above 0 up to"):
+        settings.read_settings().value("queue_timeout", 0.0)
+    monkeypatch.setenv("GEMCUT_PORT", "65536")
+    with pytest.raises(ParameterError, match="GEMCUT_PORT is '65536'; expected a whole number from 0 to 65535"):
+        settings.read_settings()

@@ -27,6 +27,7 @@ _ELSEWHERE = ("GEMCUT_CACHE",)  # variables that other modules read
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 Kind = Literal["text", "whole", "number", "texts"]
+Part = Literal["model", "sampling", "server"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class Key:
     """One setting: its type, its help, its bounds (``above``: larger than ``low``).
 
     ``default`` is the built-in value; where that is none or depends on the command, ``built_in`` says so in words.
+    ``part`` says what it is about.
     """
 
     name: str
     kind: Kind
     help: str
-    default: float | None = None
+    default: float | str | None = None
     built_in: str = ""
+    part: Part = "sampling"
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
@@ -95,7 +98,7 @@ class Key:
 
 
 _EVERY = (
-    Key("model", "text", "The model where a command names none.", built_in="none"),
+    Key("model", "text", "The model where a command names none.", built_in="none", part="model"),
     Key("max_new_tokens", "whole", "Most tokens to generate.", built_in="256, in a chat 1024", low=0),
     Key("temperature", "number", "0 takes the likeliest token.", 1.0, low=0, high=100),
     Key("top_k", "whole", "Keep the k likeliest tokens; 0 all.", 0, low=0),
@@ -106,8 +109,19 @@ _EVERY = (
     Key("frequency_penalty", "number", "From -2 to 2, each time it was used.", 0.0, low=-2, high=2),
     Key("seed", "whole", "Makes a run repeatable.", built_in="another each time", low=-(2**63), high=2**64 - 1),
     Key("stop", "texts", "Text that ends the answer.", built_in="none"),
+    Key("host", "text", "serve: the address to listen at.", "127.0.0.1", part="server"),
+    Key("port", "whole", "serve: the port; 0 takes a free one.", 8000, part="server", low=0, high=65535),
+    Key("api_key_file", "text", "serve: the file of API keys.", built_in="none", part="server"),
+    Key("allow_host", "texts", "serve: more names of this server.", built_in="none", part="server"),
+    Key("allow_origin", "texts", "serve: origins whose pages may use it.", built_in="none", part="server"),
+    Key("max_requests", "whole", "serve: most answers computed or waiting.", 512, part="server", low=1, high=10**6),
+    Key(
+        "queue_timeout", "number", "serve: seconds to begin an answer.", 120, part="server", low=0, high=1e9, above=True
+    ),
+    Key("request_timeout", "number", "serve: seconds to finish it.", 3600, part="server", low=0, high=1e9, above=True),
+    Key("drain_timeout", "number", "serve: seconds to end in.", 30, part="server", low=0, high=1e9, above=True),
 )
-#: Every setting by its name. All but ``model`` are names of SamplingParams.
+#: Every setting by its name. Those of the part "sampling" are names of SamplingParams.
 KEYS: Mapping[str, Key] = {key.name: key for key in _EVERY}
 
 
@@ -129,6 +143,16 @@ class Settings:
     def get(self, name: str) -> Setting | None:
         """The setting that counts, or None where there is none."""
         return self.variables.get(name) or self.file.get(name)
+
+    def value(self, name: str, given: Any = None) -> Any:
+        """What counts: ``given`` by a command's option, else the setting, else what is built in (None: nothing).
+
+        Raises ParameterError where ``given`` is bad; the message names the option.
+        """
+        if given is not None:
+            return check(name, given, f"--{name.replace('_', '-')}")
+        found = self.get(name)
+        return KEYS[name].default if found is None else found.value
 
 
 def config_file() -> Path | None:

@@ -350,7 +350,7 @@ class ChatSession:
 
     @staticmethod
     def _keys() -> list[str]:
-        return [name for name in KEYS if name != "model"]
+        return [name for name, key in KEYS.items() if key.part == "sampling"]
 
     def _turns(self) -> str:
         exchanges = len(self.conversation.turns) // 2

@@ -17,7 +17,7 @@ from gemcut.cli.interrupt import import_torch
 from gemcut.errors import ParameterError
 from gemcut.process import check_threads
 from gemcut.progress import Report
-from gemcut.settings import read_settings
+from gemcut.settings import KEYS, read_settings
 
 if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
@@ -236,7 +236,7 @@ class SamplingOptions:
         """
         found = read_settings()
         every = [(name, setting) for level in (found.variables, found.file) for name, setting in level.items()]
-        return [(setting.origin, {name: setting.value}) for name, setting in every if name != "model"]
+        return [(setting.origin, {name: setting.value}) for name, setting in every if KEYS[name].part == "sampling"]
 
 
 def check_utf8(text: str, what: str) -> None:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import gemcut
+from gemcut.cli.access_options import AccessOptions
 from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, option, with_options
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.progress import LoadProgress, Report
+from gemcut.settings import read_settings
 
 if TYPE_CHECKING:
     from gemcut.gemma import Gemma
@@ -24,27 +26,26 @@ if TYPE_CHECKING:
 def serve(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     *,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="The port; 0 takes a free one.")] = 8000,
     served_model_name: Annotated[
         list[str] | None, option("What clients call the model; repeatable. Else MODEL.", metavar="NAME")
     ] = None,
     ssl_certfile: Annotated[Path | None, option("Speak HTTPS with this certificate (PEM).", metavar="PATH")] = None,
     ssl_keyfile: Annotated[Path | None, option("Its private key, where that is another file.", metavar="PATH")] = None,
     max_requests: Annotated[
-        int, typer.Option(metavar="N", help="Most answers computed or waiting; one more gets 503.")
-    ] = 512,
+        int | None, option("Most answers computed or waiting; one more gets 503. Else 512.", metavar="N")
+    ] = None,
     queue_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="An answer that is not begun by then gets 503.")
-    ] = 120.0,
+        float | None, option("An answer that is not begun by then gets 503. Else 120.", metavar="SECONDS")
+    ] = None,
     request_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="An answer that is not whole by then gets 503.")
-    ] = 3600.0,
+        float | None, option("An answer that is not whole by then gets 503. Else 3600.", metavar="SECONDS")
+    ] = None,
     drain_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="What answers under way have left after SIGTERM.")
-    ] = 30.0,
+        float | None, option("What answers under way have left after SIGTERM. Else 30.", metavar="SECONDS")
+    ] = None,
     allow_unknown: Annotated[bool, flag("Ignore unknown fields of requests, and say so.", "--allow-unknown")] = False,
     debug: Debug = False,
+    access: AccessOptions,
     sampling: SamplingOptions,
     load: LoadOptions,
 ) -> None:
@@ -57,7 +58,8 @@ def serve(
     Sampling options are defaults, which a request may change.
     """
     name = need_model(model, "gemcut serve MODEL")
-    _check(port, max_requests, queue_timeout, request_timeout, drain_timeout)
+    chosen = read_settings()
+    host, port = access.address(chosen)
     if ssl_keyfile is not None and ssl_certfile is None:
         raise ParameterError("--ssl-keyfile needs --ssl-certfile, the certificate that belongs to it")
     try:
@@ -77,16 +79,20 @@ def serve(
         run.check_certificate(ssl_certfile, ssl_keyfile)
     settings = ServerSettings(
         names=tuple(served_model_name or [_called(name)]),
-        max_requests=max_requests,
-        queue_timeout=queue_timeout,
-        request_timeout=request_timeout,
-        drain_timeout=drain_timeout,
+        max_requests=chosen.value("max_requests", max_requests),
+        queue_timeout=float(chosen.value("queue_timeout", queue_timeout)),
+        request_timeout=float(chosen.value("request_timeout", request_timeout)),
+        drain_timeout=float(chosen.value("drain_timeout", drain_timeout)),
         allow_unknown=allow_unknown,
     )
+    state = ServerState(settings)
+    access.apply(state, chosen)
     listener = run.open_port(host, port)
     scheme = "http" if ssl_certfile is None else "https"
     address = f"{scheme}://{_shown(listener)}"
     print(f"gemcut {gemcut.__version__} listens at {address} and loads {name}", file=sys.stderr, flush=True)
+
+    speeds: list[float] = []
 
     def load_model(report: Report) -> Gemma:
         with LoadProgress(True, f"loading {name}") as bar:
@@ -98,22 +104,33 @@ def serve(
 
             gemma = load.load(name, progress=tell)
         gemma.sampling_levels[:0] = [("command line", fields), *levels]
+        speeds.append(measured_speed(gemma))
         return gemma
 
     number = run.serve(
-        ServerState(settings),
+        state,
         load_model,
         listener,
         certificate=ssl_certfile,
         key=ssl_keyfile,
-        ready=lambda state: print(banner(state, address), file=sys.stderr, flush=True),
+        ready=lambda state: print(banner(state, address, speeds[0], access), file=sys.stderr, flush=True),
     )
     if number == signal.SIGINT:
         raise typer.Exit(128 + number)
 
 
-def banner(state: ServerState, address: str) -> str:
-    """What is served, where, with what: a few lines."""
+def measured_speed(gemma: Gemma) -> float:
+    """Tokens a second of one answer, by a few tokens of one. The first of them, which prepare much, are not counted."""
+    from gemcut.engine import SamplingParams
+
+    params = SamplingParams(max_new_tokens=min(8, gemma.engine.max_context - 1), temperature=0, ignore_eos=True)
+    gemma.complete([gemma.bos_id], params)
+    (result,) = gemma.complete([gemma.bos_id], params)
+    return result.checked().stats.decode_tokens_per_second
+
+
+def banner(state: ServerState, address: str, speed: float, access: AccessOptions) -> str:
+    """What is served, where, with what, at what speed, and to whom: a few lines."""
     gemma = state.gemma
     assert gemma is not None
     dtype = str(gemma.dtype).removeprefix("torch.")
@@ -123,19 +140,10 @@ def banner(state: ServerState, address: str) -> str:
     return (
         f"ready: {', '.join(state.settings.names)} at {address}/v1 (loaded in {gemma.load_seconds:.1f} s)\n"
         f"  device {gemma.device}, dtype {kind}, context {gemma.engine.max_context}, "
-        f"{gemma.engine.config.max_batch_size} rows a step\n"
-        f"  sampling where a request says nothing: {sampling}"
+        f"{gemma.engine.config.max_batch_size} rows a step, about {speed:,.0f} tok/s for one answer\n"
+        f"  sampling where a request says nothing: {sampling}\n"
+        f"  {access.words(state)}"
     )
-
-
-def _check(port: int, max_requests: int, *seconds: float) -> None:
-    if not 0 <= port <= 65535:
-        raise ParameterError(f"--port is {port}; expected from 0 (a free one) to 65535")
-    if max_requests < 1:
-        raise ParameterError(f"--max-requests is {max_requests}; expected at least 1")
-    for name, value in zip(("--queue-timeout", "--request-timeout", "--drain-timeout"), seconds, strict=True):
-        if not 0 < value < 1e9:
-            raise ParameterError(f"{name} is {value:g}; expected seconds, above 0")
 
 
 def _called(name: str) -> str:

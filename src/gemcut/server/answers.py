@@ -88,12 +88,14 @@ class Waiting:
 
     async def __aenter__(self) -> Waiting:
         self.state.admit(len(self.box.streams))
+        self.state.metrics.answers_started(self.box.sequences)
         try:
             self.box.__enter__()
         except BaseException:
+            self.state.metrics.answers_ended(self.box.sequences)
             self.state.release(len(self.box.streams))
             raise
-        self.request.notes["sequence"] = self.box.sequences[0]
+        self.request.sequences = self.box.sequences
         self._leaving = asyncio.ensure_future(self.request.disconnected())
         self._leaving.add_done_callback(self._left)
         return self
@@ -105,8 +107,7 @@ class Waiting:
             self._leaving.cancel()
         self.box.__exit__(None, None, None)
         self.state.release(len(self.box.streams))
-        first = self.box.sequences[0]
-        self.request.notes["reason"] = first.events[-1].finish_reason if first.finished else "cancelled"
+        self.state.metrics.answers_ended(self.box.sequences)
 
     def _left(self, leaving: asyncio.Future[None]) -> None:
         if not leaving.cancelled():

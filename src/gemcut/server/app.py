@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
-import sys
-import traceback
 from collections.abc import Awaitable, Callable
-from functools import cache
+from functools import cache, partial
 
 import gemcut
 import gemcut.server
@@ -34,6 +32,21 @@ async def _live(state: ServerState, request: Request, send: Send) -> None:
 
 async def _version(state: ServerState, request: Request, send: Send) -> None:
     await respond_json(send, {"version": gemcut.__version__})
+
+
+async def _preflight(state: ServerState, request: Request, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send.raw({"type": "http.response.body", "body": b""})
+
+
+def _texts(state: ServerState, request: Request) -> dict[str, list[str]]:
+    """Prompts and answers, for logs that were asked to hold them."""
+    if state.gemma is None or not request.sequences:
+        return {}
+    tokenizer = state.gemma.tokenizer
+    prompts = [tokenizer.decode(each.request.prompt_ids, skip_special_tokens=False) for each in request.sequences]
+    answers = ["".join(event.text for event in each.events) for each in request.sequences]
+    return {"prompts": prompts, "texts": answers}
 
 
 #: This module's part of the routes. A path that ends in ``/*`` stands for all that begin so.
@@ -73,17 +86,16 @@ class App:
 
     async def _http(self, scope: Scope, receive: Receive, raw: RawSend) -> None:
         request = Request(scope, receive)
-        head = [(b"x-request-id", request.id.encode()), (b"x-content-type-options", b"nosniff")]
-        send = Send(raw, scope, head)
+        send = Send(raw, scope, request.reply)
         path = self._path(request.path)
-        metrics, state = self.state.metrics, self.state
-        metrics.request_started(path)
+        state = self.state
+        state.metrics.request_started(path)
         entered = 0
         try:
             for gate in state.gates:
                 await gate.enter(state, request)
                 entered += 1
-            await self._handler(request, path)(state, request, send)
+            await (_preflight if request.preflight else self._handler(request, path))(state, request, send)
         except ClientLeftError:
             send.status = CLIENT_LEFT
         except asyncio.CancelledError:
@@ -95,8 +107,13 @@ class App:
         finally:
             for gate in state.gates[:entered]:
                 gate.leave(state, request)
-            notes = request.notes
-            metrics.request_finished(path, send.status or 500, notes.get("reason"), notes.get("sequence"))
+            failure: ApiError | None = request.notes.get("failure")
+            word = None if failure is None else failure.code or failure.type
+            # Before any gate's end or a place among the answers: nothing was done for it.
+            at_door = failure is not None and not request.sequences and failure.status in (401, 403, 429, 503)
+            status = send.status or 500
+            state.metrics.request_finished(path, status, word, at_door=at_door)
+            state.log.request(request, status, error=word, texts=partial(_texts, state, request))
 
     def _path(self, path: str) -> str:
         """The path of the route that a path belongs to; "other" where there is none."""
@@ -123,10 +140,9 @@ class App:
         raise ApiError(404, f"there is nothing at {shown!r}; the API begins at /v1", code="not_found")
 
     async def _fail(self, request: Request, send: Send, error: Exception) -> None:
-        answer = api_error(error, request_id=request.id)
+        answer = request.notes["failure"] = api_error(error, request_id=request.id)
         if answer.status == 500:
-            print(f"error: request {request.id} {request.method} {request.path}:", file=sys.stderr)
-            traceback.print_exception(error, file=sys.stderr)
+            self.state.log.failure(request, error)
         if send.status is not None:  # the head is out: nothing can be said any more, so the connection is cut
             raise error
         await respond_error(send, answer)

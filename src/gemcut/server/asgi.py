@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Sequence as Many
 from typing import Any
 
 import msgspec
 
+from gemcut.engine.request import Sequence
 from gemcut.server.errors import ApiError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 RawSend = Callable[[Message], Awaitable[None]]
-Headers = Sequence[tuple[bytes, bytes]]
+Headers = Many[tuple[bytes, bytes]]
 
 JSON = b"application/json"
 _encode = msgspec.json.Encoder().encode
@@ -40,6 +42,9 @@ class Request:
         arrived: `time.perf_counter` at which the head was there.
         key: the name of the API key it came with, None where none was needed. Set by the gate that checks keys.
         cache_salt: prompts of different salts share no part of the prefix cache. Set by the same gate.
+        preflight: a browser's question whether a page of another origin may send the real request.
+        reply: headers that go with its answer, whichever that is.
+        sequences: what the engine computes for it.
         notes: what gates and handlers leave for those behind them (metrics, logs).
     """
 
@@ -55,7 +60,10 @@ class Request:
         "method",
         "notes",
         "path",
+        "preflight",
+        "reply",
         "scope",
+        "sequences",
     )
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -71,6 +79,12 @@ class Request:
         self.arrived = time.perf_counter()
         self.key: str | None = None
         self.cache_salt = b""
+        self.preflight = False
+        self.reply: list[tuple[bytes, bytes]] = [
+            (b"x-request-id", self.id.encode()),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        self.sequences: list[Sequence] = []
         self.notes: dict[str, Any] = {}
         self._body: bytes | None = None
 

@@ -18,6 +18,7 @@ from gemcut.server.delivery import Delivery
 from gemcut.server.errors import ApiError, unavailable
 from gemcut.server.fields import decode
 from gemcut.server.guards import Guard
+from gemcut.server.logs import Log
 from gemcut.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class ServerState:
         gates: asked in this order before a route's handler runs.
         guards: asked about prompts and answers.
         rows: answers that are computed or wait.
+        log: where lines about requests go.
+        aliases: whose names for metrics are given beside gemcut's own.
     """
 
     settings: ServerSettings = field(default_factory=ServerSettings)
@@ -96,6 +99,8 @@ class ServerState:
     gates: list[Gate] = field(default_factory=list)
     guards: Sequence[Guard] = ()
     metrics: Metrics = field(default_factory=Metrics)
+    log: Log = field(default_factory=Log)
+    aliases: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     rows: int = 0
 
