@@ -90,7 +90,7 @@ def serve(
     listener = run.open_port(host, port)
     scheme = "http" if ssl_certfile is None else "https"
     address = f"{scheme}://{_shown(listener)}"
-    print(f"gemcut {gemcut.__version__} listens at {address} and loads {name}", file=sys.stderr, flush=True)
+    greeting = f"gemcut {gemcut.__version__} listens at {address} and loads {name}"
 
     speeds: list[float] = []
 
@@ -113,6 +113,7 @@ def serve(
         listener,
         certificate=ssl_certfile,
         key=ssl_keyfile,
+        opened=lambda: print(greeting, file=sys.stderr, flush=True),
         ready=lambda state: print(banner(state, address, speeds[0], access), file=sys.stderr, flush=True),
     )
     if number == signal.SIGINT:

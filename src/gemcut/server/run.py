@@ -110,11 +110,13 @@ class Server(uvicorn.Server):
         state: ServerState,
         load: Callable[[Report], Gemma] | None = None,
         ready: Callable[[ServerState], None] | None = None,
+        opened: Callable[[], None] | None = None,
     ) -> None:
-        """``load`` is called in a thread; then ``ready`` in the server's, once requests are answered."""
+        """``opened`` is called once signals and requests are taken; then ``load`` in a thread; then ``ready`` in the
+        server's, once requests are answered."""
         super().__init__(config)
         self.state = state
-        self._load, self._ready = load, ready
+        self._load, self._ready, self._opened = load, ready, opened
         self.failure: BaseException | None = None
         self.signals: list[int] = []
         self._thread: threading.Thread | None = None
@@ -129,6 +131,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        if self._opened is not None:
+            self._opened()
         if self._load is not None:
             self.state.stage = "loading"
             self._thread = threading.Thread(target=self._load_model, name="gemcut-load", daemon=True)
@@ -193,9 +197,10 @@ def serve(
     certificate: Path | None = None,
     key: Path | None = None,
     ready: Callable[[ServerState], None] | None = None,
+    opened: Callable[[], None] | None = None,
 ) -> int:
     """Serve until a signal comes; returns it. Raises what kept the model from being loaded."""
-    server = Server(config_of(App(state), certificate=certificate, key=key), state, load, ready)
+    server = Server(config_of(App(state), certificate=certificate, key=key), state, load, ready, opened)
     server.run(sockets=[listener])
     if server.failure is not None:
         raise server.failure
