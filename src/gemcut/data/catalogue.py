@@ -8,12 +8,21 @@ from typing import Any
 
 READERS: Mapping[str, str] = {
     "jsonl": "gemcut.data.readers.jsonl:JsonlReader",
+    "parquet": "gemcut.data.readers.parquet:ParquetReader",
+    "text": "gemcut.data.readers.text:TextReader",
+    "mathematics": "gemcut.data.readers.text:MathematicsReader",
+    "html": "gemcut.data.readers.html:HtmlReader",
+    "tree": "gemcut.data.readers.tree:TreeReader",
 }
 STEPS: Mapping[str, str] = {
+    "url-block": "gemcut.data.filters.url:UrlBlock",
+    "language": "gemcut.data.filters.language:Language",
     "gopher-quality": "gemcut.data.filters.web:GopherQuality",
     "gopher-repetition": "gemcut.data.filters.web:GopherRepetition",
     "c4": "gemcut.data.filters.web:C4",
     "fineweb": "gemcut.data.filters.web:FineWeb",
+    "code-quality": "gemcut.data.filters.code:CodeQuality",
+    "mathematics-quality": "gemcut.data.filters.mathematics:MathematicsQuality",
 }
 
 

@@ -68,6 +68,13 @@ def checked(document: Document) -> Item:
     return document
 
 
+def as_text(value: Any) -> str:
+    """A text or a whole number as a text, "" for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return ""
+    return str(value).encode("utf-8", "replace").decode()
+
+
 def list_files(reader: Reader, paths: Sequence[str], source: str) -> list[File]:
     """Every file that the paths of a source name, in the order of their names, each once.
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gemcut.data.document import Document
-from gemcut.data.readers.base import MAX_RECORD, File, Item, Reader, bad, checked, guard, open_plain, read_lines
+from gemcut.data.readers.base import (
+    MAX_RECORD,
+    File,
+    Item,
+    Reader,
+    as_text,
+    bad,
+    checked,
+    guard,
+    open_plain,
+    read_lines,
+)
 
 
 @dataclass(frozen=True)
@@ -51,16 +62,10 @@ class JsonlReader(Reader):
             return bad(source, place, f"no text under {self.text_key!r}")
         return checked(
             Document(
-                _text(record.get(self.id_key)) or place,
+                as_text(record.get(self.id_key)) or place,
                 source,
                 text,
-                licence=_text(record.get(self.licence_key)) or licence,
-                url=_text(record.get(self.url_key)),
+                licence=as_text(record.get(self.licence_key)) or licence,
+                url=as_text(record.get(self.url_key)),
             )
         )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        return ""
-    return str(value).encode("utf-8", "replace").decode()
