@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from gemcut.errors import ParameterError, RequestError
-from gemcut.server.logs import JsonHandler, Log, scrub
+from gemcut.server.errors import scrub
+from gemcut.server.logs import JsonHandler, Log
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:

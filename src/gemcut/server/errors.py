@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,19 @@ _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _FIRST_WORD = re.compile(r"([a-z_]+)\b(?:\[\d+\])? (?:is|has|holds|maps|of) ")
 
 
+#: Characters of an error's sentence.
+MAX_MESSAGE = 480
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def scrub(text: str, limit: int = 300) -> str:
+    """A text of somebody else for a log or a terminal: one line, nothing invisible, not longer than ``limit``."""
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(
+        char if unicodedata.category(char) not in _INVISIBLE else char.encode("unicode_escape").decode() for char in cut
+    )
+
+
 class ApiError(Exception):
     """An answer that is an error.
 
@@ -55,7 +69,9 @@ class ApiError(Exception):
         headers: Headers = (),
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        # Both may hold what somebody sent, and end in a terminal.
+        self.message, self.param = scrub(message, MAX_MESSAGE), param and scrub(param, MAX_MESSAGE)
         self.type = type or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.headers = list(headers)
 

@@ -127,7 +127,7 @@ class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 _AT = re.compile(r" - at (?:`key` in )?`([^`]*)`$")
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`$")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`$")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 _MOST_UNKNOWN = 64
@@ -143,11 +143,14 @@ def decode(body: bytes, kind: type[Body], *, allow_unknown: bool = False) -> tup
     if decoder is None:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
     try:
-        return decoder.decode(body), []
-    except (msgspec.ValidationError, RecursionError) as error:
-        if not allow_unknown or not isinstance(error, msgspec.ValidationError):
-            raise _wrong(error) from None
+        try:
+            return decoder.decode(body), []
+        except msgspec.ValidationError as error:
+            if not allow_unknown:
+                raise _wrong(error) from None
         return _without_unknown(body, kind)
+    except RecursionError as error:
+        raise _wrong(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON: {_sentence(str(error))}", code="invalid_json") from None
 
@@ -164,9 +167,12 @@ def _without_unknown(body: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
             if found is None or len(ignored) >= _MOST_UNKNOWN:
                 raise _wrong(error) from None
             owner = value
-            for name, index in _STEP.findall(f".{path}"):
-                owner = owner[name] if name else owner[int(index)]
-            owner.pop(found[1], None)
+            try:
+                for name, index in _STEP.findall(f".{path}"):
+                    owner = owner[name] if name else owner[int(index)]
+                del owner[found[1]]
+            except (LookupError, TypeError):  # a name that looks like a part of msgspec's sentence
+                raise _wrong(error) from None
             ignored.append(".".join(filter(None, (path, found[1]))))
 
 

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from gemcut.engine.request import Sequence
 from gemcut.errors import GemcutError
+from gemcut.server.errors import scrub
 
 if TYPE_CHECKING:
     from gemcut.server.asgi import Request
@@ -27,15 +27,6 @@ QUIET = ("/health", "/live", "/ready", "/metrics")
 LONGEST_TEXT = 20_000
 #: Lines that wait for standard error; with more of them new ones are dropped, and that is said.
 MOST_WAITING = 10_000
-_ESCAPED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def scrub(text: str, limit: int = 300) -> str:
-    """A text of somebody else for a log or a terminal: one line, nothing invisible, not longer than ``limit``."""
-    cut = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(
-        char if unicodedata.category(char) not in _ESCAPED else char.encode("unicode_escape").decode() for char in cut
-    )
 
 
 class Log:

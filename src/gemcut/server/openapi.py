@@ -22,23 +22,34 @@ _COMPONENT = "#/components/schemas/{name}"
 
 @dataclass(frozen=True)
 class Shape:
-    """What a route reads and answers. ``text`` is the content type of an answer that is no JSON."""
+    """What a route reads and answers, with an example. ``text`` is the content type of an answer that is no JSON."""
 
     body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
     streams: bool = False
     text: str = ""
+    example: Mapping[str, Any] | None = None
 
 
 #: Of the routes with a body or an answer of a known shape. A test looks whether bodies are read with these classes.
 SHAPES: Mapping[str, Shape] = {
-    "/v1/chat/completions": Shape(ChatRequest, shapes.ChatAnswer, streams=True),
-    "/v1/completions": Shape(CompletionRequest, shapes.CompletionAnswer, streams=True),
-    "/v1/embeddings": Shape(EmbeddingRequest, shapes.EmbeddingAnswer),
+    "/v1/chat/completions": Shape(
+        ChatRequest,
+        shapes.ChatAnswer,
+        streams=True,
+        example={"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 4},
+    ),
+    "/v1/completions": Shape(
+        CompletionRequest,
+        shapes.CompletionAnswer,
+        streams=True,
+        example={"prompt": "The sky is", "max_tokens": 4, "logprobs": 1},
+    ),
+    "/v1/embeddings": Shape(EmbeddingRequest, shapes.EmbeddingAnswer, example={"input": ["The sky is blue."]}),
     "/v1/models": Shape(None, shapes.ModelsAnswer),
     "/v1/models/*": Shape(None, shapes.ModelAnswer),
-    "/tokenize": Shape(TokenizeRequest, shapes.TokenizeAnswer),
-    "/detokenize": Shape(DetokenizeRequest, shapes.DetokenizeAnswer),
+    "/tokenize": Shape(TokenizeRequest, shapes.TokenizeAnswer, example={"prompt": "The sky is"}),
+    "/detokenize": Shape(DetokenizeRequest, shapes.DetokenizeAnswer, example={"tokens": [2, 651]}),
     "/tokenizer_info": Shape(None, shapes.TokenizerInfo),
     "/version": Shape(None, shapes.Version),
     "/health": Shape(None, shapes.Readiness),
@@ -111,10 +122,8 @@ def _operation(path: str, handler: Any) -> dict[str, Any]:
     if path.endswith("/*"):
         operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
     if shape.body is not None:
-        operation["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": _ref(shape.body)}},
-        }
+        content = {"schema": _ref(shape.body), "example": shape.example}
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
     return operation
 
 
