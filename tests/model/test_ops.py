@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from gemcut.config import GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables, shape_for_tokens
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.kernels.cpu import library as cpu
+from gemcut.kernels.cpu.attention import DecodeAttention
 from gemcut.kernels.cpu.linear import MAX_M, CpuLinear
 from gemcut.loading import build_network
 from gemcut.model import Model
@@ -139,3 +142,57 @@ def test_a_linear_layer_knows_its_name_and_role() -> None:
         roles = [module.role for module in linears.values()]
         assert len(linears) == 4 * config.num_hidden_layers
         assert set(roles) == {"attention.qkv_proj", "attention.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)], ids=["last", "amid", "first"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prompt_beside_answers(
+    kind: str, order: tuple[int, ...], variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences of one new token and a prompt's second chunk in one step: the first two take the way of a decode
+    step, and all are as near to the network in fp32 as plain ones."""
+    lengths, new = (17, 30, 40), (1, 1, 22)
+    alone: list[int] = []
+    inner = DecodeAttention.__call__
+
+    def counted(self: DecodeAttention, qkv: Tensor, *args: Any, **more: Any) -> Tensor:
+        alone.append(len(qkv))
+        return inner(self, qkv, *args, **more)
+
+    monkeypatch.setattr(DecodeAttention, "__call__", counted)
+
+    def hidden_of(model: Model, chosen: tuple[int, ...]) -> Tensor:
+        """Rows of the ``chosen`` sequences, in that order, of the step behind the one that fills the cache."""
+        shape = shape_for_tokens(model.config, sequences=3, context=64, chunk=64, block_size=16)
+        cache = PagedCache(model.config, shape, model.dtype, torch.device("cpu"))
+        tables = {i: Tables() for i in chosen}
+        for step in range(2):
+            spans, ids, positions = [], [], []
+            for i in chosen:
+                done, count = (0, lengths[i]) if step == 0 else (lengths[i], new[i])
+                cache.extend(tables[i], done, count)
+                spans.append(Span(len(ids), count, done + count))
+                ids += [(11 * i + 5 * place) % 300 for place in range(done, done + count)]
+                positions += range(done, done + count)
+            kv = PagedKeyValues(model.config, cache, list(tables.values()), spans)
+            hidden = model(torch.tensor(ids), torch.tensor(positions), kv)
+        return hidden
+
+    want = hidden_of(tiny_model(kind, torch.float32), order)
+    model = tiny_model(kind, BF16)
+    plain = hidden_of(model, order)
+    model.ops = CpuOps(variant)
+    got = hidden_of(model, order)
+    assert alone == [2] * model.config.num_hidden_layers
+    assert (got - want).square().mean() <= 1.1 * (plain - want).square().mean()
+    assert bool(((got - want).norm(dim=1) < 0.02 * want.norm(dim=1)).all())  # a wrong place would change a row wholly
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.kernel = CpuLinear(module.case, cpu.library(variant))
+            module.kernel.few = 1 << 30  # rows that do not depend on their neighbours
+    whole, pair = hidden_of(model, order), hidden_of(model, (0, 1))
+    places = torch.tensor([i for own in order for i in [own] * new[own]])
+    assert torch.equal(whole[places == 0], pair[:1])
+    assert torch.equal(whole[places == 1], pair[1:])

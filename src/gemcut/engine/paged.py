@@ -12,7 +12,7 @@ from gemcut.cache_blocks import ceil_div
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.kernels.attention.varlen import VarlenSegment, fresh_segments
-from gemcut.model.key_values import KeyValues, Pages, Span
+from gemcut.model.key_values import HostPart, KeyValues, Pages, Span
 
 
 def token_slots(table: list[int], span: Span, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -123,6 +123,8 @@ class PagedKeyValues(KeyValues):
         size = self.block_size = cache.block_size
         self._one_each = all(span.length == 1 for span in spans)
         self._on_cpu = cache.full_storage.device.type == "cpu"
+        self._source = config, cache, tables
+        self._parts: tuple[HostPart, ...] | None = None
         self._positions: Tensor | None = None
         full = _Group(cache.full_storage, [t.full for t in tables], [0] * len(tables), spans, size)
         first = [t.first_sliding for t in tables]
@@ -145,6 +147,26 @@ class PagedKeyValues(KeyValues):
     @property
     def host_decode(self) -> PagedKeyValues | None:
         return self if self._one_each and self._on_cpu else None
+
+    @property
+    def host_parts(self) -> tuple[HostPart, ...]:
+        if self._parts is None:
+            ones = [span.length == 1 for span in self.spans]
+            both = self._on_cpu and any(ones) and not all(ones)
+            self._parts = tuple(self._part([one is kind for one in ones]) for kind in (True, False)) if both else ()
+        return self._parts
+
+    def _part(self, chosen: Sequence[bool]) -> HostPart:
+        """The sequences that are ``chosen``, as a batch of their own."""
+        config, cache, tables = self._source
+        rows: list[int] = []
+        spans: list[Span] = []
+        for span in (span for span, own in zip(self.spans, chosen, strict=True) if own):
+            spans.append(Span(len(rows), span.length, span.context_length))
+            rows += range(span.start, span.start + span.length)
+        kv = PagedKeyValues(config, cache, [t for t, own in zip(tables, chosen, strict=True) if own], spans)
+        neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        return HostPart(slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows), kv)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         group, index = self._layers[layer]

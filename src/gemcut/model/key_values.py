@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from gemcut.kernels.attention.varlen import VarlenSegment
+from gemcut.model.rope import Rotation
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class KeyValues:
         """The same on a CPU."""
         return None
 
+    @property
+    def host_parts(self) -> Sequence[HostPart]:
+        """On a CPU, where some sequences of a paged cache have one new token and others several: those and these."""
+        return ()
+
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store ``key`` and ``value`` [T, kv_heads, head_dim] of all rows."""
         raise NotImplementedError(f"{type(self).__name__} is for kernels that reach the cache themselves")
@@ -119,3 +125,24 @@ class KeyValues:
     def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """For sequences of one query each: (keys, values [B, L, kv_heads, head_dim], lengths [B])."""
         raise NotImplementedError(f"{type(self).__name__} is for kernels that reach the cache themselves")
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """Some sequences of a batch, as a batch of their own.
+
+    Attributes:
+        rows: their rows of the whole batch, in order: a slice where these are neighbours, else int64 [n].
+        kv: their keys and values.
+    """
+
+    rows: slice | Tensor
+    kv: KeyValues
+    _rotations: dict[int, tuple[Rotation, Rotation]] = field(default_factory=dict, repr=False)
+
+    def rotation(self, whole: Rotation) -> Rotation:
+        """Their part of the whole batch's rotation, which several layers share."""
+        kept = self._rotations.get(id(whole))
+        if kept is None or kept[0] is not whole:
+            kept = self._rotations[id(whole)] = whole, (whole[0][self.rows], whole[1][self.rows])
+        return kept[1]

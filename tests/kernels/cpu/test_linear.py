@@ -168,6 +168,34 @@ def test_results_do_not_depend_on_threads_nor_on_the_other_rows_of_x(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("compute", [BF16, FP32])
+@pytest.mark.parametrize("form", ["nf4", "fp4", "int8", "whole"])
+def test_any_number_of_rows(form: str, compute: torch.dtype, variant: str) -> None:
+    """Tiles of x: full ones and what is left of one, several passes over the weights, inputs that fill no vector. Each
+    row is what it is alone, bit for bit."""
+    for k, block in ((1120, 32), (2368, 64)) if form in ("nf4", "fp4") else ((77, 0), (2364, 0)):
+        weights = (pack(13, k, form, block, True, compute), pack(24, k, form, block, False, compute))
+        kernel = CpuLinear(LinearCase(weights, compute, FP32), cpu.library(variant))
+        kernel.few = 1 << 30
+        x = torch.randn(71, k).to(compute)
+        x[:, k // 2] *= 30
+        want, twin = exact(x, weights), plain_linear(kernel.case, x)
+        rows = [kernel(row[None]) for row in x]
+        for m in (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 31, 64, 71):
+            got = kernel(x[:m])
+            assert torch.equal(got, torch.cat(rows[:m]))
+            assert error(got, want[:m]) <= max(error(twin[:m], want[:m]), 5e-7)
+
+
+@pytest.mark.skipif(cpu.variants()[0] != "avx2", reason="other instruction sets take many rows in panels")
+def test_avx2_takes_many_rows_in_tiles() -> None:
+    packed, whole = pack(9, 128, "nf4"), pack(9, 128, "whole")
+    assert CpuLinear(LinearCase((packed,), BF16, FP32), cpu.library()).few > 4096
+    assert CpuLinear(LinearCase((packed, whole), BF16, FP32), cpu.library()).few == linear.WHOLE_TILED
+    assert CpuLinear(LinearCase((packed,), FP32, FP32), cpu.library()).few == MAX_M
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("form", ["nf4", "int8", "whole"])
 def test_bf16_results_are_the_fp32_ones_rounded_once(form: str, variant: str) -> None:
     weights, x = (pack(33, 256, form),), torch.randn(4, 256).to(BF16)

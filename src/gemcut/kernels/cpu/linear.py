@@ -17,10 +17,12 @@ from gemcut.quantization.spec import FourBitType
 from gemcut.quantization.tables import code_table, dynamic_map
 from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
-#: The most rows of x that the GEMV serves; linear.h's limits.
+#: The most rows of x that the GEMV serves where it does not take tiles of them; linear.h's limits.
 MAX_M = 8
 MAX_K = 65536
 MAX_PARTS = 64
+#: With AVX2: rows up to which tiles are faster for weights that are not packed.
+WHOLE_TILED = 32
 
 _FOUR_BIT, _INT8, _BF16, _FP32 = range(4)
 
@@ -160,7 +162,7 @@ def _segment(weight: CheckpointWeight, column: int) -> _Segment:
 
 
 class CpuLinear:
-    """The result of a LinearCase: up to MAX_M rows of x at the speed of memory, more of them in panels (gemm.cpp).
+    """The result of a LinearCase: up to ``few`` rows of x at the speed of memory, more of them in panels (gemm.cpp).
 
     Many rows in fp32, or on Arm, are plain PyTorch's.
     """
@@ -187,11 +189,21 @@ class CpuLinear:
         four_bit = any(isinstance(weight, FourBitWeight) for weight in case.weights)
         wins = library.variant == "amx" or (library.variant == "avx512bf16" and not four_bit)
         self.few = 5 if wins else MAX_M
+        if library.variant == "avx2":
+            self.few = self._few_with_avx2()
+
+    def _few_with_avx2(self) -> int:
+        """Tiles (tiles.h) serve any number of rows: of packed weights always faster than panels, which use fp32;
+        of others up to 32, where panels (PyTorch's product in fp32) begin to win."""
+        whole = [isinstance(weight, Tensor) for weight in self.case.weights]
+        if self._x_is_bf16:
+            return WHOLE_TILED if any(whole) else 1 << 30
+        return WHOLE_TILED if all(whole) else MAX_M
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [T, in] in the compute dtype -> [T, out] in the out dtype."""
         rows = x.shape[0]
-        if rows == 0 or (rows > MAX_M and self.many is None):
+        if rows == 0 or (rows > self.few and self.many is None):
             return plain_linear(self.case, x)
         if x.stride(1) != 1:
             x = x.contiguous()

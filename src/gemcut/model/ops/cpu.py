@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from gemcut.kernels.attention.varlen import VarlenAttention
@@ -20,6 +21,7 @@ from gemcut.model.key_values import KeyValues
 from gemcut.model.linear import LinearLayer, TokenTable
 from gemcut.model.norm import RMSNorm
 from gemcut.model.ops.base import Activations, NetworkCase, Rotations
+from gemcut.model.rope import Rotation
 
 if TYPE_CHECKING:
     from gemcut.model.gemma import MLP, Attention
@@ -61,17 +63,28 @@ class CpuOps:
         self, attention: Attention, x: Activations, rotations: Rotations, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
         qkv, rotation = attention.qkv_proj(x), rotations[attention.layer]
-        if kv.host_decode is None:
-            mixed = attention.mix(qkv, rotation, kv)
+        parts = kv.host_parts
+        if parts:
+            # What one new token costs does not depend on the prompts beside it, nor on how many there are.
+            mixed = torch.empty((len(qkv), attention.sizes[0]), dtype=qkv.dtype)
+            for part in parts:
+                mixed[part.rows] = self._mix(attention, qkv[part.rows], part.rotation(rotation), part.kv)
         else:
-            layer, batch = attention.layer, kv.host_decode
-            q_norm, k_norm = (None if norm is None else norm.scale for norm in (attention.q_norm, attention.k_norm))
-            mixed = self._decode(
-                qkv, batch.storage(layer), batch.pages(layer).slots, batch.live_blocks(layer), rotation,
-                attention.decode_spec, q_norm=q_norm, k_norm=k_norm,
-            )  # fmt: skip
+            mixed = self._mix(attention, qkv, rotation, kv)
         out: Tensor = attention.o_proj(mixed if wanted is None else mixed[wanted])
         return out
+
+    def _mix(self, attention: Attention, qkv: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
+        """`Attention.mix`; in one call where every sequence has one new token."""
+        batch = kv.host_decode
+        if batch is None:
+            return attention.mix(qkv, rotation, kv)
+        layer = attention.layer
+        q_norm, k_norm = (None if norm is None else norm.scale for norm in (attention.q_norm, attention.k_norm))
+        return self._decode(
+            qkv, batch.storage(layer), batch.pages(layer).slots, batch.live_blocks(layer), rotation,
+            attention.decode_spec, q_norm=q_norm, k_norm=k_norm,
+        )  # fmt: skip
 
     def mlp(self, mlp: MLP, x: Activations) -> Tensor:
         out: Tensor = mlp.down_proj(self._rowwise.geglu(mlp.gate_up_proj(x)))

@@ -1,5 +1,5 @@
 // Computes: y = x [W0; W1; ...]^T for a few rows of x, as fast as memory gives the weights
-// Shapes: x bf16 or fp32 [m, k], m from 1 to 8; segments of linear.h; y bf16 or fp32 [m, columns]
+// Shapes: x bf16 or fp32 [m, k], any m; segments of linear.h; y bf16 or fp32 [m, columns]
 // Runs: gemcut/kernels/cpu/linear.py; threads by groups of four rows of W
 // Schedule: GEMV, weights streamed once with software prefetch; integer arithmetic for bf16 x (VNNI, dot products)
 // Invariants: results depend neither on the number of threads nor on which rows are multiplied together
@@ -10,18 +10,24 @@
 // multiplied before they are scaled: the absmax of a block meets the sum over its values. That costs one
 // multiplication a block, and rounds less than scaling every weight.
 //
+// Eight rows of x are taken at a time; with AVX2 up to 64 of them in tiles (tiles.h), which unpack a weight once for eight.
+//
 // x in bf16 meets packed weights as integers, in which a processor multiplies fastest: 23 bits for int8 weights, exact
-// but for values below 2^-14 of the largest; 14 bits with a scale each 128 (64) values for four-bit weights.
+// but for values below 2^-14 of the largest; 14 bits with a scale each 128 (64) values for four-bit weights. With AVX2
+// int8 weights meet 15 bits with a scale each 64 values.
 #include <math.h>
 
 #include "linear.h"
 #include "pool.h"
 #include "rows.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace {
 
+#ifndef GEMCUT_BLOCKED
 constexpr int GROUP = 4;
+#endif
 constexpr int64_t CHUNK_BYTES = 96 << 10, AHEAD_BYTES = 12288;
 
 // How many absmax values a unit may hold, and so how many the scratch of a row must.
@@ -32,6 +38,10 @@ struct Call {
     Input in;
     int64_t m;
     bool pairs, digits, shorts;  // which arithmetic serves x
+#ifdef GEMCUT_BLOCKED
+    bool tiled;  // all of it is done by tiles.h
+    Tiles tiles;
+#endif
     void* out;
     int64_t out_stride;
     int64_t first_group[64];  // of each segment
@@ -116,8 +126,15 @@ bool to_digits(const float* x, int64_t step, int8_t* digits, int32_t* sums, floa
 
 // Fills call.in from x; which forms are made depends on the segments. Returns false if one row's numbers forbid the
 // integer arithmetic for all of these rows: then each row must be multiplied alone.
-bool prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16) {
+bool prepare(Call& call, const void* x, int64_t x_stride, bool x_is_bf16, int threads) {
     const Plan& plan = *call.plan;
+#ifdef GEMCUT_BLOCKED
+    call.tiled = serves(plan, x_is_bf16) && pack(call.tiles, plan, x, call.m, x_stride, x_is_bf16, threads);
+    if (call.tiled) return true;
+    if (call.m > 1 && serves(plan, x_is_bf16)) return false;
+#else
+    (void)threads;
+#endif
     const int64_t k = plan.k, m = call.m, step = (k + 127) / 128 * 128, count = m * step;
     bool four_bit = false, int8 = false, bf16 = false, fp32 = false;
     for (int64_t s = 0; s < plan.count; ++s) {
@@ -283,7 +300,8 @@ void in_turn(const Rows& rows, int first, float (*out)[MAX_M]) {
     for (int r = 0; r < GROUP; r += R) multiply_rows<R, M>(rows, r, first, out + r);
 }
 
-void store(const Call& call, const Rows& rows, int valid, const float (*values)[MAX_M]) {
+template <int64_t N>
+void store(const Call& call, const Rows& rows, int valid, const float (*values)[N]) {
     for (int64_t m = 0; m < call.m; ++m)
         for (int r = 0; r < valid; ++r) {
             const int64_t place = m * call.out_stride + rows.segment->column + rows.index[r];
@@ -330,6 +348,17 @@ void groups(void* context, int64_t begin, int64_t end, int) {
                 else row_absmax(segment, rows.index[r], plan.k, rows.per_unit, scales[r]);
             }
         }
+#ifdef GEMCUT_BLOCKED
+        if (call.tiled) {
+            float absmax[GROUP] = {};
+            for (int r = 0; r < GROUP && segment.kind == INT8; ++r)
+                absmax[r] = static_cast<const float*>(segment.absmax)[rows.index[r]];
+            Results results;
+            multiply_group(call.tiles, segment, {rows.data, rows.scales, rows.per_unit, absmax, rows.ahead}, results);
+            store(call, rows, valid, results);
+            continue;
+        }
+#endif
         float values[GROUP][MAX_M];
         for (int64_t m = 0; m < call.m;) {
             const int64_t left = call.m - m;
@@ -348,7 +377,7 @@ void multiply(const Plan* plan, const void* x, int64_t m, int64_t x_stride, bool
               int64_t out_stride, int threads) {
     Call call;
     call.plan = plan, call.m = m, call.out = out, call.out_stride = out_stride;
-    if (!prepare(call, x, x_stride, x_is_bf16) && m > 1) {
+    if (!prepare(call, x, x_stride, x_is_bf16, threads) && m > 1) {
         // One request's NaN, or its very large numbers, must not change the bits of another: multiply each row alone.
         const int64_t x_bytes = x_stride * (x_is_bf16 ? 2 : 4), out_bytes = out_stride * (plan->out_is_fp32 ? 4 : 2);
         for (int64_t i = 0; i < m; ++i)
@@ -369,10 +398,17 @@ void multiply(const Plan* plan, const void* x, int64_t m, int64_t x_stride, bool
 
 }  // namespace
 
-// x: [m, k], 1 <= m <= MAX_M, rows `x_stride` apart, bf16 or fp32; out: [m, columns], rows `out_stride` apart. At most
+// x: [m, k], rows `x_stride` apart, bf16 or fp32; out: [m, columns], rows `out_stride` apart. At most
 // 64 segments; 1 <= k <= MAX_K, and for FOUR_BIT a multiple of its block_size, which is a power of two from 32 on.
 GEMCUT_ENTRY(void, linear)
 (const Plan* plan, const void* x, int64_t m, int64_t x_stride, int x_is_bf16, void* out, int64_t out_stride,
  int threads) {
-    multiply(plan, x, m, x_stride, x_is_bf16 != 0, out, out_stride, threads);
+    int64_t step = MAX_M;
+#ifdef GEMCUT_BLOCKED
+    if (serves(*plan, x_is_bf16 != 0)) step = rows_at_once(*plan, m);
+#endif
+    const int64_t x_bytes = x_stride * (x_is_bf16 ? 2 : 4), out_bytes = out_stride * (plan->out_is_fp32 ? 4 : 2);
+    for (int64_t i = 0; i < m; i += step)
+        multiply(plan, static_cast<const char*>(x) + i * x_bytes, m - i < step ? m - i : step, x_stride, x_is_bf16 != 0,
+                 static_cast<char*>(out) + i * out_bytes, out_stride, threads);
 }
