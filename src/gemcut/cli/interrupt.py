@@ -44,6 +44,31 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
+def cancelled_by_ctrl_c() -> Iterator[None]:
+    """Within a task of asyncio: the first Ctrl-C cancels the task, so that it can end in order; the next one raises.
+
+    asyncio would do so itself, were the handler of SIGINT not ours.
+    """
+    import asyncio
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        loop.call_soon_threadsafe(task.cancel)
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def _noted() -> Iterator[list[int]]:
     """The list of the Ctrl-C that came inside the block; each of them raises KeyboardInterrupt as it would without."""
     presses: list[int] = []

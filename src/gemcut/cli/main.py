@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import gemcut
+from gemcut.cli.bench import app as bench_app
 from gemcut.cli.chat import chat
 from gemcut.cli.config import app as config_app
 from gemcut.cli.data import app as data_app
@@ -46,6 +47,7 @@ app.command()(plan)
 app.command()(quantize)
 app.add_typer(config_app)
 app.add_typer(data_app)
+app.add_typer(bench_app)
 
 
 def _version(wanted: bool) -> None:
