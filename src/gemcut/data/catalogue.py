@@ -23,6 +23,10 @@ STEPS: Mapping[str, str] = {
     "fineweb": "gemcut.data.filters.web:FineWeb",
     "code-quality": "gemcut.data.filters.code:CodeQuality",
     "mathematics-quality": "gemcut.data.filters.mathematics:MathematicsQuality",
+    "exact-duplicates": "gemcut.data.dedup.exact:ExactDuplicates",
+    "exact-paragraphs": "gemcut.data.dedup.exact:ExactParagraphs",
+    "near-duplicates": "gemcut.data.dedup.near:NearDuplicates",
+    "decontaminate": "gemcut.data.decontaminate:Decontaminate",
 }
 
 

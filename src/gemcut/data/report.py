@@ -61,6 +61,9 @@ def make_report(recipe: Recipe, parts: Iterable[Part], out: Path) -> dict[str, A
                 for reason, ids in reasons.items():
                     known = examples.setdefault(step, {}).setdefault(reason, [])
                     known += [f"{part.source}/{id}" for id in ids[: _EXAMPLES - len(known)]]
+        if stage.closing is not None:
+            decided = read_json(out / "work" / f"stage-{stage.number}" / "decision" / "decided.json")
+            notes.setdefault(decided["step"], {}).update(decided["notes"])
     names = list(flows)
     sources = {source.name: _source(recipe, source.name, parts, flows, names) for source in recipe.sources}
     reasons = {spec.name: spec.reason for spec in recipe.steps if spec.reason}

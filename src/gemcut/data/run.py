@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,10 @@ def run_recipe(recipe: Recipe, out: Path, *, workers: int = 1, watch: Watch | No
     parts = divide(recipe)
     with _folder(recipe, parts, out):
         chain = stages(recipe)
+        for spec in recipe.steps:
+            if not (mark := _prepared(out, spec).with_suffix(".json")).exists():
+                spec.step.prepare(_prepared(out, spec))
+                write_json(mark, {"step": spec.name})
         for stage in chain:
             jobs = [Job(out, recipe.path, recipe.digest, stage.number, part, len(parts)) for part in parts]
             waiting = [job for job in jobs if not _stats(out, stage.number, job.part.number).exists()]
@@ -145,6 +150,8 @@ def run_part(job: Job, progress: Progress) -> tuple[int, int, int]:
         documents = _watched(_input(job, recipe, stage, flows, dropped), totals, progress)
         for spec in steps:
             spec.step.notes.clear()
+            if _prepared(job.out, spec).exists():
+                spec.step.use(_prepared(job.out, spec))
             flow = flows[spec.name] = Flow()
             documents = run_step(spec.step, spec.name, documents, part.number, job.parts, flow, dropped)
         closing = stage.closing if stage.closing is not None and stage.closing.sees(part.source) else None
@@ -260,11 +267,11 @@ def _decide(stage: Stage, recipe: Recipe, parts: list[Part], out: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     collected = [_collected(out, stage.number, part.number) if spec.sees(part.source) else None for part in parts]
-    spec.step.decide(collected, folder)
-    write_json(mark, {"step": spec.name})
+    notes = spec.step.decide(collected, folder)
+    write_json(mark, {"step": spec.name, "notes": notes})
     for path in collected:
         if path is not None:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -289,7 +296,7 @@ def _folder(recipe: Recipe, parts: list[Part], out: Path) -> Iterator[None]:
                 raise DataError(f"{out} holds a run with {what}; choose another folder, or remove it to begin anew")
             write_json(found, state)
             for leftover in out.rglob("*.unfinished"):
-                leftover.unlink(missing_ok=True)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
             yield
     except NotADirectoryError:
         raise DataError(f"cannot make the folder {out}: a part of its path is a file") from None
@@ -321,7 +328,11 @@ def _stats(out: Path, stage: int, part: int) -> Path:
 
 
 def _collected(out: Path, stage: int, part: int) -> Path:
-    return out / "work" / f"stage-{stage}" / f"{part:05d}.npz"
+    return out / "work" / f"stage-{stage}" / f"{part:05d}.collected"
+
+
+def _prepared(out: Path, spec: StepSpec) -> Path:
+    return out / "work" / "prepared" / spec.name
 
 
 def _decision(out: Path, stage: int) -> Path:

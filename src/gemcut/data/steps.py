@@ -40,6 +40,12 @@ class BaseStep:
     def __call__(self, documents: Iterator[Document], rank: int, world_size: int) -> Iterator[Document | Dropped]:
         raise NotImplementedError
 
+    def prepare(self, folder: Path) -> None:
+        """Write into ``folder`` what every part needs and takes long to make; called once a run."""
+
+    def use(self, folder: Path) -> None:
+        """Take what ``prepare`` wrote, if anything; called in each process that runs the step."""
+
     def files(self) -> Sequence[str]:
         """Files whose content decides what the step does."""
         return ()
@@ -83,8 +89,8 @@ class Barrier(BaseStep):
         """For one part; ``add`` gets its documents in order."""
         raise NotImplementedError
 
-    def decide(self, collected: Sequence[Path | None], folder: Path) -> None:
-        """Read what was collected (None: a part the step does not see) and write what ``apply`` needs."""
+    def decide(self, collected: Sequence[Path | None], folder: Path) -> dict[str, int]:
+        """Read what was collected (None: a part the step does not see), write what ``apply`` needs; counts by name."""
         raise NotImplementedError
 
     def apply(self, documents: Iterator[Document], part: int, folder: Path) -> Iterator[Document | Dropped]:

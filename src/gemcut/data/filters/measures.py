@@ -246,3 +246,33 @@ def _longer(
     for k in range(size, n):
         hashes[places] = hashes[places] * _FACTOR + words.hash[places + k]
     return places, hashes, n
+
+
+def ngrams_by_place(column: Column, n: int) -> tuple[NDArray[np.uint64], Bools]:
+    """(hash of the n-gram that begins at each piece, whether it ends in the same document)."""
+    count = len(column.hash)
+    valid = np.arange(n, count + n) <= column.begin[column.document + 1]
+    out = column.hash.copy()
+    # Longer ones from two shorter ones: the bits of n behind its first one, from the left.
+    size = 1
+    for bit in bin(n)[3:]:
+        out = _pair(out, out, size, size)
+        size *= 2
+        if bit == "1":
+            out = _pair(out, column.hash, size, 1)
+            size += 1
+    return mix(out), valid
+
+
+def _pair(first: NDArray[np.uint64], second: NDArray[np.uint64], size: int, other: int) -> NDArray[np.uint64]:
+    """Hashes of first[i] and second[i + size] together; ``other`` is the length of the second."""
+    out = first * np.uint64(pow(int(_FACTOR), other, 1 << 64))
+    if len(out) > size:
+        out[:-size] += second[size:]
+    return out
+
+
+def ngrams(column: Column, n: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """(hash, document) of every n-gram."""
+    hashes, valid = ngrams_by_place(column, n)
+    return hashes[valid], column.document[valid]

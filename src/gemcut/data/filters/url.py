@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from gemcut.data.dedup.arrays import load, save
 from gemcut.data.document import Document
 from gemcut.data.readers.base import DamagedFileError, open_plain, read_lines
 from gemcut.data.steps import Filter
@@ -36,6 +38,12 @@ class UrlBlock(Filter):
 
     def files(self) -> Sequence[str]:
         return self.lists
+
+    def prepare(self, folder: Path) -> None:
+        save(folder, hashes=read_lists(self.lists))
+
+    def use(self, folder: Path) -> None:
+        self._hashes = load(folder, "hashes")
 
     def judge(self, documents: Sequence[Document]) -> list[str | None]:
         if self._hashes is None:

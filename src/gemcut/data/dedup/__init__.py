@@ -1,0 +1,1 @@
+"""Steps that remove what is there twice, exactly or nearly."""
