@@ -252,8 +252,8 @@ def test_a_full_disk_ends_the_run(corpus: Path, monkeypatch: pytest.MonkeyPatch)
         calls.append(path)
         if "stage-0" in path.parts:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(data))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data))
 
     monkeypatch.setattr(module, "write_json", full)
     with pytest.raises(OSError, match="No space left"):

@@ -17,20 +17,18 @@ from .corpus import flow, run, sentences, write_recipe
 PAGE = (support.ROOT / "docs" / "data.md").read_text("utf-8")
 
 
-def fence(language: str) -> str:
-    found = re.search(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert found
-    return found[1]
+def fences(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def test_the_recipe_and_the_steps(tmp_path: Path) -> None:
-    (tmp_path / "my_steps.py").write_text(fence("python"))
+    (tmp_path / "my_steps.py").write_text(fences("python")[-1])
     (tmp_path / "letters").mkdir()
     texts = [sentences(1), "A line."]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "letters" / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     other = '[[step]]\nfunction = "my_steps.py:lower_case"\n'
-    report = run(write_recipe(tmp_path, fence("toml") + other), tmp_path / "out")
+    report = run(write_recipe(tmp_path, fences("toml")[0] + other), tmp_path / "out")
     assert flow(report, "long_enough", "letters")["dropped"] == {"fewer than 50 words": {"documents": 1, "bytes": 7}}
     assert report["totals"]["documents_out"] == 1
 

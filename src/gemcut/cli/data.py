@@ -39,7 +39,8 @@ def run(
     """Carry out a recipe, or go on where an earlier run of it stopped.
 
     OUT gets documents/, rejects/ with each dropped document and its reason,
-    and report.json with report.html. docs/data.md describes recipes.
+    tokens/ where the recipe asks for shards, and report.json with report.html.
+    docs/data.md describes recipes.
     """
     from gemcut.data.progress import RunProgress
     from gemcut.data.recipe import read_recipe
@@ -81,6 +82,21 @@ def plan(recipe: RecipePath, *, as_json: AsJson = False, debug: Debug = False) -
     for number, stage in enumerate(found["stages"], 1):
         print(output.safe(f"stage {number}: {', '.join(stage) or 'write'}"))
     print(f"disk: about {output.gigabytes(found['disk_bytes'])} at the worst, where the files are text")
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    out: Folder,
+    to: Annotated[Path, typer.Argument(metavar="FILE", help="The tokenizer.json to write.", show_default=False)],
+    *,
+    size: Annotated[int, option("Pieces. Else 16384.", "--size", metavar="N")] = 16384,
+    debug: Debug = False,
+) -> None:
+    """Train a byte-pair tokenizer, with Gemma's marks at Gemma's ids, on the documents of a run."""
+    from gemcut.data.tokens.train import train_from_run
+
+    read = train_from_run(out, size, to)
+    print(f"{size:,} pieces from {read:,} characters: {output.safe(str(to))}")
 
 
 @app.command("report")
@@ -151,6 +167,9 @@ def _show(report: dict[str, Any]) -> None:
         f"{totals['documents_out']:,} of {totals['documents_in']:,} documents kept, "
         f"{output.gigabytes(totals['bytes_out'])} of {output.gigabytes(totals['bytes_in'])}"
     )
+    if report["tokens"]:
+        tokens = report["tokens"]
+        print(f"{tokens['tokens']:,} tokens of {tokens['documents']:,} documents in {len(tokens['shards'])} shards")
     for alarm in report["alarms"]:
         print(output.safe(f"alarm: {alarm}"))
 

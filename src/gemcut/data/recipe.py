@@ -13,15 +13,18 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, TypeVar, cast
 
 from gemcut.data.catalogue import READERS, STEPS, load
 from gemcut.data.readers.base import Reader
 from gemcut.data.steps import BaseStep, FunctionFilter, FunctionStep
+from gemcut.data.tokens.mixture import Mixture
+from gemcut.data.tokens.pack import TokenSpec
 from gemcut.errors import ParameterError, RecipeError
 from gemcut.files import shown
 from gemcut.settings import parse_toml, read_text, suggestion
 
+T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WORDS = {
     str: "a text",
@@ -67,17 +70,13 @@ class Recipe:
     seed: int
     part_mb: float
     keep_rejects: bool
+    tokens: TokenSpec | None
+    mixture: Mixture
     digest: str
     data: Mapping[str, Any] = field(repr=False)
 
     def source(self, name: str) -> SourceSpec:
         return next(source for source in self.sources if source.name == name)
-
-
-class _Options(Protocol):
-    """A reader or a step: a dataclass whose fields are keys of the recipe."""
-
-    __dataclass_fields__: typing.ClassVar[dict[str, Any]]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -112,7 +111,10 @@ class _Builder:
         seed = self._take(data, "seed", int, "", 0)
         part_mb = float(self._take(data, "part_mb", float, "", 32.0))
         keep_rejects = self._take(data, "keep_rejects", bool, "", True)
-        self._nothing_left(data, "", ("name", "seed", "part_mb", "keep_rejects", "source", "step"))
+        tokens = self._table(data, "tokens", TokenSpec)
+        mixture = self._table(data, "mixture", Mixture) or Mixture()
+        known = ("name", "seed", "part_mb", "keep_rejects", "source", "step", "tokens", "mixture")
+        self._nothing_left(data, "", known)
         if not _NAME.fullmatch(name):
             raise self._error("", f"name is {shown(name)}; expected letters, digits, dots, dashes and underscores")
         if not 0 < part_mb <= 4096:
@@ -128,8 +130,14 @@ class _Builder:
         for spec in chain:
             for file in spec.step.files():
                 self._digest.update(self._content(file, f"step {spec.name}"))
+        if tokens is not None:
+            self._digest.update(self._content(tokens.tokenizer, "[tokens]"))
+        for table in ("weights", "epochs", "budgets"):
+            for source in getattr(mixture, table):
+                if source not in names:
+                    raise self._error("[mixture]", f"{table} names {shown(source)}; {suggestion(source, names)}")
         digest = self._digest.hexdigest()
-        return Recipe(self._path, name, made, chain, seed, part_mb, keep_rejects, digest, self._data)
+        return Recipe(self._path, name, made, chain, seed, part_mb, keep_rejects, tokens, mixture, digest, self._data)
 
     @staticmethod
     def _number(steps: tuple[StepSpec, ...]) -> tuple[StepSpec, ...]:
@@ -267,6 +275,15 @@ class _Builder:
         if kind is float:
             return isinstance(value, (int, float)) and value == value and abs(value) < float("inf")
         return isinstance(value, kind) and not (kind is str and "\x00" in value)
+
+    def _table(self, data: dict[str, Any], key: str, kind: type[T]) -> T | None:
+        """An object of the dataclass ``kind`` from the table [key], None where there is none."""
+        if key not in data:
+            return None
+        table = data.pop(key)
+        if not isinstance(table, dict):
+            raise self._error("", f"{key} is {shown(table)}; write [{key}] above its keys")
+        return cast(T, self._make(kind, dict(table), f"[{key}]", ()))
 
     def _tables(self, data: dict[str, Any], key: str) -> list[dict[str, Any]]:
         value = data.pop(key, [])

@@ -13,6 +13,7 @@ from gemcut.data.recipe import Recipe
 from gemcut.data.run import READ, stages
 from gemcut.data.steps import Flow
 from gemcut.data.store import AtomicFile, read_json, write_json
+from gemcut.data.tokens.reader import INDEX
 from gemcut.errors import DataError
 
 VERSION = 1
@@ -89,8 +90,15 @@ def make_report(recipe: Recipe, parts: Iterable[Part], out: Path) -> dict[str, A
         },
         "licences": _licences(sources),
         "alarms": _alarms(flows, sources),
+        "tokens": _tokens(out),
         "documents": {path.name: _sha256(path) for path in sorted((out / "documents").glob("*.jsonl.zst"))},
     }
+
+
+def _tokens(out: Path) -> dict[str, Any] | None:
+    """What the index of the shards says, None where the recipe makes none."""
+    path = out / "tokens" / INDEX
+    return read_json(path) if path.exists() else None
 
 
 def _source(
@@ -165,6 +173,7 @@ def page(report: Mapping[str, Any]) -> str:
                 for name, s in report["sources"].items()
             ],
         ),
+        *_token_table(report["tokens"]),
         "<h2>Steps</h2>",
     ]
     for step in report["steps"]:
@@ -183,6 +192,16 @@ def page(report: Mapping[str, Any]) -> str:
         if step["notes"]:
             parts.append(_table(("counted", "times"), list(step["notes"].items())))
     return "\n".join(parts) + "\n"
+
+
+def _token_table(tokens: Mapping[str, Any] | None) -> list[str]:
+    if tokens is None:
+        return []
+    rows = [(name, c["there"], c["written"], c["documents"]) for name, c in tokens["tokens_by_source"].items()]
+    return [
+        f"<h2>Tokens</h2><p>{tokens['tokens']:,} tokens in {len(tokens['shards'])} shards.</p>",
+        _table(("source", "tokens there", "tokens written", "documents written"), rows),
+    ]
 
 
 def _megabytes(source: Mapping[str, Any]) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from gemcut.data.readers.base import File, Reader
 from gemcut.data.recipe import Recipe, StepSpec, read_recipe
 from gemcut.data.steps import Barrier, Flow, batches, run_step
 from gemcut.data.store import DocumentWriter, read_documents, read_json, write_json
+from gemcut.data.tokens.pack import write_shards
 from gemcut.errors import DataError
 
 READ = "read"
@@ -78,8 +79,8 @@ Watch = Callable[[int, int, int, int, int, int, int, bool], None]
 def run_recipe(recipe: Recipe, out: Path, *, workers: int = 1, watch: Watch | None = None) -> None:
     """Carry out ``recipe`` into the folder ``out``, or go on where an earlier run of it ended.
 
-    Afterwards ``out/documents`` holds the kept documents, ``out/rejects`` the dropped ones with their reasons, and
-    ``out/work`` what was counted.
+    Afterwards ``out/documents`` holds the kept documents, ``out/rejects`` the dropped ones with their reasons,
+    ``out/tokens`` the shards where the recipe has [tokens], and ``out/work`` what was counted.
 
     Raises:
         DataError: a source cannot be read, a step broke its contract, or ``out`` holds something else.
@@ -103,7 +104,9 @@ def run_recipe(recipe: Recipe, out: Path, *, workers: int = 1, watch: Watch | No
             if stage.number:
                 for part in parts:
                     _documents(out, len(chain), stage.number - 1, part.number).unlink(missing_ok=True)
-        write_json(out / "work" / "finished.json", {"digest": recipe.digest})
+        if recipe.tokens is not None:
+            sources = [(part.source, part.number) for part in parts]
+            write_shards(out, sources, recipe.tokens, recipe.mixture, recipe.seed, recipe.digest, workers)
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,8 @@ def _folder(recipe: Recipe, parts: list[Part], out: Path) -> Iterator[None]:
         if out.exists() and not out.is_dir():
             raise DataError(f"{out} is a file; expected a folder, or a name that is not taken")
         found = out / _STATE
-        if out.is_dir() and any(out.iterdir()) and not found.exists():
+        others = [path for path in out.iterdir() if path.name != ".lock"] if out.is_dir() else []
+        if others and not found.exists():
             raise DataError(f"{out} holds something that is no run of gemcut data; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         with open(out / ".lock", "w") as lock:
