@@ -150,6 +150,7 @@ def serving(
     state: ServerState | None = None,
     certificate: tuple[Path, Path] | None = None,
     send_buffer: int = 0,
+    own_protocol: bool = True,
     **settings: Any,
 ) -> Iterator[Served]:
     """A server; ``settings`` are fields of ServerSettings, ``send_buffer`` the bytes that the system keeps unsent."""
@@ -159,7 +160,10 @@ def serving(
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     files = {} if certificate is None else {"certificate": certificate[0], "key": certificate[1]}
-    server = run.Server(run.config_of(App(state), **files), state)
+    config = run.config_of(App(state), **files)
+    if not own_protocol:
+        config.http = "h11"
+    server = run.Server(config, state)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     served = Served(state, listener.getsockname()[1], files.get("certificate"))
     thread.start()

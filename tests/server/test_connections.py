@@ -99,12 +99,37 @@ def test_leaving_in_the_queue(slow: Served, stream: bool) -> None:
     slow.nothing_held()
 
 
+def test_leaving_after_a_large_body(slow: Served) -> None:
+    """A body of more than 64 KB pauses the reading of the connection."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gemcut.server.chat.check_length", lambda *args: None)
+        connection = slow.send({**ENDLESS, "messages": [{"role": "user", "content": " " * 200_000 + "x"}]})
+        (sequence,) = wait_until(slow.sequences)
+    connection.close()
+    wait_until(lambda: sequence.finished)
+    assert sequence.events[-1].finish_reason == "cancelled"
+    slow.nothing_held()
+
+
 def test_leaving_before_the_body_is_whole(slow: Served) -> None:
     connection = socket.create_connection(("127.0.0.1", slow.port))
     connection.sendall(request_bytes({"max_tokens": 3})[:-5])
     wait_until(lambda: slow.state.metrics.running == 1)
     connection.close()
     slow.nothing_held()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+def test_leaving_under_another_servers_protocol(stream: bool) -> None:
+    """Ray Serve and others know nothing of ours: ASGI's own message says that the client has left."""
+    with slow_server(own_protocol=False) as served:
+        assert served.chat().status_code == 200
+        connection = served.send({**ENDLESS, "stream": stream})
+        (sequence,) = wait_until(served.sequences)
+        wait_until(lambda: sequence.output_length >= 3)
+        connection.close()
+        wait_until(lambda: sequence.finished)
+        assert sequence.events[-1].finish_reason == "cancelled"
 
 
 # ---- crowds ------------------------------------------------------------------------------------------------------

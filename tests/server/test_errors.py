@@ -169,7 +169,7 @@ def test_a_bug_is_a_500_that_tells_nothing(
         raise ZeroDivisionError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(served.gemma, "resolve_sampling", broken)
+        patch.setattr(served.gemma, "prepare_stream", broken)
         response = served.chat()
     assert response.status_code == 500
     error = error_of(response)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import math
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ from gemcut.errors import ParameterError, RequestError
 from gemcut.gemma import Gemma
 from gemcut.prompts import derived_seed
 from gemcut.server.asgi import ClientLeftError, Request
-from gemcut.server.delivery import Mailbox
+from gemcut.server.delivery import TICK, Mailbox
 from gemcut.server.errors import unavailable
 from gemcut.server.fields import Sampling
 from gemcut.server.state import ServerState
@@ -44,6 +43,32 @@ def sampling_fields(body: Sampling) -> dict[str, Any]:
     return fields
 
 
+def resolve(
+    state: ServerState, gemma: Gemma, prompt_tokens: int, fields: Mapping[str, Any], *, chat: bool = False
+) -> SamplingParams:
+    """What a request samples with: `Gemma.resolve_sampling`, which is asked once for requests that say the same.
+
+    Raises ParameterError.
+    """
+    seed = fields.get("seed")
+    same = {name: value for name, value in fields.items() if name != "seed"}
+    fixed = "max_new_tokens" in same and not any("length" in name for _, own in gemma.sampling_levels for name in own)
+    # Where a default decides the length, that depends on the prompt's.
+    key = (chat, 0 if fixed else prompt_tokens, repr(same))
+    params = state.resolved.get(key)
+    if params is None:
+        params = gemma.resolve_sampling(prompt_tokens, same, chat=chat).params
+        if len(state.resolved) >= _KEPT:
+            state.resolved.clear()
+        if len(key[2]) <= _SHORT:
+            state.resolved[key] = params
+    return params if seed is None else dataclasses.replace(params, seed=seed)
+
+
+#: Different samplings that are kept, each said in so many characters at most.
+_KEPT, _SHORT = 1024, 1000
+
+
 def copies(params: SamplingParams, n: int) -> list[SamplingParams]:
     """Parameters of ``n`` answers to one prompt: the first has the seed that was given, the others derived ones."""
     if n == 1:
@@ -68,7 +93,7 @@ _LONGEST_TOKEN = 48
 
 
 class Waiting:
-    """The answers of one request, from their start to their end, whichever it is. In an ``async with`` block.
+    """The answers of one request, from their start to their end, whichever it is. In a ``with`` block.
 
     Attributes:
         box: their events.
@@ -79,40 +104,35 @@ class Waiting:
         self.state, self.request = state, request
         self.box = Mailbox(state.delivery, streams, each=each)
         self.silent = False
-        self._leaving: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        now, settings = self._loop.time(), state.settings
+        self._forget: Callable[[], object] | None = None
+        settings = state.settings
+        now = self.box.now
         self._begun_by, self._whole_by = now + settings.queue_timeout, now + settings.request_timeout
-        self._ping = settings.ping if each else math.inf
-        self._begun = False
+        self.box.deadline = min(self._begun_by, self._whole_by)
+        if each:
+            self.box.patience = settings.ping / TICK
 
-    async def __aenter__(self) -> Waiting:
+    def __enter__(self) -> Waiting:
         self.state.admit(len(self.box.streams))
         self.state.metrics.answers_started(self.box.sequences)
         try:
             self.box.__enter__()
         except BaseException:
-            self.state.metrics.answers_ended(self.box.sequences)
             self.state.release(len(self.box.streams))
+            self.state.metrics.answers_ended(self.box.sequences)
             raise
         self.request.sequences = self.box.sequences
-        self._leaving = asyncio.ensure_future(self.request.disconnected())
-        self._leaving.add_done_callback(self._left)
+        self._forget = self.request.when_left(self.box.leave)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._leaving is not None:
-            self._leaving.cancel()
+        if self._forget is not None:
+            self._forget()
         self.box.__exit__(None, None, None)
         self.state.release(len(self.box.streams))
         self.state.metrics.answers_ended(self.box.sequences)
-
-    def _left(self, leaving: asyncio.Future[None]) -> None:
-        if not leaving.cancelled():
-            leaving.exception()  # whatever it was, the client cannot be answered
-            self.box.leave()
 
     async def news(self) -> None:
         """Wait until there is something to take.
@@ -121,33 +141,33 @@ class Waiting:
             ClientLeftError: the client has left.
             ApiError: 503, it takes too long.
         """
-        box, now = self.box, self._loop.time()
-        if not self._begun:
-            self._begun = all(sequence.started is not None or sequence.events for sequence in box.sequences)
-        limit = self._whole_by if self._begun else min(self._whole_by, self._begun_by)
-        box.alarm = min(now + self._ping, limit)
+        box = self.box
         await box.wait()
         if box.gone:
             raise ClientLeftError
-        self.silent = False
-        if (now := self._loop.time()) >= box.alarm:
-            self._rang(now)
+        if box.rang or self.silent:
+            self.silent = box.rang and self._rang()
+            box.rang = False
 
-    def _rang(self, now: float) -> None:
-        started = all(sequence.started is not None or sequence.events for sequence in self.box.sequences)
+    def _rang(self) -> bool:
+        """Whether the answers have begun. Raises ApiError where it has taken too long."""
+        now = self.box.now
         if now >= self._whole_by:
             raise unavailable(
                 f"the answer was not whole after {self.state.settings.request_timeout:g} seconds; ask for less",
                 retry_after=5,
                 code="request_timeout",
             )
-        if not started and now >= self._begun_by:
+        begun = all(sequence.started is not None or sequence.events for sequence in self.box.sequences)
+        if begun:
+            self.box.deadline = self._whole_by
+        elif now >= self._begun_by:
             raise unavailable(
                 f"the request waited for {self.state.settings.queue_timeout:g} seconds and was not begun; try later",
                 retry_after=5,
                 code="queue_timeout",
             )
-        self.silent = started
+        return begun
 
     def ping(self) -> bytes:
         """A comment for a stream in which nothing happens: how much of the prompts is computed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -21,9 +22,14 @@ RawSend = Callable[[Message], Awaitable[None]]
 Headers = Many[tuple[bytes, bytes]]
 
 JSON = b"application/json"
+#: Ids of requests: one random part a process, and a number.
+_START = secrets.token_hex(9)
+_numbers = itertools.count()
 _encode = msgspec.json.Encoder().encode
 #: Of a body that is too large so many bytes are read and dropped, so that the client is there to read the answer.
 _DRAINED = 1 << 26
+#: Name of the scope's extension whose "callbacks" are called when the client leaves.
+LEFT = "gemcut.left"
 _CLOSE = [(b"connection", b"close")]
 
 
@@ -75,7 +81,7 @@ class Request:
         self.client: str = client[0] if client else ""
         asked = self.headers.get("x-request-id", "")
         plain = 0 < len(asked) <= 64 and asked.isascii() and asked.replace("-", "").replace("_", "").isalnum()
-        self.id = asked if plain else secrets.token_hex(12)
+        self.id = asked if plain else f"{_START}{next(_numbers):06x}"
         self.arrived = time.perf_counter()
         self.key: str | None = None
         self.cache_salt = b""
@@ -94,26 +100,18 @@ class Request:
         found: bytes = self.scope.get("query_string", b"")
         return found
 
-    async def body(self, limit: int, seconds: float) -> bytes:
+    async def body(self, limit: int) -> bytes:
         """The whole body.
 
         Raises:
-            ApiError: 413 where it has more than ``limit`` bytes, 408 where it takes longer than ``seconds`` to come.
+            ApiError: 413 where it has more than ``limit`` bytes.
             ClientLeftError: the client left before it was whole.
         """
         if self._body is None:
             declared = self.headers.get("content-length", "")
             too_large = declared.isdigit() and int(declared) > limit
             if not too_large or "expect" not in self.headers:
-                try:
-                    async with asyncio.timeout(seconds):
-                        self._body = await self._read(limit)
-                except TimeoutError:
-                    raise ApiError(
-                        408,
-                        f"the body did not come whole within {seconds:g} seconds",
-                        headers=_CLOSE,
-                    ) from None
+                self._body = await self._read(limit)
             if self._body is None:
                 raise ApiError(
                     413,
@@ -140,8 +138,27 @@ class Request:
             if not message.get("more_body", False):
                 return b"".join(pieces) if size <= limit else None
 
-    async def disconnected(self) -> None:
-        """Return when the client has left. The body must have been read before."""
+    def when_left(self, left: Callable[[], None]) -> Callable[[], object]:
+        """Have ``left`` called when the client leaves; what is returned undoes that. The body must have been read.
+
+        Our own protocol says it at once (see protocol.py). Under another ASGI server a task waits for its message.
+        """
+        extension = (self.scope.get("extensions") or {}).get(LEFT)
+        if extension is not None:
+            known: list[Callable[[], None]] = extension["callbacks"]
+            known.append(left)
+            return lambda: known.remove(left)
+        waiting = asyncio.ensure_future(self._disconnected())
+
+        def end(task: asyncio.Future[None]) -> None:
+            if not task.cancelled():
+                task.exception()  # whatever it was, the client cannot be answered
+                left()
+
+        waiting.add_done_callback(end)
+        return waiting.cancel
+
+    async def _disconnected(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gemcut.engine.request import Sequence, TokenEvent, TokenLogprob
 from gemcut.errors import ParameterError
-from gemcut.server.answers import check_length, copies, sampling_fields
+from gemcut.server.answers import check_length, copies, resolve, sampling_fields
 from gemcut.server.app import Routes
 from gemcut.server.asgi import Request, Send
 from gemcut.server.errors import ApiError
@@ -35,7 +35,7 @@ async def chat_completions(state: ServerState, request: Request, send: Send) -> 
     ids = await state.encode(characters, lambda: gemma.chat_ids(messages, options))
     if state.guards:
         await check_input(state.guards, "\n\n".join(message["content"] for message in messages))
-    params = gemma.resolve_sampling(len(ids), chat_sampling(body), chat=True).params
+    params = resolve(state, gemma, len(ids), chat_sampling(body), chat=True)
     streams = [gemma.prepare_stream(ids, own, cache_salt=request.cache_salt) for own in copies(params, body.n or 1)]
     await ChatAnswer(state, request, gemma, body, streams).send(send)
 

@@ -16,7 +16,7 @@ from gemcut.engine.request import Sequence, TokenEvent, TokenLogprob
 from gemcut.engine.results import TextStream
 from gemcut.errors import ParameterError
 from gemcut.gemma import Gemma
-from gemcut.server.answers import check_length, copies, sampling_fields
+from gemcut.server.answers import check_length, copies, resolve, sampling_fields
 from gemcut.server.app import Routes
 from gemcut.server.asgi import Request, Send
 from gemcut.server.fields import MAX_PROMPTS, CompletionRequest
@@ -55,7 +55,7 @@ async def completions(state: ServerState, request: Request, send: Send) -> None:
     scored = 1 if body.echo and body.logprobs is not None else None
     streams: list[TextStream] = []
     for prompt in prompts:
-        params = gemma.resolve_sampling(len(prompt.ids), fields).params
+        params = resolve(state, gemma, len(prompt.ids), fields)
         for own in copies(params, body.n or 1):
             streams.append(
                 gemma.prepare_stream(prompt.ids, own, prompt_logprobs_from=scored, cache_salt=request.cache_salt)

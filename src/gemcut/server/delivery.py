@@ -66,8 +66,10 @@ class Delivery:
     def _look(self) -> None:
         self._tick = None
         now = self.loop.time()
-        for box in self._boxes.values():
-            if box.alarm <= now:
+        for box in dict.fromkeys(self._boxes.values()):
+            box.ticks += 1
+            if box.ticks >= box.patience or now >= box.deadline:
+                box.rang = True
                 box.wake()
         self._arm()
 
@@ -82,7 +84,10 @@ class Mailbox:
     In a ``with`` block; behind it sequences that have not ended are cancelled, so that their blocks come back.
     """
 
-    __slots__ = ("_delivery", "_news", "_places", "_waiter", "alarm", "each", "gone", "sequences", "streams")
+    __slots__ = (
+        "_delivery", "_news", "_places", "_waiter", "deadline", "each", "gone", "patience", "rang", "sequences",
+        "streams", "ticks",
+    )  # fmt: skip
 
     def __init__(self, delivery: Delivery, streams: Many[TextStream], *, each: bool = True) -> None:
         """``each``: every event is news, not only the last one of each sequence."""
@@ -94,8 +99,12 @@ class Mailbox:
         self._news = False
         #: Whether the client has left.
         self.gone = False
-        #: The event loop's time at which ``wait`` returns though nothing came.
-        self.alarm = math.inf
+        #: The event loop's time from which on ``wait`` returns though nothing came, and the ticks without news behind
+        #: which it does.
+        self.deadline = self.patience = math.inf
+        self.ticks = 0
+        #: Whether it did so.
+        self.rang = False
 
     def __enter__(self) -> Mailbox:
         boxes = self._delivery._boxes
@@ -120,6 +129,11 @@ class Mailbox:
             stream.cancel()
 
     @property
+    def now(self) -> float:
+        """The event loop's time."""
+        return self._delivery.loop.time()
+
+    @property
     def finished(self) -> bool:
         """Whether all sequences have ended."""
         return all(sequence.finished for sequence in self.sequences)
@@ -127,6 +141,7 @@ class Mailbox:
     def wake(self) -> None:
         """Let ``wait`` return."""
         self._news = True
+        self.ticks = 0
         if (waiter := self._waiter) is not None:
             self._waiter = None
             if not waiter.done():
@@ -138,7 +153,7 @@ class Mailbox:
         self.wake()
 
     async def wait(self) -> None:
-        """Return when there may be news, or the client has left, or ``alarm`` has come."""
+        """Return when there may be news, or the client has left, or it rang."""
         if not self._news:
             self._waiter = self._delivery.loop.create_future()
             await self._waiter

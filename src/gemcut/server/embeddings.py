@@ -54,7 +54,7 @@ async def embeddings(state: ServerState, request: Request, send: Send) -> None:
         streams = await state.encode(size, lambda: gemma.embed_streams(texts, cache_salt=request.cache_salt))
     except ParameterError as error:
         raise ApiError(400, f"input: {error}", param="input", code="invalid_value") from None
-    async with Waiting(state, request, streams, each=False) as waiting:
+    with Waiting(state, request, streams, each=False) as waiting:
         while not waiting.box.finished:
             await waiting.news()
         results = []

@@ -4,12 +4,14 @@ a bound on heads, and errors in the one shape."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gemcut.server.asgi import LEFT
 from gemcut.server.errors import ApiError
 from gemcut.server.state import ServerSettings
 
@@ -27,6 +29,8 @@ class Protocol(HttpToolsProtocol):
         self._problem: ApiError | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._left: list[Callable[[], None]] = []
 
     # ---- a head must come whole, soon and short ------------------------------------------------------------------
 
@@ -51,7 +55,31 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._drop(self._head_timer)
         self._head_timer = None
+        self.scope["extensions"] = {LEFT: {"callbacks": self._left}}
         super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Most bodies come together with their heads; for one that does not a clock starts.
+        if self._body_timer is None and self.cycle is not None and self.cycle.more_body and self._head_timer is None:
+            self._body_timer = self.loop.call_later(self._settings.body_timeout, self._late_body)
+
+    def on_message_complete(self) -> None:
+        self._drop(self._body_timer)
+        self._body_timer = None
+        super().on_message_complete()
+        if not self.pipeline:  # a large body paused it; only a connection that is read is seen to end
+            self.flow.resume_reading()
+
+    def _late_body(self) -> None:
+        self._body_timer = None
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and self.cycle.response_started:  # it was answered before its body was whole
+            self._end()
+            return
+        seconds = self._settings.body_timeout
+        self._refuse(ApiError(408, f"the body did not come whole within {seconds:g} seconds"))
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(self._settings.header_timeout, self._late)
@@ -108,10 +136,12 @@ class Protocol(HttpToolsProtocol):
         self._send_timer = self.loop.call_later(self._settings.send_timeout, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._send_timer):
+        for timer in (self._head_timer, self._send_timer, self._body_timer):
             self._drop(timer)
-        self._head_timer = self._send_timer = None
+        self._head_timer = self._send_timer = self._body_timer = None
         super().connection_lost(exc)
+        for left in list(self._left):
+            left()
 
     @staticmethod
     def _drop(timer: asyncio.TimerHandle | None) -> None:

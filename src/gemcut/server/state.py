@@ -24,6 +24,7 @@ from gemcut.server.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gemcut.engine.sampling import SamplingParams
     from gemcut.gemma import Gemma
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -105,7 +106,10 @@ class ServerState:
     rows: int = 0
 
     def __post_init__(self) -> None:
+        #: Samplings of requests, by what they say; see `answers.resolve`.
+        self.resolved: dict[object, SamplingParams] = {}
         self._delivery: Delivery | None = None
+        self._fingerprint: tuple[Gemma | None, str] = (None, f"gemcut-{gemcut.__version__}")
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._encoding = 0
 
@@ -117,10 +121,12 @@ class ServerState:
     @property
     def fingerprint(self) -> str:
         """What computes: the same words, seed and fingerprint give the same answer."""
-        if self.gemma is None:
-            return f"gemcut-{gemcut.__version__}"
-        dtype = str(self.gemma.dtype).removeprefix("torch.")
-        return f"gemcut-{gemcut.__version__}-{self.gemma.device.type}-{dtype}"
+        if self._fingerprint[0] is not self.gemma:
+            assert self.gemma is not None
+            dtype = str(self.gemma.dtype).removeprefix("torch.")
+            words = f"gemcut-{gemcut.__version__}-{self.gemma.device.type}-{dtype}"
+            self._fingerprint = self.gemma, words
+        return self._fingerprint[1]
 
     def model(self, name: str | None = None) -> Gemma:
         """The model, which a request may have named.
@@ -158,7 +164,7 @@ class ServerState:
                 f"the content type is {content_type[:100]!r}; expected application/json",
                 code="unsupported_media_type",
             )
-        body = await request.body(self.settings.max_body, self.settings.body_timeout)
+        body = await request.body(self.settings.max_body)
         found, ignored = decode(body, kind, allow_unknown=self.settings.allow_unknown)
         if ignored:
             request.notes["ignored"] = ignored

@@ -85,7 +85,7 @@ class Answer(Generic[Body]):
         }
 
     async def _whole(self, send: Send) -> None:
-        async with self.waiting as waiting:
+        with self.waiting as waiting:
             while not waiting.box.finished:
                 await waiting.news()
             sequences = waiting.box.sequences
@@ -109,14 +109,15 @@ class Answer(Generic[Body]):
         out = EventStream(send)
         send.headers += ignored_header(self.request)
         try:
-            async with self.waiting as waiting:
+            with self.waiting as waiting:
                 box = waiting.box
-                render = Chunks(self) if self.texts is None else CheckedChunks(self, self.texts)
-                while not render.ended:
+                chunks = Chunks(self)
+                checks = None if self.texts is None else CheckedChunks(self, self.texts)
+                while chunks.left if checks is None else checks.left:
                     await waiting.news()
-                    pieces = [piece for index in range(len(box.sequences)) if (piece := await render.take(index))]
-                    if pieces:
-                        await out.write(b"".join(pieces))
+                    found = chunks.take() if checks is None else await checks.take_checked()
+                    if found:
+                        await out.write(found)
                     elif waiting.silent:
                         await out.write(waiting.ping())
                 last = b""
@@ -148,24 +149,28 @@ class Chunks:
         self._text_starts = [start + before for start in self._starts]
         self._text_end = after + b',"logprobs":null,"finish_reason":null' + self._end
         self._opened = [False] * count
-        self._left = count
+        self._indices = range(count)
+        #: Answers that have not had their last chunk.
+        self.left = count
         self._logprobs = answer.logprobs(0, ()) is not None
 
-    @property
-    def ended(self) -> bool:
-        """Whether all answers have had their last chunk."""
-        return not self._left
-
-    async def take(self, index: int) -> bytes:
-        """What is new of an answer, b"" if nothing is."""
-        events = self.box.take(index)
-        if not events:
-            return b""
-        last = events[-1]
-        text = last.text if len(events) == 1 else "".join([each.text for each in events])
-        if last.finish_reason is not None:
-            checked(last, self.box.sequences[index])
-        return self.chunks(index, events, text, last.finish_reason, last.stop_reason)
+    def take(self) -> bytes:
+        """What is new, b"" if nothing is."""
+        found = b""
+        for index in self._indices:
+            events = self.box.take(index)
+            if not events:
+                continue
+            last = events[-1]
+            text = last.text if len(events) == 1 else "".join([each.text for each in events])
+            if last.finish_reason is None and self._opened[index] and not self._logprobs:
+                if text:  # what nearly every chunk is
+                    found += self._text_starts[index] + _json(text) + self._text_end
+                continue
+            if last.finish_reason is not None:
+                checked(last, self.box.sequences[index])
+            found += self.chunks(index, events, text, last.finish_reason, last.stop_reason)
+        return found
 
     def chunks(
         self, index: int, events: Many[TokenEvent], text: str, reason: str | None, stop: int | str | None
@@ -184,7 +189,7 @@ class Chunks:
         elif text:
             found += self._text_starts[index] + _json(text) + self._text_end
         if reason is not None:
-            self._left -= 1
+            self.left -= 1
             found += self._starts[index] + self.answer.LAST + b',"logprobs":null,"finish_reason":' + _json(reason)
             found += b',"stop_reason":' + _json(stop) + self._end
         return found
@@ -199,7 +204,11 @@ class CheckedChunks(Chunks):
         self._texts = texts
         self._done = [False] * len(texts)
 
-    async def take(self, index: int) -> bytes:
+    async def take_checked(self) -> bytes:
+        """What is new and may be shown."""
+        return b"".join([await self._take(index) for index in self._indices])
+
+    async def _take(self, index: int) -> bytes:
         events = self.box.take(index)
         if not events or self._done[index]:
             return b""
