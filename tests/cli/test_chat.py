@@ -21,8 +21,8 @@ import support
 from gemcut import Gemma
 from gemcut.checkpoint.source import Source
 from gemcut.cli.conversation import Conversation
-from gemcut.cli.names import tuned
 from gemcut.cli.options import LoadOptions
+from gemcut.names import tuned
 
 from .conftest import Cli, environment
 

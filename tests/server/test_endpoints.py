@@ -39,6 +39,7 @@ def test_models(served: Served) -> None:
     assert found["max_model_len"] == 512
     assert found["sampling_defaults"]["temperature"] == 1.0
     assert {"chat", "completions", "embeddings"} <= set(found["capabilities"])
+    assert found["instruction_tuned"] is None  # a network made here, of which nothing is known
 
 
 def test_an_unknown_model(served: Served) -> None:

@@ -19,9 +19,9 @@ from gemcut.cli import output
 from gemcut.cli.conversation import Conversation
 from gemcut.cli.generate import answer_report, decode, read_stdin
 from gemcut.cli.interrupt import quiet_keyboard
-from gemcut.cli.names import tuned
 from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, with_options
 from gemcut.errors import ChatTemplateError, ParameterError
+from gemcut.names import tuned
 
 if TYPE_CHECKING:
     from gemcut.gemma import Gemma

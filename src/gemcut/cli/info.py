@@ -10,10 +10,10 @@ import typer
 import gemcut
 from gemcut.cli import output
 from gemcut.cli.interrupt import import_torch
-from gemcut.cli.names import family_member, tuned
 from gemcut.cli.options import MODEL_HELP, Debug, HubOptions, flag, option, with_options
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, MissingTokenizerError, ParameterError
+from gemcut.names import family_member, tuned
 from gemcut.sampling_defaults import checkpoint_level
 
 if TYPE_CHECKING:

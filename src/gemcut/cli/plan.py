@@ -10,10 +10,10 @@ import typer
 
 from gemcut.cli import output
 from gemcut.cli.interrupt import import_torch
-from gemcut.cli.names import family_member
 from gemcut.cli.options import Debug, HubOptions, QuantizationOptions, flag, need_model, with_options
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import CheckpointError, ParameterError
+from gemcut.names import family_member
 from gemcut.paths import expand
 from gemcut.placement.plan import CHUNK, MemoryPlan
 from gemcut.placement.sizes import parse_size

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from gemcut.gemma import Gemma
+from gemcut.names import tuned
 from gemcut.server.asgi import Request, Send, respond_json
 from gemcut.server.state import ServerState
 
@@ -28,6 +29,7 @@ def entry(state: ServerState, gemma: Gemma, name: str) -> dict[str, Any]:
     """What OpenAI's API says of a model, and more.
 
     ``root`` is where its weights came from; ``sampling_defaults`` hold where a request says nothing.
+    ``instruction_tuned`` is false for a base model, and null where nothing says what it is.
     """
     settings = gemma.resolve_sampling(1, {}, chat=True)
     defaults = {name: getattr(settings.params, name) for name in _DEFAULTS}
@@ -41,6 +43,7 @@ def entry(state: ServerState, gemma: Gemma, name: str) -> dict[str, Any]:
         "max_model_len": gemma.engine.max_context,
         "sampling_defaults": defaults,
         "capabilities": capabilities(),
+        "instruction_tuned": None if gemma.source is None else tuned(gemma.source, gemma.tokenizer),
     }
 
 

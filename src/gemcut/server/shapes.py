@@ -137,6 +137,7 @@ class ModelAnswer(msgspec.Struct, kw_only=True):
     max_model_len: int
     sampling_defaults: dict[str, float]
     capabilities: list[str]
+    instruction_tuned: bool | None
 
 
 class ModelsAnswer(msgspec.Struct, kw_only=True):

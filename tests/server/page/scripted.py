@@ -43,6 +43,7 @@ class Script:
             "max_model_len": 8192,
             "sampling_defaults": {"temperature": 0.7, "top_p": 0.95, "top_k": 64, "max_tokens": 1024},
             "capabilities": ["chat", "completions"],
+            "instruction_tuned": True,
         }
     )
     ready: tuple[int, Body] = (200, {"status": "ready"})
@@ -115,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         count = 0
         for count, piece in enumerate(self.script.say(body), 1):
             time.sleep(self.script.pause)
-            self._data({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
+            said: Body = {"text": piece} if "prompt" in body else {"delta": {"content": piece}}
+            self._data({"choices": [{"index": 0, **said, "finish_reason": None}]})
             if count == self.script.break_after:
                 self._data({"error": {"message": "the engine stopped", "type": "server_error", "code": None}})
                 return

@@ -69,7 +69,7 @@ def test_axe_finds_nothing(open_page: Open, theme: str, width: str) -> None:
         tab.page.click("#side-open")
         found["drawer"] = _violations(tab, axe)
     if whole:
-        tab.script.model = {**tab.script.model, "capabilities": ["completions"]}
+        tab.script.model = {**tab.script.model, "instruction_tuned": False}
         tab.script.ready = (503, {"status": "loading", "stage": "reading"})
         tab.page.reload()
         tab.page.locator("#banner").wait_for()

@@ -216,11 +216,27 @@ def test_an_error_in_the_middle_keeps_what_had_come(open_page: Open) -> None:
 
 
 def test_a_base_model_is_said_to_be_one(open_page: Open) -> None:
-    script = Script()
-    script.model = {**script.model, "id": "gemma-3-270m", "capabilities": ["completions"]}
+    script = Script(say=lambda body: [" Paris", "."])
+    script.model = {**script.model, "id": "gemma-3-270m", "instruction_tuned": False}
     tab = open_page(script)
     assert "base model" in tab.page.locator("#model").inner_text()
     assert "was not tuned to answer" in tab.page.locator("#welcome").inner_text()
+    tab.ask("The capital of France is")
+    tab.ask("The capital of Italy is")
+    tab.press("continue")
+    tab.page.get_by_text("Paris. Paris.").wait_for()
+    prompts = [body["prompt"] for body in tab.script.chats]  # it continues a text: no roles, no template
+    assert prompts == [
+        "The capital of France is",
+        "The capital of France is Paris.\nThe capital of Italy is",
+        "The capital of France is Paris.\nThe capital of Italy is Paris.",
+    ]
+    assert tab.script.paths.count("/v1/completions") == 3
+    assert set(tab.script.chats[0]) == {"model", "prompt", "max_tokens", "stream", "stream_options"}
+
+
+def test_a_tuned_model_is_said_to_be_none(open_page: Open) -> None:
+    assert "base model" not in open_page().page.locator("body").inner_text()
 
 
 def test_the_keyboard_is_enough(open_page: Open) -> None:

@@ -1,6 +1,6 @@
 // One answer: wait for the server, ask, take the pieces, count, stop.
 
-import { streamChat } from "./api.js";
+import { streamAnswer } from "./api.js";
 
 const SPEED_WINDOW = 3000; // milliseconds that the live speed looks back
 
@@ -29,7 +29,7 @@ export class Answer {
     try {
       await this.whenReady(signal);
       this.on.waiting("Reading the prompt…");
-      await streamChat(
+      await streamAnswer(
         this.body(),
         {
           text: (piece) => this.piece(piece),

@@ -47,11 +47,11 @@ export async function servedModel() {
 }
 
 /**
- * Send a chat request and read its stream. `body` is OpenAI's; `on` has text(piece), usage(usage), finish(reason) and
+ * Send a request and read its stream. `body` is OpenAI's, for a chat or (with `prompt`) a completion; `on` has text(piece), usage(usage), finish(reason) and
  * progress(done, all) for a prompt that is being read. Throws ApiFailure, or AbortError where `signal` ended it.
  */
-export async function streamChat(body, on, signal) {
-  const answer = await request("v1/chat/completions", {
+export async function streamAnswer(body, on, signal) {
+  const answer = await request("prompt" in body ? "v1/completions" : "v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
@@ -73,7 +73,8 @@ export async function streamChat(body, on, signal) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw failureOf(chunk.error, answer.status);
     const choice = chunk.choices?.[0];
-    if (choice?.delta?.content) on.text(choice.delta.content);
+    const piece = choice?.delta?.content ?? choice?.text;
+    if (piece) on.text(piece);
     if (choice?.finish_reason) on.finish(choice.finish_reason);
     if (chunk.usage) on.usage(chunk.usage);
   };

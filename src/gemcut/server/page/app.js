@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { getKey, setKey } from "./api.js";
-import { addMessage, findMessage, newConversation, path, removeMessage, show, titleOf, toMessages, touch } from "./conversation.js";
+import { addMessage, findMessage, newConversation, path, removeMessage, show, titleOf, toMessages, toText, touch } from "./conversation.js";
 import { announce, byId, copyText, h } from "./dom.js";
 import { showContext, showSpeed, showWelcome } from "./facts.js";
 import { exportAll, exportChat, importFile } from "./files.js";
@@ -16,6 +16,7 @@ import { sentence, toast } from "./toasts.js";
 import { grow, LogView } from "./view.js";
 
 const SAVE_EVERY = 1000; // milliseconds, while an answer is written
+const BASE_TOKENS = 200; // of a base model, which ends nowhere, unless the person says otherwise
 
 class App {
   constructor() {
@@ -307,12 +308,13 @@ class App {
   async write(message, continued) {
     const conversation = this.current;
     const messages = toMessages(conversation, message.id);
-    const body = () => ({
-      model: this.server.model.id,
-      messages,
-      ...this.settings,
-      ...(continued ? { continue_final_message: true } : {}),
-    });
+    const prompt = toText(conversation, message.id);
+    const body = () => {
+      const model = this.server.model.id;
+      if (this.server.isBase) return { model, prompt, max_tokens: BASE_TOKENS, ...this.settings };
+      const more = continued ? { continue_final_message: true } : {};
+      return { model, messages, ...this.settings, ...more };
+    };
     const answer = new Answer(conversation, message, body, () => this.server.ready(), {
       changed: () => this.progress(answer),
       waiting: (text) => this.view.waiting(message, text),

@@ -83,6 +83,16 @@ export function toMessages(conversation, upTo) {
   return messages;
 }
 
+/** The shown texts as one, for a model that continues texts: an answer follows its question at once. */
+export function toText(conversation, upTo) {
+  let whole = conversation.system.trim();
+  for (const { id, role, text } of path(conversation)) {
+    whole += role === "user" && whole ? `\n${text}` : text;
+    if (id === upTo) break;
+  }
+  return whole;
+}
+
 /** A short title from the first message. */
 export function titleOf(text) {
   const line = text.trim().split("\n", 1)[0].replace(/\s+/g, " ").replace(/^[#>*\s`-]+/, "");

@@ -106,8 +106,9 @@ export class Server {
     return defaults;
   }
 
+  /** A model that continues texts: it was not tuned to answer. */
   get isBase() {
-    return Array.isArray(this.model?.capabilities) && !this.model.capabilities.includes("chat");
+    return this.model?.instruction_tuned === false;
   }
 }
 
