@@ -136,6 +136,9 @@ def main() -> None:
     parser.add_argument("--sampled", type=float, default=0.5, help="this share of them draws at temperature 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--step-seconds", default="auto", help="the engine's time budget of a step; 0: none; without it its default"
+    )
     parser.add_argument("--write", type=Path, default=None, help="write the trace and end")
     parser.add_argument("--replay", type=Path, default=None, help="take the trace from this file")
     options = parser.parse_args()
@@ -151,6 +154,7 @@ def main() -> None:
         dtype=options.dtype,
         device=options.device,
         quantization=options.quantization,
+        step_seconds="auto" if options.step_seconds == "auto" else float(options.step_seconds),
         progress=False,
     )
     where = torch.cuda.get_device_name(gemma.device) if gemma.device.type == "cuda" else platform.processor()

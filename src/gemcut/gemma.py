@@ -21,6 +21,7 @@ from gemcut import process
 from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.source import Source
 from gemcut.engine import EngineConfig, PromptLogprob, SamplingParams
+from gemcut.engine.pace import step_budget
 from gemcut.engine.results import Completion, TextStream, run_together, run_together_async
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.loading import effective_quantization, load_network
@@ -66,6 +67,7 @@ class Gemma(TokenModel):
         max_context: int | None = None,
         max_batch_size: int = 64,
         max_batch_tokens: int | None = None,
+        step_seconds: float | Literal["auto"] | None = "auto",
         kv_memory: int | None = None,
         progress: bool | Report = True,
     ) -> Gemma:
@@ -86,6 +88,8 @@ class Gemma(TokenModel):
             max_context: most tokens of one request; the model's limit if None.
             max_batch_size: most requests in one step.
             max_batch_tokens: most tokens in one step.
+            step_seconds: how long a step may take in which answers get their next tokens, by cutting the prompts beside
+                them smaller; "auto": 0.5 on a CPU, no bound on a GPU; None or 0: no bound.
             kv_memory: bytes for keys and values; None decides from the memory there is.
             progress: show a bar (on a terminal), or a function called with (bytes done, bytes in all).
 
@@ -95,6 +99,7 @@ class Gemma(TokenModel):
         process.enter()
         started = time.perf_counter()
         where = parse_device(device)
+        step_budget(step_seconds, where)  # what is wrong is said before gigabytes are read
         find = partial(resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         # Configuration first: what cannot fit is refused before gigabytes are downloaded.
         with LoadProgress(progress, f"downloading {name}") as report:
@@ -125,6 +130,7 @@ class Gemma(TokenModel):
             max_context=max_context,
             max_batch_size=max_batch_size,
             max_batch_tokens=chunk,
+            step_seconds=step_seconds,
             kv_memory=kv_memory if kv_memory is not None else cache_bytes(model, where, max_context, chunk),
         )
         gemma = cls(

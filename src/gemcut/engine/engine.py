@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 import torch
 
@@ -28,10 +29,11 @@ from gemcut.engine.cache import (
     shape_for_tokens,
 )
 from gemcut.engine.edits import begin_next, was_shortened
+from gemcut.engine.pace import step_budget
 from gemcut.engine.request import FinishReason, Request, RowError, Sequence, Status, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
 from gemcut.engine.sampler import sample
-from gemcut.engine.scheduler import Scheduled, Scheduler
+from gemcut.engine.scheduler import Scheduled, Scheduler, load_of
 from gemcut.errors import CapacityError, ContextLengthError, GemcutError, ParameterError
 from gemcut.model import Model
 
@@ -44,6 +46,10 @@ class EngineConfig:
         max_context: most tokens a request may hold, prompt and answer together; the model's own limit if None.
         max_batch_size: most requests in one step.
         max_batch_tokens: most tokens in one step; a longer prompt is cut into chunks of this size.
+        step_seconds: how long a step may take in which answers get their next tokens: prompts beside them are cut into
+            smaller chunks, by what earlier steps took, but never below 32 tokens a step. It bounds the gap between an
+            answer's tokens, and makes the prompts' first tokens come later. "auto": 0.5 on a CPU, none on a GPU; None
+            or 0: none.
         block_size: tokens a cache block holds.
         kv_memory: bytes for keys and values; None makes room for ``sequences`` whole contexts.
         sequences: how many requests of ``max_context`` the cache holds when ``kv_memory`` is None.
@@ -52,6 +58,7 @@ class EngineConfig:
     max_context: int | None = None
     max_batch_size: int = 64
     max_batch_tokens: int = 512
+    step_seconds: float | Literal["auto"] | None = "auto"
     block_size: int = BLOCK_SIZE
     kv_memory: int | None = None
     sequences: int = 2
@@ -71,11 +78,17 @@ class Engine:
         for name in ("max_batch_size", "max_batch_tokens", "block_size", "sequences"):
             if getattr(config, name) < 1:
                 raise ParameterError(f"{name} is {getattr(config, name)}; expected at least 1")
+        step_seconds = step_budget(config.step_seconds, device)
         self.chunk = min(config.max_batch_tokens, self.max_context)
         self.cache = PagedCache(model.config, self._cache_shape(model.dtype), model.dtype, device)
         self.scheduler = Scheduler(
-            self.cache, max_batch_size=config.max_batch_size, max_batch_tokens=config.max_batch_tokens
+            self.cache,
+            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            step_seconds=step_seconds,
         )
+        #: What the steps' times are measured with, in seconds.
+        self.clock = time.perf_counter
         self.runner = Runner(model, self.cache, device)
         # The living requests in order of submission.
         self._sequences: dict[int, Sequence] = {}
@@ -244,7 +257,10 @@ class Engine:
         batch = self.scheduler.schedule()
         self._whole = True
         if batch:
+            load, started = load_of(batch), self.clock()
             self._attempt(batch)
+            if self.scheduler.step_seconds is not None:
+                self.scheduler.times.learn(load, self.clock() - started)
         self._tend()  # somebody may have cancelled from within the step
 
     def _attempt(self, batch: list[Scheduled]) -> None:

@@ -9,6 +9,7 @@ from enum import Enum
 
 from gemcut.engine.blocks import BlockKey
 from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.pace import Load, StepTimes
 from gemcut.engine.request import Sequence, Status
 
 # A sequence waits for a beginning that another one computes where that is so much of what it has to compute itself: a
@@ -61,19 +62,36 @@ class Scheduled:
         return range(max(first, start), min(start + self.length, self.sequence.prompt_length))
 
 
+def load_of(batch: Iterable[Scheduled]) -> Load:
+    """What a step computes, to be called before it is done."""
+    prompt = answers = context = 0
+    for scheduled in batch:
+        if scheduled.length == 1:
+            answers, context = answers + 1, context + scheduled.sequence.computed + 1
+        else:
+            prompt += scheduled.length
+    return Load(prompt, answers, context)
+
+
 class Scheduler:
     """First come, first served. Running requests go on before waiting ones start; a long prompt is cut into chunks
     that share a step with the others' next tokens. When blocks run out the request that came last gives its own back
     and waits at the front; it computes its tokens again later (its random numbers stay the same).
+
+    With ``step_seconds`` a step in which answers get their next tokens has as many prompt tokens beside them as will
+    not make it longer, by what ``times`` has learned.
     """
 
-    def __init__(self, cache: PagedCache, *, max_batch_size: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, cache: PagedCache, *, max_batch_size: int, max_batch_tokens: int, step_seconds: float | None = None
+    ) -> None:
         self.cache = cache
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.tables: dict[int, Tables] = {}  # of running sequences
         self.preemptions = 0
+        self.step_seconds, self.times = step_seconds, StepTimes()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -102,11 +120,17 @@ class Scheduler:
         """Choose the next step's work and take the blocks it needs."""
         batch: list[Scheduled] = []
         budget = self.max_batch_tokens
+        prompt = self._prompt_allowance()
         preempted = False
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             length = min(sequence.pending, budget)
+            if prompt is not None and sequence.pending > 1:
+                length = min(length, prompt)
+                if length == 0:
+                    index += 1
+                    continue
             while (missing := self._shortfall(sequence, length)) and self.running[-1] is not sequence:
                 self._preempt(self.running[-1])
                 preempted = True
@@ -117,10 +141,23 @@ class Scheduler:
             self.cache.extend(self.tables[sequence.id], sequence.computed, length)
             batch.append(Scheduled(sequence, length))
             budget -= length
+            if prompt is not None and sequence.pending > 1:
+                prompt -= length
             index += 1
         if not preempted and self.waiting:
-            self._start_waiting(batch, budget)
+            self._start_waiting(batch, budget if prompt is None else min(budget, prompt))
         return batch
+
+    def _prompt_allowance(self) -> int | None:
+        """The most prompt tokens of this step; None: as many as come, since no answer waits for its next token."""
+        if self.step_seconds is None:
+            return None
+        answers = [sequence for sequence in self.running if sequence.pending == 1]
+        if not answers:
+            return None
+        context = sum(len(sequence.tokens) for sequence in answers)
+        most = max(0, self.max_batch_tokens - len(answers))  # answers first
+        return self.times.prompt_tokens(len(answers), context, self.step_seconds, most)
 
     def _start_waiting(self, batch: list[Scheduled], budget: int) -> None:
         """Let waiting sequences into the batch, in their order, but for those whose beginning is just being computed
