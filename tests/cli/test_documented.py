@@ -54,6 +54,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _type(cli: Cli, command: Command, source: Path) -> Run:
     """Run a documented command, with few new tokens."""
     arguments, stdin = split(command.line, source)
+    if "--schema" in arguments:
+        Path(arguments[arguments.index("--schema") + 1]).write_text('{"type": "object", "maxProperties": 1}')
     for word in [*arguments, stdin or ""]:
         if word.endswith((".txt", ".md")) and not Path(word).exists():
             Path(word).write_text("Name three colours.")

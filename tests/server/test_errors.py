@@ -68,7 +68,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "'user'"),
     ({"messages": user([{"type": "image_url", "image_url": {"url": "x"}}])}, "messages[0].content", "'image_url'"),
     ({"messages": user([])}, "messages[0].content", "no content"),
-    ({"messages": [*user("x"), {"role": "tool", "content": "x"}]}, "messages", "'tool'"),
+    ({"messages": [*user("x"), {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id", "no call before it has"),
     ({"response_format": {"type": "nonsense"}}, "response_format", "nonsense"),
 ]  # fmt: skip
 

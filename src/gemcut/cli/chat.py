@@ -17,9 +17,9 @@ import typer
 import gemcut
 from gemcut.cli import output
 from gemcut.cli.conversation import Conversation
-from gemcut.cli.generate import answer_report, decode, read_stdin
+from gemcut.cli.generate import answer_report, decode, note_closed, read_schema, read_stdin
 from gemcut.cli.interrupt import quiet_keyboard
-from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, with_options
+from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, Schema, flag, need_model, with_options
 from gemcut.errors import ChatTemplateError, ParameterError
 from gemcut.names import tuned
 
@@ -47,6 +47,7 @@ def chat(
     ] = None,
     as_json: Annotated[bool, flag("With one message: the answer as one JSON object.", "--json")] = False,
     stats: Annotated[bool, flag("With one message: times and tokens, on standard error.", "--stats")] = False,
+    schema: Schema = None,
     no_markdown: Annotated[bool, flag("Show answers as plain text.", "--no-markdown")] = False,
     no_history: Annotated[bool, flag("Keep no file of what is typed.", "--no-history")] = False,
     debug: Debug = False,
@@ -73,7 +74,9 @@ def chat(
     if question is None and (stats or as_json):
         given, how = ("--stats", "type /stats") if stats else ("--json", "type /save FILE")
         raise ParameterError(f"{given} is for one message (--once or a pipe); in the conversation, {how}")
-    fields, levels = sampling.fields(), sampling.levels()
+    if question is None and schema is not None:
+        raise ParameterError("--schema is for one message (--once or a pipe)")
+    fields, levels = sampling.fields(grammar=read_schema(schema)), sampling.levels()
     with _orderly_end():
         with quiet_keyboard():  # what is typed meanwhile is dropped: it would stand in the progress bar
             gemma = load.load(name)
@@ -184,5 +187,7 @@ def _answer(
         else:
             output.write_pieces(stream)
         completion = stream.result
+        if not as_json:
+            note_closed(completion, used)
     if stats:
         output.print_stats(gemma, completion, used)

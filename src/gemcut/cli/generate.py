@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemcut.cli import output
+from gemcut.cli.interrupt import import_torch
 from gemcut.cli.options import (
     MODEL_HELP,
     TOKEN_BYTES,
     Debug,
     LoadOptions,
     SamplingOptions,
+    Schema,
     flag,
     need_model,
     with_options,
@@ -26,6 +28,7 @@ from gemcut.errors import ParameterError
 from gemcut.files import UnreadableError, read_bounded
 
 if TYPE_CHECKING:
+    from gemcut.engine.grammar import Grammar
     from gemcut.engine.results import Completion
     from gemcut.gemma import Gemma
     from gemcut.sampling_defaults import ResolvedSampling
@@ -51,6 +54,7 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(metavar="N", help="With --json: log-probabilities, and the N likeliest others.")
     ] = None,
+    schema: Schema = None,
     debug: Debug = False,
     sampling: SamplingOptions,
     load: LoadOptions,
@@ -65,7 +69,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise ParameterError("--logprobs shows its numbers in JSON alone; add --json")
     text = read_prompt(prompt, file, partial(load.most_bytes, name))
-    fields, levels = sampling.fields(logprobs=logprobs), sampling.levels()
+    fields, levels = sampling.fields(logprobs=logprobs, grammar=read_schema(schema)), sampling.levels()
     gemma = load.load(name)
     gemma.sampling_levels[:0] = levels
     ids = gemma.encode(text)
@@ -81,8 +85,34 @@ def generate(
                 sys.stdout.flush()
             output.write_pieces(stream, tidy, begun=show_prompt)
             completion = stream.result
+            note_closed(completion, used)
     if stats:
         output.print_stats(gemma, completion, used)
+
+
+def read_schema(path: Path | None) -> Grammar | None:
+    """The grammar of a file with a JSON schema. Raises ParameterError that names the file."""
+    if path is None:
+        return None
+    import_torch()
+    from gemcut.engine.grammar import MAX_BYTES, Grammar
+
+    try:
+        return Grammar.json_schema(decode(read_bounded(path, MAX_BYTES), str(path)))
+    except OSError as error:
+        raise ParameterError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnreadableError as error:
+        raise ParameterError(f"cannot read {path}: it {error}") from None
+    except ParameterError as error:
+        raise ParameterError(f"--schema {path}: {error}") from None
+
+
+def note_closed(completion: Completion, used: ResolvedSampling) -> None:
+    """Say that an answer under a schema could have been longer."""
+    if used.params.grammar is not None and completion.finish_reason == "length":
+        output.note(
+            f"note: after {used.params.max_new_tokens} tokens the answer was closed; --max-new-tokens gives it more"
+        )
 
 
 def read_prompt(argument: str | None, file: Path | None, most_bytes: Callable[[], int]) -> str:

@@ -45,6 +45,9 @@ def option(help: str, *names: str, metavar: str) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, show_default=False)
 
 
+Schema = Annotated[
+    Path | None, typer.Option("--schema", metavar="FILE", help="The answer is JSON that this JSON schema describes.")
+]
 Debug = Annotated[bool, flag(DEBUG_HELP, "--debug")]
 
 

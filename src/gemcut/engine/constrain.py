@@ -47,6 +47,10 @@ _LIMITS = {
     "verbose_errors": False,
 }
 _OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False}
+_GUIDANCE = {"x-guidance": _OPTIONS}
+_TEXT_OR_JSON = r"""start: text | json
+text: /([^{\[](.|\n)*)?/
+json: %json """
 # Compiled, a schema takes some 50 times its text, and its lexer's first states.
 _EXPANSION, _FLOOR = 50, 100_000
 #: Members of a schema that say nothing of the answer.
@@ -77,13 +81,14 @@ class Compiled:
 
     Attributes:
         matcher: at the answer's beginning; it is only ever copied.
-        json: whether the answer is JSON.
+        json: whether the answer is JSON; ``or_words``: or words.
         shortest: tokens of the shortest answer that was found; None where none was.
         growth: about how many tokens longer one token can make the way to the end.
     """
 
     matcher: LLMatcher
     json: bool
+    or_words: bool
     shortest: int | None
     growth: int
     nbytes: int
@@ -242,6 +247,8 @@ def _compile(setup: _Setup, grammar: Grammar) -> Compiled:
             text = LLMatcher.grammar_from_regex(grammar.source)
         elif grammar.kind == "lark":
             text = LLMatcher.grammar_from_lark(grammar.source)
+        elif grammar.kind == "json_or_text":
+            text = LLMatcher.grammar_from_lark(_TEXT_OR_JSON + json.dumps(json.loads(grammar.source) | _GUIDANCE))
         else:
             options: Any = _OPTIONS
             text = LLMatcher.grammar_from_json_schema(grammar.source or '{"type":"object"}', overrides=options)
@@ -258,7 +265,8 @@ def _compile(setup: _Setup, grammar: Grammar) -> Compiled:
     way = setup.closer.way(matcher)
     return Compiled(
         matcher=matcher,
-        json=grammar.kind in ("json_schema", "json_object"),
+        json=grammar.kind.startswith("json"),
+        or_words=grammar.kind == "json_or_text",
         shortest=None if way is None else len(way),
         growth=_growth(grammar),
         nbytes=_FLOOR + _EXPANSION * len(grammar.source),
@@ -266,7 +274,7 @@ def _compile(setup: _Setup, grammar: Grammar) -> Compiled:
 
 
 def _refusal(grammar: Grammar, words: str) -> ParameterError:
-    what = "the JSON schema" if grammar.kind == "json_schema" else f"the {grammar.kind} grammar"
+    what = "the JSON schema" if grammar.kind in ("json_schema", "json_or_text") else f"the {grammar.kind} grammar"
     lines = words.split("<backtrace>")[0].split("<state>")[0].split()
     shown = " ".join(lines)
     return ParameterError(f"{what} cannot be used: {shown if len(shown) <= 300 else shown[:300] + '…'}")
@@ -277,7 +285,7 @@ def _growth(grammar: Grammar) -> int:
 
     Counted are the names and values of the whole schema that must be written at most, two bytes a token.
     """
-    if grammar.kind != "json_schema":
+    if grammar.kind not in ("json_schema", "json_or_text"):
         return 8
     return max(8, min(_least_bytes(json.loads(grammar.source)) // 2, 256))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 from gemcut.errors import ParameterError
 
-Kind = Literal["json_object", "json_schema", "regex", "lark"]
+Kind = Literal["json_object", "json_schema", "json_or_text", "regex", "lark"]
 
 #: Bytes of a grammar's source, and how deeply a schema's objects and arrays may be nested.
 MAX_BYTES = 64 * 1024
@@ -27,7 +27,8 @@ class Grammar:
     """What an answer must match as a whole. Make one with `json_schema`, `json_object`, `regex` or `lark`.
 
     Attributes:
-        kind: "json_object" (any JSON object), "json_schema", "regex" or "lark".
+        kind: "json_object" (any JSON object), "json_schema", "json_or_text" (JSON of a schema, or words that do not
+            begin as an object or array does), "regex" or "lark".
         source: the schema as JSON, the expression, or the grammar's text; "" for json_object.
     """
 
@@ -45,7 +46,7 @@ class Grammar:
             raise ParameterError("the grammar holds half of a surrogate pair; give it as valid Unicode") from None
         if size > MAX_BYTES:
             raise ParameterError(f"the grammar has {size:,} bytes; at most {MAX_BYTES:,} are allowed")
-        if self.kind == "json_schema":
+        if self.kind in ("json_schema", "json_or_text"):
             _check_schema(self.source)
         elif self.kind != "json_object" and not self.source:
             raise ParameterError(f"the {self.kind} grammar is empty; expected its text")
@@ -70,6 +71,14 @@ class Grammar:
             if isinstance(error, ParameterError):
                 raise
             raise ParameterError(f"the schema is no JSON: {' '.join(str(error).split())}") from None
+
+    @classmethod
+    def json_or_text(cls, schema: Mapping[str, Any]) -> Grammar:
+        """JSON that a schema describes, or any text whose first character is neither ``{`` nor ``[``.
+
+        Raises ParameterError as `json_schema`.
+        """
+        return cls("json_or_text", cls.json_schema(schema).source)
 
     @classmethod
     def json_object(cls) -> Grammar:

@@ -79,7 +79,7 @@ class GrammarEdit:
         # found last, and whether text may come before it.
         self.matcher = compiled.matcher.deep_copy()
         self.taken: list[int] = []
-        self.scan = NumberScan() if compiled.json else None
+        self.scan = self._new_scan()
         self.way: list[int] | None = None
         self.within_text = False
         self._masks = masks
@@ -134,10 +134,13 @@ class GrammarEdit:
                 self.scan.feed(self._masks.text_of(token))
 
     def _scan_again(self) -> None:
+        self.scan = self._new_scan()
         if self.scan is not None:
-            self.scan = NumberScan()
             for token in self.taken:
                 self.scan.feed(self._masks.text_of(token))
+
+    def _new_scan(self) -> NumberScan | None:
+        return NumberScan(or_words=self.compiled.or_words) if self.compiled.json else None
 
     def _follow(self, token: int) -> None:
         """Keep the way to the end where ``token`` is its first step, or text within a string that it closes."""
@@ -298,9 +301,10 @@ def _narrow(closer: Closer, job: _Job, row: Array, may_end: bool) -> None:
         return
     before = row.copy()
     free = before & closer.plain
-    edit.within_text = (
-        bool(edit.way) and slack > 1 and int(np.unpackbits(free.view(np.uint8)).sum()) >= _FREE * closer.plain_count
-    )
+    any_text = int(np.unpackbits(free.view(np.uint8)).sum()) >= _FREE * closer.plain_count
+    if may_end and any_text:  # words, which may end anywhere
+        return
+    edit.within_text = bool(edit.way) and slack > 1 and any_text
     row[:] = free if edit.within_text else 0
     only = edit.ends if may_end else np.array(edit.way[:1], dtype=np.int64)
     np.bitwise_or.at(row, only >> 5, _bit_of(only))

@@ -23,15 +23,22 @@ _LARGE = re.compile(rb"[0-9][eE][+-]?[0-9]{3}")
 class NumberScan:
     """Where in a JSON text one is, as far as its numbers are concerned."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, or_words: bool = False) -> None:
+        """``or_words``: it may also be words, which do not begin as an object or an array."""
+        self._or_words = or_words
+        self.words = False  # it is no JSON: it did not begin so
+        self._begun = False
         self.in_string = self._escaped = False
         self.length = 0  # characters of the number that is being written
         self.exponent: int | None = None  # digits of its exponent
 
     def feed(self, text: bytes) -> None:
         """Go on by a token's bytes."""
-        if self.in_string and not self._escaped and b'"' not in text and b"\\" not in text:
+        if self.words or (self.in_string and not self._escaped and b'"' not in text and b"\\" not in text):
             return
+        if not self._begun and (start := text.lstrip(b" \t\r\n")):
+            self._begun = True
+            self.words = self._or_words and start[0] not in b"{["
         for byte in text:
             if self.in_string:
                 if self._escaped:
@@ -68,7 +75,7 @@ class NumberLimits:
 
     def narrow(self, row: Array, scan: NumberScan) -> None:
         """Take what makes a number too long out of a mask, unless nothing would be left."""
-        if scan.in_string:
+        if scan.in_string or scan.words:
             return
         if scan.length >= MOST_CHARACTERS:
             forbidden = self._longer

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
+
+import msgspec
 
 from gemcut.engine.request import Sequence, TokenEvent, TokenLogprob
 from gemcut.errors import ParameterError
@@ -15,15 +19,22 @@ from gemcut.server.fields import ChatMessage, ChatRequest
 from gemcut.server.guards import check_input
 from gemcut.server.state import ServerState
 from gemcut.server.streaming import Answer
-from gemcut.server.structured import structured_sampling
+from gemcut.server.structured import structured_of
+from gemcut.server.tools import CallReader, as_turns
 from gemcut.text import ChatOptions, Tokenizer
+from gemcut.text.invisible import strip_invisible, words
+
+_json = msgspec.json.Encoder().encode
 
 
 async def chat_completions(state: ServerState, request: Request, send: Send) -> None:
     """Answer a dialogue, whole or as a stream."""
     body = await state.read(request, ChatRequest)
     gemma = state.model(body.model)
-    messages = [as_message(place, message) for place, message in enumerate(body.messages)]
+    seen, removed = without_invisible(body.messages)
+    structured = await structured_of(gemma, body)
+    turns = as_turns(seen, structured.tools)
+    messages = [as_message(place, message) for place, message in enumerate(turns)]
     characters = sum(len(message["content"] or "") for message in messages)
     check_length(gemma, characters, "messages")
     options = ChatOptions(
@@ -35,9 +46,15 @@ async def chat_completions(state: ServerState, request: Request, send: Send) -> 
     ids = await state.encode(characters, lambda: gemma.chat_ids(messages, options))
     if state.guards:
         await check_input(state.guards, "\n\n".join(message["content"] for message in messages))
-    params = resolve(state, gemma, len(ids), chat_sampling(body), chat=True)
+    params = resolve(state, gemma, len(ids), chat_sampling(body) | structured.sampling, chat=True)
     streams = [gemma.prepare_stream(ids, own, cache_salt=request.cache_salt) for own in copies(params, body.n or 1)]
-    await ChatAnswer(state, request, gemma, body, streams).send(send)
+    answer = ChatAnswer(state, request, gemma, body, streams)
+    if structured.tools is not None:
+        answer.readers = [CallReader(f"call_{request.id}_{index}") for index in range(len(streams))]
+    if removed:
+        answer.headers += removed_header(removed)
+        answer.extra["warnings"] = [f"{words(removed)} were taken out of the messages, since nobody sees them"]
+    await answer.send(send)
 
 
 ROUTES: Routes = {("POST", "/v1/chat/completions"): chat_completions}
@@ -72,6 +89,34 @@ def as_message(place: int, message: ChatMessage) -> dict[str, Any]:
     return found
 
 
+def without_invisible(messages: Many[ChatMessage]) -> tuple[list[ChatMessage], dict[str, int]]:
+    """(messages without characters that nobody sees, how many of each kind those of people and tools had)."""
+    seen: list[ChatMessage] = []
+    removed: Counter[str] = Counter()
+
+    def cleaned(text: str) -> str:
+        text, found = strip_invisible(text)
+        removed.update(found)
+        return text
+
+    for message in messages:
+        content: Any = message.content
+        if message.role != "assistant" and isinstance(content, str):
+            content = cleaned(content)
+        elif message.role != "assistant" and content:
+            content = [
+                msgspec.structs.replace(part, text=cleaned(part.text)) if part.text else part for part in content
+            ]
+        seen.append(message if content is message.content else msgspec.structs.replace(message, content=content))
+    return seen, dict(removed)
+
+
+def removed_header(removed: Mapping[str, int]) -> list[tuple[bytes, bytes]]:
+    """The header that says which invisible characters were taken out: ``tag-characters=12``."""
+    each = (f"{kind.replace(' ', '-')}={count}" for kind, count in removed.items())
+    return [(b"x-gemcut-removed", ", ".join(each).encode())]
+
+
 def chat_sampling(body: ChatRequest) -> dict[str, Any]:
     """The fields of SamplingParams that a body names. Raises ParameterError for fields that contradict each other."""
     fields = sampling_fields(body)
@@ -86,7 +131,7 @@ def chat_sampling(body: ChatRequest) -> dict[str, Any]:
         raise ParameterError("top_logprobs is given without logprobs; set logprobs to true")
     if body.logprobs:
         fields["logprobs"] = body.top_logprobs or 0
-    return fields | structured_sampling(body)
+    return fields
 
 
 def logprob_entry(tokenizer: Tokenizer, found: TokenLogprob) -> dict[str, Any]:
@@ -108,12 +153,28 @@ class ChatAnswer(Answer[ChatRequest]):
     TEXT = (b'"delta":{"content":', b"}")
     LAST = b'"delta":{}'
 
+    #: Where there are tools: reads each answer's calls.
+    readers: Many[CallReader] = ()
+
     def opening(self, index: int) -> bytes:
         """The first chunk says who speaks."""
-        return b'"delta":{"role":"assistant","content":""},"logprobs":null'
+        empty = b"null" if self.readers else b'""'
+        return b'"delta":{"role":"assistant","content":' + empty + b'},"logprobs":null'
+
+    def parts(self, index: int, text: str, *, last: bool) -> Many[bytes] | None:
+        if not self.readers:
+            return None
+        return [b'"delta":' + _json(delta) for delta in self.readers[index].feed(text, last=last)]
+
+    def ending(self, index: int, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self.readers and self.readers[index].calls else reason
 
     def choice(self, index: int, text: str, sequence: Sequence) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.readers:
+            self.readers[index].feed(text, last=True)
+            if calls := self.readers[index].calls:
+                message |= {"content": None, "tool_calls": calls}
         return {"index": index, "message": message, "logprobs": self.logprobs(index, sequence.events)}
 
     def logprobs(self, index: int, events: Many[TokenEvent]) -> dict[str, Any] | None:

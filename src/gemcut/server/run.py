@@ -144,6 +144,8 @@ class Server(uvicorn.Server):
         assert self._loop is not None
         try:
             gemma = self._load(self._report)
+            # It holds Python's lock for seconds, so that no answer may be under way.
+            gemma.grammars.prepare()
             import torch
 
             threads = torch.get_num_threads()

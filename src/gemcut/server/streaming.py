@@ -50,6 +50,9 @@ class Answer(Generic[Body]):
         self.waiting = Waiting(state, request, streams, each=bool(body.stream))
         self.texts = [CheckedText(state.guards) for _ in streams] if state.guards else None
         self.prompts = prompts
+        #: What goes with the answer: headers, and members of a whole one's JSON.
+        self.headers = ignored_header(request)
+        self.extra: dict[str, Any] = {}
 
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
@@ -60,6 +63,14 @@ class Answer(Generic[Body]):
     def choice(self, index: int, text: str, sequence: Sequence) -> dict[str, Any]:
         """A whole choice, but for its finish reason."""
         raise NotImplementedError
+
+    def parts(self, index: int, text: str, *, last: bool) -> Many[bytes] | None:
+        """What new text becomes, where that is not a text: the insides of its chunks' choices. None: it is a text."""
+        return None
+
+    def ending(self, index: int, reason: str | None) -> str | None:
+        """The finish reason that a client is told."""
+        return reason
 
     def logprobs(self, index: int, events: Many[TokenEvent]) -> dict[str, Any] | None:
         """The log-probabilities of some tokens of a choice; None where nobody asked for them."""
@@ -91,7 +102,7 @@ class Answer(Generic[Body]):
             sequences = waiting.box.sequences
             choices = [await self._choice(index) for index in range(len(sequences))]
             value = self.head(self.KIND) | {"choices": choices, "usage": usage(sequences, prompts=self.prompts)}
-        await respond_json(send, value, headers=ignored_header(self.request))
+        await respond_json(send, value | self.extra, headers=self.headers)
 
     async def _choice(self, index: int) -> dict[str, Any]:
         sequence = self.waiting.box.sequences[index]
@@ -101,13 +112,13 @@ class Answer(Generic[Body]):
         if self.texts is not None:
             text = await self.texts[index].push(text, last=True)
             reason = "content_filter" if self.texts[index].refused else reason
-        ending = {"finish_reason": reason, "stop_reason": end.stop_reason}
-        return self.choice(index, text, sequence) | ending
+        choice = self.choice(index, text, sequence)
+        return choice | {"finish_reason": self.ending(index, reason), "stop_reason": end.stop_reason}
 
     async def _stream(self, send: Send) -> None:
         """An error behind the first event is an event, too."""
         out = EventStream(send)
-        send.headers += ignored_header(self.request)
+        send.headers += self.headers
         try:
             with self.waiting as waiting:
                 box = waiting.box
@@ -153,6 +164,7 @@ class Chunks:
         #: Answers that have not had their last chunk.
         self.left = count
         self._logprobs = answer.logprobs(0, ()) is not None
+        self._text_alone = not self._logprobs and answer.parts(0, "", last=False) is None
 
     def take(self) -> bytes:
         """What is new, b"" if nothing is."""
@@ -163,7 +175,7 @@ class Chunks:
                 continue
             last = events[-1]
             text = last.text if len(events) == 1 else "".join([each.text for each in events])
-            if last.finish_reason is None and self._opened[index] and not self._logprobs:
+            if self._text_alone and last.finish_reason is None and self._opened[index]:
                 if text:  # what nearly every chunk is
                     found += self._text_starts[index] + _json(text) + self._text_end
                 continue
@@ -181,7 +193,10 @@ class Chunks:
             self._opened[index] = True
             if opening := self.answer.opening(index):
                 found = self._starts[index] + opening + b',"finish_reason":null' + self._end
-        if self._logprobs and events and (text or events[-1].logprob is not None):
+        parts = self.answer.parts(index, text, last=reason is not None)
+        if parts is not None:
+            found += self._parts(index, events, parts)
+        elif self._logprobs and events and (text or events[-1].logprob is not None):
             before, after = self.answer.TEXT
             logprobs = _json(self.answer.logprobs(index, events))
             found += self._starts[index] + before + _json(text) + after + b',"logprobs":' + logprobs
@@ -190,8 +205,21 @@ class Chunks:
             found += self._text_starts[index] + _json(text) + self._text_end
         if reason is not None:
             self.left -= 1
-            found += self._starts[index] + self.answer.LAST + b',"logprobs":null,"finish_reason":' + _json(reason)
+            ending = _json(self.answer.ending(index, reason))
+            found += self._starts[index] + self.answer.LAST + b',"logprobs":null,"finish_reason":' + ending
             found += b',"stop_reason":' + _json(stop) + self._end
+        return found
+
+    def _parts(self, index: int, events: Many[TokenEvent], parts: Many[bytes]) -> bytes:
+        """Chunks of what is not text alone; the tokens' log-probabilities are in the first of them."""
+        found = b""
+        if self._logprobs and events:
+            parts = parts or (self.answer.LAST,)
+            logprobs = _json(self.answer.logprobs(index, events))
+            found = self._starts[index] + parts[0] + b',"logprobs":' + logprobs + b',"finish_reason":null' + self._end
+            parts = parts[1:]
+        for part in parts:
+            found += self._starts[index] + part + b',"logprobs":null,"finish_reason":null' + self._end
         return found
 
 
