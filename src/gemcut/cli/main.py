@@ -24,6 +24,7 @@ from gemcut.cli.interrupt import imports_interrupted
 from gemcut.cli.options import DEBUG_HELP, flag
 from gemcut.cli.plan import plan
 from gemcut.cli.quantize import quantize
+from gemcut.cli.safety import app as safety_app
 from gemcut.cli.serve import serve
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ app.command()(plan)
 app.command()(quantize)
 app.add_typer(config_app)
 app.add_typer(data_app)
+app.add_typer(safety_app)
 app.add_typer(bench_app)
 
 

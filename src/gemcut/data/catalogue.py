@@ -15,6 +15,7 @@ READERS: Mapping[str, str] = {
     "tree": "gemcut.data.readers.tree:TreeReader",
 }
 STEPS: Mapping[str, str] = {
+    "child-safety": "gemcut.data.filters.safety:ChildSafetyStep",
     "url-block": "gemcut.data.filters.url:UrlBlock",
     "language": "gemcut.data.filters.language:Language",
     "gopher-quality": "gemcut.data.filters.web:GopherQuality",
@@ -23,6 +24,9 @@ STEPS: Mapping[str, str] = {
     "fineweb": "gemcut.data.filters.web:FineWeb",
     "code-quality": "gemcut.data.filters.code:CodeQuality",
     "mathematics-quality": "gemcut.data.filters.mathematics:MathematicsQuality",
+    "pii": "gemcut.data.filters.safety:Pii",
+    "lexicon": "gemcut.data.filters.safety:LexiconStep",
+    "linear": "gemcut.data.filters.safety:LinearStep",
     "exact-duplicates": "gemcut.data.dedup.exact:ExactDuplicates",
     "exact-paragraphs": "gemcut.data.dedup.exact:ExactParagraphs",
     "near-duplicates": "gemcut.data.dedup.near:NearDuplicates",
