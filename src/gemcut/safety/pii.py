@@ -12,7 +12,7 @@ import ipaddress
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gemcut.errors import ParameterError
@@ -27,12 +27,31 @@ class Found:
     end: int
 
 
+class Signs:
+    """What is cheap to see in a text, looked for once: without it whole kinds cannot be there."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.digits: bool = _DIGITS.search(text) is not None
+        self.at: bool = "@" in text
+
+    @property
+    def secret(self) -> bool:
+        return any(mark in self.text for mark in _MARKS)
+
+    @property
+    def address(self) -> bool:
+        return (self.digits and _V4.search(self.text) is not None) or (
+            ":" in self.text and _V6.search(self.text) is not None
+        )
+
+
 @dataclass(frozen=True)
 class Kind:
-    """One kind: ``gate(text)`` says whether it can be there at all, ``valid(text of the match)`` whether it is one."""
+    """One kind: ``gate`` says whether it can be there at all, ``valid(text of the match)`` whether it is one."""
 
     name: str
-    gate: Callable[[str], bool]
+    gate: Callable[[Signs], bool]
     pattern: re.Pattern[str]
     valid: Callable[[str], bool]
     #: The replacement of the n-th different value of a text, n from 0.
@@ -142,12 +161,14 @@ _MARKS = (
     "-----BEGIN", "eyJ",
 )  # fmt: skip
 _DIGITS = re.compile(r"\d[\d \-.()]{5,}\d")
-_DOTTED = re.compile(r"\d\.\d")
+#: Four numbers with dots between them; the first group of an address of version 6 that is given out.
+_V4 = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
+_V6 = re.compile(r"[23][0-9A-Fa-f]{3}:")
 
 KINDS: tuple[Kind, ...] = (
     Kind(
         "secret",
-        lambda text: any(mark in text for mark in _MARKS),
+        lambda signs: signs.secret,
         re.compile(
             r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\s\S]*?(?:-----END (?:[A-Z]+ )*PRIVATE KEY-----|\Z)"
             r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_[A-Za-z0-9_]{22,}\b"
@@ -159,45 +180,45 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "email",
-        lambda text: "@" in text,
+        lambda signs: signs.at,
         re.compile(r"\b[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,8}[A-Za-z]{2,24}\b"),
         _email,
         lambda n: f"user{n + 1}@example.com",
     ),
     Kind(
         "iban",
-        lambda text: _DIGITS.search(text) is not None,
+        lambda signs: signs.digits,
         re.compile(r"\b[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?\b"),
         iban,
         lambda n: "XX00 0000 0000 0000",
     ),
     Kind(
         "card",
-        lambda text: _DIGITS.search(text) is not None,
+        lambda signs: signs.digits,
         re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-])"),
         card,
         lambda n: "0000 0000 0000 0000",
     ),
     Kind(
         "social security number",
-        lambda text: "-" in text and _DIGITS.search(text) is not None,
+        lambda signs: signs.digits,
         re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])"),
         social_security,
         lambda n: "000-00-0000",
     ),
     Kind(
         "ip",
-        lambda text: _DOTTED.search(text) is not None or "::" in text or text.count(":") >= 7,
+        lambda signs: signs.address,
         re.compile(
             r"(?<![\w.:-])(?<!ersion )(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w-]|\.\d)"
-            r"|(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){1,7}(?::?[0-9A-Fa-f]{1,4}){1,7}(?![\w:])"
+            r"|(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{1,4}:){0,6}(?::?[0-9A-Fa-f]{1,4}){1,7}(?![\w:])"
         ),
         public_address,
         lambda n: f"192.0.2.{1 + n % 254}",
     ),
     Kind(
         "phone",
-        lambda text: _DIGITS.search(text) is not None,
+        lambda signs: signs.digits,
         re.compile(
             r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,4}"
             r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4})(?![\w-]|\.\d)"
@@ -206,15 +227,35 @@ KINDS: tuple[Kind, ...] = (
         lambda n: f"555-{100 + n % 100:04d}",
     ),
 )
+#: What each match of a kind holds or touches; characters before and after it that a match may reach, and more.
+_ANCHORS = {"email": re.compile("@"), "ip": re.compile(f"{_V4.pattern}|{_V6.pattern}")}
+_ANCHORS |= dict.fromkeys(("iban", "card", "social security number", "phone"), _DIGITS)
+_BEFORE, _AFTER = 80, 320
 NAMES = tuple(kind.name for kind in KINDS)
+
+
+def _near(kind: Kind, text: str) -> Iterator[re.Match[str]]:
+    """Matches of the pattern around the anchor's: elsewhere there can be none, and patterns are slow."""
+    anchor = _ANCHORS.get(kind.name)
+    if anchor is None:
+        yield from kind.pattern.finditer(text)
+        return
+    first = last = 0
+    for mark in anchor.finditer(text):
+        if mark.start() - _BEFORE > last:
+            yield from kind.pattern.finditer(text, first, last)
+            first = mark.start() - _BEFORE
+        last = mark.end() + _AFTER
+    yield from kind.pattern.finditer(text, first, last)
 
 
 def find(text: str, kinds: Sequence[str] = NAMES) -> list[Found]:
     """Every piece of personal data of these kinds, in order; where two overlap the first of KINDS counts."""
     out: list[Found] = []
+    signs = Signs(text)
     for kind in KINDS:
-        if kind.name in kinds and kind.gate(text):
-            for match in kind.pattern.finditer(text):
+        if kind.name in kinds and kind.gate(signs):
+            for match in _near(kind, text):
                 taken = any(f.start < match.end() and match.start() < f.end for f in out)
                 if not taken and kind.valid(match[0]):
                     out.append(Found(kind.name, match.start(), match.end()))
