@@ -43,6 +43,8 @@ MALFORMED = [
 
 def serve(name: str, blocks: int) -> None:
     """The server's process: a cache of so many blocks of full attention, on a free port, which it prints."""
+    import torch
+
     from gemcut import Gemma
     from gemcut.checkpoint.resolve import resolve
     from gemcut.engine.cache import bytes_per_block, shape_for_bytes
@@ -52,7 +54,7 @@ def serve(name: str, blocks: int) -> None:
 
     context, chunk, size = 1024, 512, 16
     config = resolve(name, weights=False).config()
-    dtype = parse_dtype("bfloat16", None)
+    dtype = parse_dtype(config.torch_dtype, torch.bfloat16)
     one = sum(bytes_per_block(config, dtype, size))
     memory = next(
         n * one // 8
