@@ -160,6 +160,8 @@ def test_an_alias_adds_the_names_that_gateways_ask_for() -> None:
     for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "prompt_tokens_total"):
         assert value(found, f"vllm:{name}") == value(found, f"gemcut:{name}") == 0
     assert any(name == "vllm:cache_config_info" for name, _ in found)
+    assert value(found, "vllm:request_success_total", finished_reason="abort") == 0  # vLLM's word for cancelled
+    assert value(found, "gemcut:request_success_total", finished_reason="cancelled") == 0
     assert not any(name.startswith("vllm:") for name, _ in scraped(Metrics(), Recording(small_model())))
 
 

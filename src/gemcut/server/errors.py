@@ -41,6 +41,8 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 def scrub(text: str, limit: int = 300) -> str:
     """A text of somebody else for a log or a terminal: one line, nothing invisible, not longer than ``limit``."""
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    if cut.isprintable():  # nearly always
+        return cut
     return "".join(
         char if unicodedata.category(char) not in _INVISIBLE else char.encode("unicode_escape").decode() for char in cut
     )

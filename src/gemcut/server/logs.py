@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
+
+import msgspec
 
 from gemcut.engine.request import Sequence
 from gemcut.errors import GemcutError
@@ -27,6 +28,8 @@ QUIET = ("/health", "/live", "/ready", "/metrics")
 LONGEST_TEXT = 20_000
 #: Lines that wait for standard error; with more of them new ones are dropped, and that is said.
 MOST_WAITING = 10_000
+_SAFE = (int, float, bool)
+_encode = msgspec.json.Encoder().encode
 
 
 class Log:
@@ -51,12 +54,16 @@ class Log:
         """Write a line; fields that are None are left out. Never waits, never raises."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line: dict[str, Any] = {"time": now, "level": level, "event": event}
-        line |= {name: _plain(value) for name, value in fields.items() if value is not None}
+        line |= {
+            name: value if type(value) in _SAFE else _plain(value)
+            for name, value in fields.items()
+            if value is not None
+        }
         dropped, self._dropped = self._dropped, 0
         if dropped:
             line["dropped_lines"] = dropped
         try:
-            self._lines.put_nowait(json.dumps(line, ensure_ascii=False))
+            self._lines.put_nowait(_encode(line).decode())
         except queue.Full:
             self._dropped = dropped + 1
         if self._thread is None or not self._thread.is_alive():

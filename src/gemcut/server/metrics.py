@@ -232,7 +232,10 @@ class Exposition:
         yield histogram("request_decode_time_seconds", "From its first token to its last.", metrics.decode)
         yield histogram("request_prompt_tokens", "Tokens of a prompt.", metrics.prompt_sizes)
         yield histogram("request_generation_tokens", "Tokens of an answer.", metrics.answer_sizes)
-        yield counters("request_success", "Answers that ended, by reason.", "finished_reason", metrics.finished)
+        finished = metrics.finished
+        if prefix == VLLM:
+            finished = Counter({"abort" if why == "cancelled" else why: count for why, count in finished.items()})
+        yield counters("request_success", "Answers that ended, by reason.", "finished_reason", finished)
         yield counters("admission_rejections", "Requests refused at the door, by reason.", "reason", metrics.refused)
 
 
