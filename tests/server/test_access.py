@@ -206,7 +206,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
         client.headers["authorization"] = f"Bearer {ALICE}"
         assert "vllm:num_requests_waiting" in client.get("/metrics").text
         assert client.get("/v1/models").json()["data"][0]["id"] == "checkpoint"
-        process.said('"path": "/v1/models", "status": 200')
+        process.said('"path":"/v1/models","status":200')
     assert not any(ALICE in line for line in process.lines)
     assert "others can reach" in failed(tiny, "--host", "0.0.0.0", "--port", "0")
     file.chmod(0o644)
