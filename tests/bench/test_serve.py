@@ -112,10 +112,12 @@ def test_a_trace_is_sent_as_it_is(bench: Bench, tmp_path: Path) -> None:
     code, out, err = bench("--write-trace", trace, "--rate", "50", "--requests", 4, "--output-tokens", "2-3")
     assert (code, out, err) == (0, "", "")
     with running(server) as url:
-        code, out, _ = bench("--url", url, "--trace", trace, "--model", "m", "--warmup", 0)
+        code, out, _ = bench("--url", url, "--trace", trace, "--model", "m", "--warmup", 2)
     assert code == 0
     assert "trace" in out
     rows = [json.loads(line) for line in trace.read_text().splitlines()]
+    before, server.bodies = server.bodies[:2], server.bodies[2:]
+    assert all(len(body["prompt"]) <= max(len(row["prompt"]) for row in rows) for body in before)  # what it can take
     assert [body["prompt"] for body in server.bodies] == [row["prompt"] for row in rows]
     assert [body["max_tokens"] for body in server.bodies] == [row["new"] for row in rows]
     assert {body["model"] for body in server.bodies} == {"m"}

@@ -35,7 +35,7 @@ REASONS = {
     "huggingface-cli": "needs an account",
     "python benchmarks/": "measures for many minutes",
     "gemcut serve": "runs until it is stopped; tests/server/test_readme.py types it",
-    "gemcut bench serve": "needs a server that runs",
+    "gemcut bench serve": "needs a server; tests/bench/test_real_server.py gives it one",
     "python -m gemcut.kernels.cpu.build": "builds the library that other tests are running",
 }
 #: In a command: something that only its reader has.

@@ -98,7 +98,9 @@ def serve(
         raise ParameterError("--chat sends words, and a trace has token ids; leave one of the two out")
     plans: list[tuple[float | None, list[Row]]]
     if trace is not None:
-        plans = [(None, traffic.read_trace(trace))]
+        plans = [(None, read := traffic.read_trace(trace))]
+        lengths, answers = [len(row.prompt) for row in read], [row.new for row in read]
+        prompt, new = (min(lengths), max(lengths)), (min(answers), max(answers))  # for the requests before
     else:
         plans = [(each, traffic.make_trace(each, requests, prompt, new, seed, i)) for i, each in enumerate(rates)]
     if write_trace is not None:
