@@ -17,17 +17,18 @@ import json
 import os
 import platform
 import queue
-import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
+from serving_http_client import TEXT
 
 from gemcut.checkpoint.resolve import resolve
 from gemcut.config import GemmaConfig
@@ -42,10 +43,7 @@ from gemcut.server.logs import Log
 from gemcut.server.state import ServerSettings, ServerState
 from gemcut.text import Tokenizer
 
-TEXT = (
-    "The old lighthouse keeper climbed the stairs each evening, lamp in hand, and counted the ships. Some were late; "
-    "some, he thought, would never come. «Naïve», said the cook, who had seen 1,204 storms and trusted none of them. "
-)
+CLIENT = str(Path(__file__).with_name("serving_http_client.py"))
 #: A network that is never run; it gives the engine its sizes.
 SHAPE = {
     "model_type": "gemma2", "vocab_size": 262_144, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8,
@@ -218,7 +216,7 @@ class Plain:
     def measure(self, connections: int) -> float:
         """µs of the server's thread a chunk, once all connections stream."""
         words = [str(value) for value in (self.port, connections, 1, self.tokens, 1)]
-        clients = subprocess.Popen([sys.executable, __file__, "--client", *words], stdout=subprocess.PIPE)
+        clients = subprocess.Popen([sys.executable, CLIENT, *words], stdout=subprocess.PIPE)
         while len(self.waiting) < connections:
             time.sleep(0.01)
         times: queue.SimpleQueue[float] = queue.SimpleQueue()
@@ -237,51 +235,12 @@ class Plain:
         self.thread.join()
 
 
-def request_bytes(**fields: Any) -> bytes:
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
-    body = json.dumps({"model": "free", "messages": messages, **fields}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    return head + b"content-length: %d\r\n\r\n" % len(body) + body
-
-
-def client(port: int, connections: int, requests: int, tokens: int, stream: bool) -> dict[str, float]:
-    """Run in a process of its own: each connection asks one request after the other. Counts chunks and seconds."""
-    import selectors
-
-    data = request_bytes(max_tokens=tokens, temperature=0.7, stream=stream)
-    end = b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}}}"
-    selector, left, chunks = selectors.DefaultSelector(), {}, 0
-    for _ in range(connections):
-        connection = socket.create_connection(("127.0.0.1", port))
-        connection.sendall(data)
-        left[connection] = (requests, b"")
-        selector.register(connection, selectors.EVENT_READ)
-    started = time.perf_counter()
-    while left:
-        for key, _ in selector.select():
-            connection = key.fileobj  # type: ignore[assignment]
-            piece = connection.recv(1 << 20)
-            count, tail = left[connection]
-            chunks += piece.count(b'"delta":{"content"') if stream else 0
-            tail = (tail + piece)[-64:]
-            if not tail.endswith(end):
-                left[connection] = (count, tail)
-            elif count > 1:
-                left[connection] = (count - 1, b"")
-                connection.sendall(data)
-            else:
-                selector.unregister(connection)
-                del left[connection]
-                connection.close()
-    return {"chunks": chunks, "seconds": time.perf_counter() - started}
-
-
 def load(host: Host, connections: int, requests: int, tokens: int, stream: bool) -> dict[str, float]:
     """Run the clients; what it cost."""
     free = host.free
     before, engine, steps, events = host.cpu(), free.seconds, free.steps, free.events
     words = [str(value) for value in (host.port, connections, requests, tokens, int(stream))]
-    done = subprocess.run([sys.executable, __file__, "--client", *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, CLIENT, *words], capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     found |= {"server": host.cpu() - before, "engine": free.seconds - engine}
     found |= {"steps": free.steps - steps, "events": free.events - events}
@@ -319,12 +278,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="JSON requests on 16 connections, in all")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--model", default="gemma-3-270m", help="whose tokenizer is used")
-    parser.add_argument("--client", nargs=5, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.client:
-        port, connections, requests, tokens, stream = options.client
-        print(json.dumps(client(port, connections, requests, tokens, bool(stream))))
-        return
     versions = {name: importlib.metadata.version(name) for name in ("uvicorn", "httptools", "msgspec")}
     try:
         versions["uvloop"] = importlib.metadata.version("uvloop")

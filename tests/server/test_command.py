@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 import support
 from cli.conftest import environment
+from gemcut.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -138,24 +140,47 @@ def test_second_signal_ends_at_once(tiny: Path) -> None:
         slow.join(20)
 
 
-def failed(*args: str | Path) -> str:
-    """The one line of a server that cannot start."""
-    process = Process(*args)
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The one line of a server that cannot start, without a process of its own."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main() sets its own
+
+    def run(*args: str | Path) -> str:
+        capsys.readouterr()
+        assert main(["serve", *map(str, args)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+def test_cannot_start(refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} of 127.0.0.1 is in use" in refused("model", "--port", port)
+    assert "--host" in refused("model", "--host", "no.such.host.invalid", "--port", "0")
+    assert "port is 65536" in refused("model", "--port", "65536")
+    assert "max_requests is 0" in refused("model", "--max-requests", "0")
+    assert "queue_timeout is -1" in refused("model", "--queue-timeout", "-1")
+    assert "there is no such file" in refused("model", "--ssl-certfile", tmp_path / "none.pem")
+    (tmp_path / "bad.pem").write_text("nothing")
+    assert "cannot be used" in refused("model", "--ssl-certfile", tmp_path / "bad.pem")
+    assert "--ssl-keyfile needs --ssl-certfile" in refused("model", "--ssl-keyfile", tmp_path / "bad.pem")
+    assert "temperature is 200" in refused("model", "--temperature", "200")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'gemcut[serve]'" in refused("model")
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    """The port was open already; the process ends with the reason."""
+    process = Process(tmp_path / "missing", "--port", "0")
     assert process.end() == 2
     lines = [line for line in process.lines if "listens at" not in line]
     assert len(lines) == 1, process.lines
     assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-def test_cannot_start(tiny: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert f"port {port} of 127.0.0.1 is in use" in failed(tiny, "--port", str(port))
-    assert "--host" in failed(tiny, "--host", "no.such.host.invalid", "--port", "0")
-    assert "there is no such file" in failed(tiny, "--ssl-certfile", tmp_path / "none.pem")
-    missing = failed(tmp_path / "missing", "--port", "0")
-    assert "missing" in missing
+    assert "missing" in lines[0]
 
 
 def test_signal_while_loading(tiny: Path) -> None:
