@@ -145,6 +145,8 @@ def test_it_can_be_used_while_the_model_loads(open_page: Open) -> None:
     tab.begin("Early")
     tab.page.get_by_text("Waiting for the server…").wait_for()
     assert tab.script.chats == []
+    tab.script.ready = (503, {"status": "loading", "stage": "loading", "done": 252, "total": 1000})
+    tab.page.get_by_text("The model is loading: 25 %.").wait_for()
     tab.script.ready = (200, {"status": "ready"})
     tab.page.get_by_text("Hello there.").wait_for()
     assert not tab.page.locator("#banner").is_visible()

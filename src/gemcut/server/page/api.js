@@ -29,8 +29,10 @@ export async function readiness() {
   try {
     const answer = await fetch("ready", { cache: "no-store" });
     if (answer.ok) return { state: "ready", stage: "" };
-    const { status, stage } = await answer.json();
-    return { state: status === "draining" ? "draining" : "loading", stage: typeof stage === "string" ? stage : "" };
+    const { status, stage, done, total } = await answer.json();
+    const named = typeof stage === "string" && stage !== "loading" ? stage : "";
+    const share = done > 0 && total >= done ? `${Math.floor((100 * done) / total)} %` : named;
+    return { state: status === "draining" ? "draining" : "loading", stage: share };
   } catch {
     return { state: "away", stage: "" };
   }
