@@ -41,13 +41,18 @@ def english(megabytes: float) -> list[str]:
     return texts
 
 
-def ours(texts: list[str]) -> dict[str, Callable[[], object]]:
+def ours(texts: list[str], benchmarks: str | None, tokenizer: str | None) -> dict[str, Callable[[], object]]:
     """What is timed, by name; each call works on fresh documents."""
+    from gemcut.data.decontaminate import Decontaminate
     from gemcut.data.dedup import minhash
+    from gemcut.data.dedup.exact import ExactDuplicates
     from gemcut.data.document import Document, split_all
     from gemcut.data.filters.language import Language
     from gemcut.data.filters.web import C4, FineWeb, GopherQuality, GopherRepetition
     from gemcut.data.steps import BaseStep, batches
+    from gemcut.data.tokens.tokenize import DocumentTokenizer
+    from gemcut.safety.lexicon import Lexicon
+    from gemcut.safety.linear import Training, train
     from gemcut.safety.pii import replace
 
     def fresh() -> list[Document]:
@@ -79,6 +84,27 @@ def ours(texts: list[str]) -> dict[str, Callable[[], object]]:
 
         return run
 
+    half = len(texts) // 2
+    judge = train(texts[:half], texts[half:], "half", Training(epochs=1))
+    lexicon = Lexicon([f"{word} thing" for word in ("some", "other", "every", "same")] + ["widget", "gadget"])
+
+    def judges() -> None:
+        for batch in batches(fresh()):
+            judge.scores(batch, "half")
+            lexicon.scores(batch)
+
+    def exact() -> None:
+        collector = ExactDuplicates().collector()
+        for batch in batches(fresh()):
+            collector.add(batch)
+
+    more: dict[str, Callable[[], object]] = {"lexicon and linear judge": judges, "exact duplicates, hashes": exact}
+    if benchmarks:
+        step = Decontaminate(benchmarks=benchmarks)
+        more["decontamination, 13- and 8-grams"] = each(step)
+    if tokenizer:
+        encoder = DocumentTokenizer(Path(tokenizer))
+        more["tokenize"] = lambda: encoder.encode(iter(fresh()))
     four = (GopherRepetition(), GopherQuality(), C4(terminal_punctuation=False, curly=False), FineWeb())
     return {
         "split": lambda: [split_all(batch) for batch in batches(fresh())],
@@ -92,6 +118,7 @@ def ours(texts: list[str]) -> dict[str, Callable[[], object]]:
         "pii": lambda: [replace(text) for text in texts],
         "minhash, rensa": signatures("rensa"),
         "minhash, numpy": signatures("numpy"),
+        **more,
     }
 
 
@@ -150,6 +177,9 @@ def main() -> None:
     parser.add_argument("--peer", help="Python of an environment with datatrove")
     parser.add_argument("--megabytes", type=float, default=4)
     parser.add_argument("--peer-megabytes", type=float, default=0.4, help="of the same text, for the slow peer")
+    parser.add_argument("--benchmarks", help="folder of benchmark sets, for decontamination")
+    parser.add_argument("--tokenizer", help="a tokenizer.json, for tokenizing")
+    parser.add_argument("--html", help="a folder of HTML pages")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--serve-peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,9 +191,20 @@ def main() -> None:
         size = sum(len(text.encode()) for text in texts) / 1e6
         print(json.dumps(measure(what, size, [])))
         return
+    from gemcut.data.readers.html import extract
+
     texts = english(options.megabytes)
     size = sum(len(text.encode()) for text in texts) / 1e6
-    what = ours(texts)
+    what = ours(texts, options.benchmarks, options.tokenizer)
+    if options.html:
+        pages = [path.read_bytes() for path in sorted(Path(options.html).rglob("*.html"))[:400]]
+        speeds = []
+        for _ in range(options.repetitions + 1):  # the first loads the library
+            start = time.process_time()
+            for page in pages:
+                extract(page)
+            speeds.append(sum(map(len, pages)) / 1e6 / (time.process_time() - start))
+        print(f"{f'html, {len(pages)} pages':36} {statistics.median(speeds[1:]):8.1f} MB/s")
     for call in what.values():
         call()  # tables, models, caches
     found: dict[str, list[float]] = {}
