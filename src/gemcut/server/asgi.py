@@ -146,6 +146,8 @@ class Request:
         extension = (self.scope.get("extensions") or {}).get(LEFT)
         if extension is not None:
             known: list[Callable[[], None]] = extension["callbacks"]
+            if extension["gone"]():  # before anybody asked, while the prompt was tokenized
+                left()
             known.append(left)
             return lambda: known.remove(left)
         waiting = asyncio.ensure_future(self._disconnected())

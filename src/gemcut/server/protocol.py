@@ -55,7 +55,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._drop(self._head_timer)
         self._head_timer = None
-        self.scope["extensions"] = {LEFT: {"callbacks": self._left}}
+        self.scope["extensions"] = {LEFT: {"callbacks": self._left, "gone": self.transport.is_closing}}
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
