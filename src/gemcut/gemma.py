@@ -67,7 +67,7 @@ class Gemma(TokenModel):
         max_context: int | None = None,
         max_batch_size: int = 64,
         max_batch_tokens: int | None = None,
-        step_seconds: float | Literal["auto"] | None = "auto",
+        step_seconds: float | Literal["auto"] | None = None,
         kv_memory: int | None = None,
         progress: bool | Report = True,
     ) -> Gemma:
@@ -89,7 +89,8 @@ class Gemma(TokenModel):
             max_batch_size: most requests in one step.
             max_batch_tokens: most tokens in one step.
             step_seconds: how long a step may take in which answers get their next tokens, by cutting the prompts beside
-                them smaller; "auto": 0.5 on a CPU, no bound on a GPU; None or 0: no bound.
+                them smaller; "auto": 0.5 on a CPU, no bound on a GPU; None or 0: no bound. With a bound an answer's
+                last bits depend on the time that steps took.
             kv_memory: bytes for keys and values; None decides from the memory there is.
             progress: show a bar (on a terminal), or a function called with (bytes done, bytes in all).
 

@@ -278,6 +278,8 @@ def test_nobody_there(bench: Bench) -> None:
         (("--trace", "none.jsonl"), "cannot read none.jsonl"),
         (("--trace", "a", "--chat"), "--chat sends words"),
         (("--trace", "a", "--write-trace", "b"), "contradict"),
+        (("--trace", "a", "--rate", "1"), "--rate and --trace contradict each other"),
+        (("--trace", "a", "--output-tokens", "8-128"), "--output-tokens and --trace contradict each other"),
         (("--write-trace", "b", "--rate", "1,2"), "--write-trace writes one round"),
         (("--api-key-file", "none"), "cannot read none"),
         (("--plot", "a.txt"), "--plot is 'a.txt'"),

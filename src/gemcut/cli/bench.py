@@ -45,11 +45,11 @@ def serve(
     url: Annotated[str, typer.Option(metavar="URL", help="The server's address.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, option("Its name in requests. Else the one of /v1/models.", metavar="NAME")] = None,
     rate: Annotated[
-        str, typer.Option(metavar="N,N,…", help="Requests a second, one round for each; inf: all at once.")
-    ] = "1",
-    requests: Annotated[int, typer.Option(metavar="N", help="Requests of each round.")] = 40,
-    prompt_tokens: Annotated[str, typer.Option(metavar="N|FROM-TO", help="Tokens of the prompts.")] = "16-1024",
-    output_tokens: Annotated[str, typer.Option(metavar="N|FROM-TO", help="Most tokens of the answers.")] = "8-128",
+        str | None, option("Requests a second, one round for each; inf: all at once. Else 1.", metavar="N,N,…")
+    ] = None,
+    requests: Annotated[int | None, option("Requests of each round. Else 40.", metavar="N")] = None,
+    prompt_tokens: Annotated[str | None, option("Tokens of the prompts. Else 16-1024.", metavar="N|FROM-TO")] = None,
+    output_tokens: Annotated[str | None, option("Most tokens of the answers. Else 8-128.", metavar="N|FROM-TO")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Another one gives other requests.")] = 0,
     trace: Annotated[Path | None, option("Send the requests of this file instead.", metavar="FILE")] = None,
     write_trace: Annotated[
@@ -85,9 +85,14 @@ def serve(
     from gemcut.bench.http import Address, Client
     from gemcut.bench.plot import check_plot
 
-    rates = _rates(rate)
-    prompt, new = _bounds("--prompt-tokens", prompt_tokens), _bounds("--output-tokens", output_tokens)
-    _check("--requests", requests, 1, traffic.MAX_REQUESTS)
+    made = {"rate": rate, "requests": requests, "prompt-tokens": prompt_tokens, "output-tokens": output_tokens}
+    if trace is not None and (given := [name for name, value in made.items() if value is not None]):
+        raise ParameterError(f"--{given[0]} and --trace contradict each other: a trace has its own requests; drop one")
+    rates = _rates("1" if rate is None else rate)
+    prompt = _bounds("--prompt-tokens", "16-1024" if prompt_tokens is None else prompt_tokens)
+    new = _bounds("--output-tokens", "8-128" if output_tokens is None else output_tokens)
+    count = 40 if requests is None else requests
+    _check("--requests", count, 1, traffic.MAX_REQUESTS)
     _check("--warmup", warmup, 0, 1000)
     for name, value in (("--timeout", timeout), ("--ttft-limit", ttft_limit), ("--tpot-limit", tpot_limit)):
         if value is not None and not 0 < value < 1e9:
@@ -102,7 +107,7 @@ def serve(
         lengths, answers = [len(row.prompt) for row in read], [row.new for row in read]
         prompt, new = (min(lengths), max(lengths)), (min(answers), max(answers))  # for the requests before
     else:
-        plans = [(each, traffic.make_trace(each, requests, prompt, new, seed, i)) for i, each in enumerate(rates)]
+        plans = [(each, traffic.make_trace(each, count, prompt, new, seed, i)) for i, each in enumerate(rates)]
     if write_trace is not None:
         if len(plans) > 1:
             raise ParameterError(f"--write-trace writes one round; --rate names {len(plans)}")

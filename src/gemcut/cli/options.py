@@ -148,8 +148,13 @@ class LoadOptions(QuantizationOptions, HubOptions):
     max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
     threads: Annotated[int | None, _model("CPU threads to compute with.", metavar="N")] = None
 
-    def load(self, name: str, *, progress: bool | Report = True) -> Gemma:
-        """Load a model, with a progress bar on a terminal, or ``progress`` that hears how far it is."""
+    def load(
+        self, name: str, *, progress: bool | Report = True, step_seconds: float | Literal["auto"] | None = None
+    ) -> Gemma:
+        """Load a model, with a progress bar on a terminal, or ``progress`` that hears how far it is.
+
+        ``step_seconds`` as in `Gemma.load`.
+        """
         if self.threads is not None:
             check_threads(self.threads, "--threads")
         if self.max_context is not None and self.max_context < 1:
@@ -177,6 +182,7 @@ class LoadOptions(QuantizationOptions, HubOptions):
             local_files_only=self.local_files_only,
             attn_implementation=self.attn_implementation,
             max_context=self.max_context,
+            step_seconds=step_seconds,
             progress=progress,
         )
 

@@ -102,7 +102,7 @@ def serve(
                 if bar is not None:
                     bar(done, total)
 
-            gemma = load.load(name, progress=tell)
+            gemma = load.load(name, progress=tell, step_seconds="auto")
         gemma.sampling_levels[:0] = [("command line", fields), *levels]
         speeds.append(measured_speed(gemma))
         return gemma

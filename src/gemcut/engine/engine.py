@@ -48,8 +48,8 @@ class EngineConfig:
         max_batch_tokens: most tokens in one step; a longer prompt is cut into chunks of this size.
         step_seconds: how long a step may take in which answers get their next tokens: prompts beside them are cut into
             smaller chunks, by what earlier steps took, but never below 32 tokens a step. It bounds the gap between an
-            answer's tokens, and makes the prompts' first tokens come later. "auto": 0.5 on a CPU, none on a GPU; None
-            or 0: none.
+            answer's tokens, and makes the prompts' first tokens come later. How prompts are cut then depends on the
+            time, and with it an answer's last bits. "auto": 0.5 on a CPU, none on a GPU; None or 0: none.
         block_size: tokens a cache block holds.
         kv_memory: bytes for keys and values; None makes room for ``sequences`` whole contexts.
         sequences: how many requests of ``max_context`` the cache holds when ``kv_memory`` is None.
@@ -58,7 +58,7 @@ class EngineConfig:
     max_context: int | None = None
     max_batch_size: int = 64
     max_batch_tokens: int = 512
-    step_seconds: float | Literal["auto"] | None = "auto"
+    step_seconds: float | Literal["auto"] | None = None
     block_size: int = BLOCK_SIZE
     kv_memory: int | None = None
     sequences: int = 2

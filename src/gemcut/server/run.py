@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -16,7 +17,7 @@ from types import FrameType
 
 import uvicorn
 
-from gemcut.errors import ParameterError
+from gemcut.errors import GemcutError, ParameterError
 from gemcut.gemma import Gemma
 from gemcut.progress import Report
 from gemcut.server.app import App
@@ -145,7 +146,8 @@ class Server(uvicorn.Server):
         try:
             gemma = self._load(self._report)
             # It holds Python's lock for seconds, so that no answer may be under way.
-            gemma.grammars.prepare()
+            with contextlib.suppress(GemcutError):  # a request that asks for a grammar is told why there is none
+                gemma.grammars.prepare()
             import torch
 
             threads = torch.get_num_threads()
