@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gemcut.server.logs import Log
 from gemcut.server.state import ServerSettings, ServerState
 from gemcut.settings import Settings
 from server.host import CHAT, NAME, Served, error_of, new_gemma, serving
-from server.test_command import Process, failed, running, tiny  # noqa: F401
+from server.test_command import Process, refused, running, tiny  # noqa: F401
 
 ALICE, BOB, CAROL = (f"{name}-0123456789abcdef" for name in ("alice", "bob", "carol"))
 NOTHING = Settings({}, {})
@@ -193,7 +193,7 @@ def test_options_that_contradict_or_are_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command(tiny: Path, tmp_path: Path, refused: Callable[..., str]) -> None:  # noqa: F811
     file = tmp_path / "keys.toml"
     file.write_text(f'alice = "{ALICE}"\n')
     file.chmod(0o600)
@@ -208,6 +208,6 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
         assert client.get("/v1/models").json()["data"][0]["id"] == "checkpoint"
         process.said('"path":"/v1/models","status":200')
     assert not any(ALICE in line for line in process.lines)
-    assert "others can reach" in failed(tiny, "--host", "0.0.0.0", "--port", "0")
+    assert "others can reach" in refused(tiny, "--host", "0.0.0.0", "--port", "0")
     file.chmod(0o644)
-    assert f"run chmod 600 {file}" in failed(tiny, "--api-key-file", file, "--port", "0")
+    assert f"run chmod 600 {file}" in refused(tiny, "--api-key-file", file, "--port", "0")

@@ -28,9 +28,9 @@ document.addEventListener("securitypolicyviolation", (event) => {
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, once for all tests."""
+    """Chromium, once for a module: as long as it lives no other test of this thread could call ``asyncio.run``."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
     found = os.environ.get("GEMCUT_TEST_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
@@ -173,7 +173,7 @@ class Windows:
             self.extra.clear()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def windows(browser: Any) -> Iterator[Windows]:
     desk = Desk(Script())
     with serving(desk) as url:
