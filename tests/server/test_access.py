@@ -122,9 +122,9 @@ def test_a_page_of_an_allowed_origin(served: Served) -> None:
     assert (preflight.status_code, preflight.content) == (204, b"")
     assert preflight.headers["access-control-allow-origin"] == "https://chat.example.org"
     assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
-    refused = served.http.post("/v1/chat/completions", json={}, headers=origin)
-    assert refused.status_code == 401
-    assert refused.headers["access-control-allow-origin"] == "https://chat.example.org"  # so that the page can read it
+    denied = served.http.post("/v1/chat/completions", json={}, headers=origin)
+    assert denied.status_code == 401
+    assert denied.headers["access-control-allow-origin"] == "https://chat.example.org"  # so that the page can read it
     foreign = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
     for response in (
         served.http.options("/v1/models", headers=foreign | asked),
@@ -152,7 +152,7 @@ def logged(*, prompts: bool) -> list[dict[str, Any]]:
 def test_lines_have_sizes_and_times_and_no_texts() -> None:
     lines = logged(prompts=False)
     assert "secret" not in json.dumps(lines).lower()
-    answer, wrong, refused = lines  # a probe that went well is no line
+    answer, wrong, denied = lines  # a probe that went well is no line
     assert (answer["id"], answer["key"], answer["status"], answer["path"]) == (
         "mine-1",
         "alice",
@@ -163,7 +163,7 @@ def test_lines_have_sizes_and_times_and_no_texts() -> None:
     assert answer["completion_tokens"] == 8
     assert 0 < answer["first_token_seconds"] < answer["seconds"]
     assert (wrong["status"], wrong["error"]) == (400, "unknown_field")
-    assert (refused["status"], refused["error"], refused.get("key")) == (401, "missing_api_key", None)
+    assert (denied["status"], denied["error"], denied.get("key")) == (401, "missing_api_key", None)
 
 
 def test_prompts_are_logged_where_that_was_asked_for() -> None:
