@@ -27,7 +27,7 @@ def page(browser: Any) -> Iterator[Any]:
     page.on("request", lambda request: requests.append(request.url))
     yield page
     assert page.evaluate("window.violations") == []
-    assert len({url.split("/")[2] for url in requests}) == 1
+    assert len({url.split("/")[2] for url in requests}) <= 1  # none where the test was skipped
     context.close()
 
 
