@@ -257,9 +257,11 @@ class Engine:
         batch = self.scheduler.schedule()
         self._whole = True
         if batch:
-            load, started = load_of(batch), self.clock()
-            self._attempt(batch)
-            if self.scheduler.step_seconds is not None:
+            if self.scheduler.step_seconds is None:
+                self._attempt(batch)
+            else:
+                load, started = load_of(batch), self.clock()
+                self._attempt(batch)
                 self.scheduler.times.learn(load, self.clock() - started)
         self._tend()  # somebody may have cancelled from within the step
 
