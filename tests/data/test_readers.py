@@ -58,9 +58,11 @@ def test_text(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemcut.data.readers.base.read_whole.__defaults__", (10,))
-    (tmp_path / "a.txt").write_text("longer than ten bytes")
-    assert read(TextReader(), tmp_path) == ({}, Counter({"file larger than 64 MB": 1}))
+    monkeypatch.setattr(TextReader, "LIMIT", 1 << 20)
+    (tmp_path / "a.txt").write_text("a" * (1 << 20) + "a")
+    (tmp_path / "b.txt").write_text("b" * (1 << 20))
+    kept, dropped = read(TextReader(), tmp_path)
+    assert (set(kept), dropped) == ({"b.txt"}, Counter({"file larger than 1 MB": 1}))
 
 
 def test_mathematics(tmp_path: Path) -> None:

@@ -255,3 +255,24 @@ def guard(file: File, source: str, items: Callable[[], Iterator[Item]]) -> Itera
         yield from items()
     except DamagedFileError as error:
         yield bad(source, f"{file.name}#end", f"{error}: the rest of the file is lost")
+
+
+@dataclass(frozen=True)
+class WholeFileReader(Reader):
+    """Base of readers that need all bytes of a file at once."""
+
+    LIMIT: ClassVar[int] = MAX_RECORD
+
+    def read(self, file: File, source: str, licence: str) -> Iterator[Item]:
+        return guard(file, source, lambda: self._items(file, source, licence))
+
+    def items(self, data: bytes, file: File, source: str, licence: str) -> Iterator[Item]:
+        """The documents of a file that holds ``data``."""
+        raise NotImplementedError
+
+    def _items(self, file: File, source: str, licence: str) -> Iterator[Item]:
+        data = read_whole(file, self.LIMIT)
+        if data is None:
+            yield bad(source, file.name, f"file larger than {self.LIMIT >> 20} MB")
+        else:
+            yield from self.items(data, file, source, licence)

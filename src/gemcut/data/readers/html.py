@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gemcut.data.document import Document
-from gemcut.data.readers.base import MAX_RECORD, File, Item, Reader, bad, checked, guard, read_whole
+from gemcut.data.readers.base import File, Item, WholeFileReader, bad, checked
 from gemcut.data.store import needs
 
 #: Where a page keeps the TeX that a formula was made of.
@@ -22,7 +22,7 @@ _MATH = re.compile(r"<math\b.*?</math>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class HtmlReader(Reader):
+class HtmlReader(WholeFileReader):
     """HTML and XHTML files. ``main_content = false`` takes menus and footers along; ``url`` goes before each name."""
 
     ENDINGS: ClassVar[tuple[str, ...]] = (".html", ".htm", ".xhtml", ".html.gz")
@@ -30,14 +30,7 @@ class HtmlReader(Reader):
     main_content: bool = True
     url: str = ""
 
-    def read(self, file: File, source: str, licence: str) -> Iterator[Item]:
-        return guard(file, source, lambda: self._items(file, source, licence))
-
-    def _items(self, file: File, source: str, licence: str) -> Iterator[Item]:
-        data = read_whole(file)
-        if data is None:
-            yield bad(source, file.name, f"file larger than {MAX_RECORD >> 20} MB")
-            return
+    def items(self, data: bytes, file: File, source: str, licence: str) -> Iterator[Item]:
         text = extract(data, self.main_content)
         if text is None:
             yield bad(source, file.name, "not HTML")

@@ -8,25 +8,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gemcut.data.document import Document
-from gemcut.data.readers.base import MAX_RECORD, File, Item, Reader, bad, checked, guard, read_whole
+from gemcut.data.readers.base import File, Item, WholeFileReader, bad, checked
 
 
 @dataclass(frozen=True)
-class TextReader(Reader):
+class TextReader(WholeFileReader):
     """Plain text in UTF-8, .gz and .zst too. With ``divide`` a file is several documents, apart at this line."""
 
     ENDINGS: ClassVar[tuple[str, ...]] = (".txt", ".txt.gz", ".txt.zst", ".text", ".rst")
 
     divide: str = ""
 
-    def read(self, file: File, source: str, licence: str) -> Iterator[Item]:
-        return guard(file, source, lambda: self._items(file, source, licence))
-
-    def _items(self, file: File, source: str, licence: str) -> Iterator[Item]:
-        data = read_whole(file)
-        if data is None:
-            yield bad(source, file.name, f"file larger than {MAX_RECORD >> 20} MB")
-            return
+    def items(self, data: bytes, file: File, source: str, licence: str) -> Iterator[Item]:
         try:
             text = data.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError:

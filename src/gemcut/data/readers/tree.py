@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from gemcut.data.document import Document
-from gemcut.data.readers.base import File, Item, Reader, bad, checked, guard, read_whole
+from gemcut.data.readers.base import File, Item, WholeFileReader, bad, checked
 
 LANGUAGES: Mapping[str, str] = {
     ".py": "python", ".pyi": "python", ".c": "c", ".h": "c", ".cc": "c++", ".cpp": "c++", ".cxx": "c++",
@@ -48,12 +48,13 @@ HEADER = 4000  # characters of a file in which its own licence stands
 
 
 @dataclass(frozen=True)
-class TreeReader(Reader):
+class TreeReader(WholeFileReader):
     """Files of code below a folder. ``languages`` (all): which of them; a file's own licence goes before its folder's,
     that of its folder before the source's. ``meta`` of a document holds ``path`` and ``code``, its language.
     """
 
     ENDINGS: ClassVar[tuple[str, ...]] = tuple(LANGUAGES)
+    LIMIT: ClassVar[int] = 4 << 20
 
     languages: tuple[str, ...] = ()
 
@@ -76,14 +77,7 @@ class TreeReader(Reader):
         # A header is called C before it is read; what it is shows later.
         return language in self.languages or (language == "c" and "c++" in self.languages)
 
-    def read(self, file: File, source: str, licence: str) -> Iterator[Item]:
-        return guard(file, source, lambda: self._items(file, source, licence))
-
-    def _items(self, file: File, source: str, licence: str) -> Iterator[Item]:
-        data = read_whole(file, 4 << 20)
-        if data is None:
-            yield bad(source, file.name, "file larger than 4 MB")
-            return
+    def items(self, data: bytes, file: File, source: str, licence: str) -> Iterator[Item]:
         try:
             text = data.decode()
         except UnicodeDecodeError:
