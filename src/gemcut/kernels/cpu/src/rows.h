@@ -21,6 +21,40 @@ struct Input {
     const float* digit_scale;   // [m]: what the integers are multiples of
 };
 
+// The largest magnitude; NaN and infinity count as what their bits say, above every finite value.
+inline float largest_of(const float* x, int64_t count) {
+    uint32_t worst = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t word;
+        memcpy(&word, x + i, 4);
+        word &= 0x7fffffff;
+        worst = worst > word ? worst : word;
+    }
+    float value;
+    memcpy(&value, &worst, 4);
+    return value;
+}
+
+// Whether the integer arithmetic takes values of this magnitude. NaN is not in range.
+inline bool in_range(float largest) { return largest <= 1e30f; }
+
+// One UNIT of x as integers of `bits` bits and sign times a power of two, so that one large value costs only its
+// neighbours some of their last bits. False if x comes near the ends of fp32's range.
+inline bool unit_to_shorts(const float* x, int bits, int16_t* shorts, float* scale) {
+    const float largest = largest_of(x, UNIT);
+    if (!in_range(largest)) return false;
+    uint32_t word;
+    memcpy(&word, &largest, 4);
+    // 2 to the power that the largest value has, from its bits; values below 1e-30 become zero.
+    const int exponent = largest < 1e-30f ? 0 : int(word >> 23) - 127;
+    const uint32_t up = uint32_t(127 + bits - 1 - exponent) << 23, down = uint32_t(127 - bits + 1 + exponent) << 23;
+    float factor;
+    memcpy(&factor, &up, 4), memcpy(scale, &down, 4);
+    // Adding 1.5 * 2^23 rounds to the nearest integer.
+    for (int i = 0; i < UNIT; ++i) shorts[i] = int16_t(int32_t((x[i] * factor + 12582912.0f) - 12582912.0f));
+    return true;
+}
+
 // Into L2: L1 has few lines in flight at once, and the loads need those.
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 

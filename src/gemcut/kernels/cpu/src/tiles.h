@@ -29,29 +29,6 @@ struct Tiles {
     bool x_is_bf16, finite;
 };
 
-// One UNIT of x as integers of `bits` bits and sign times a power of two, so that one large value costs only its
-// neighbours some of their last bits. False if x comes near the ends of fp32's range.
-inline bool unit_to_shorts(const float* x, int bits, int16_t* shorts, float* scale) {
-    uint32_t worst = 0;  // NaN and infinity count as what their bits say, above every finite value
-    for (int64_t i = 0; i < UNIT; ++i) {
-        uint32_t word;
-        memcpy(&word, x + i, 4);
-        word &= 0x7fffffff;
-        worst = worst > word ? worst : word;
-    }
-    float largest;
-    memcpy(&largest, &worst, 4);
-    if (!(largest <= 1e30f)) return false;
-    // 2 to the power that the largest value has, from its bits; values below 1e-30 become zero.
-    const int exponent = largest < 1e-30f ? 0 : int(worst >> 23) - 127;
-    const uint32_t up = uint32_t(127 + bits - 1 - exponent) << 23, down = uint32_t(127 - bits + 1 + exponent) << 23;
-    float factor;
-    memcpy(&factor, &up, 4), memcpy(scale, &down, 4);
-    // Adding 1.5 * 2^23 rounds to the nearest integer.
-    for (int i = 0; i < UNIT; ++i) shorts[i] = int16_t(int32_t((x[i] * factor + 12582912.0f) - 12582912.0f));
-    return true;
-}
-
 // Rows [begin, end) of x to their tiles.
 inline void pack_rows(void* context, int64_t begin, int64_t end, int) {
     Tiles& tiles = *static_cast<Tiles*>(context);

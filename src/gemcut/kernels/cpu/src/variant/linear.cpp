@@ -49,25 +49,6 @@ struct Call {
 
 // ---- x ------------------------------------------------------------------------------------------------------------
 
-#if defined(GEMCUT_SHORTS) || defined(GEMCUT_DIGITS)
-// The largest magnitude; NaN and infinity count as what their bits say, above every finite value.
-float largest_of(const float* x, int64_t count) {
-    uint32_t worst = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t word;
-        memcpy(&word, x + i, 4);
-        word &= 0x7fffffff;
-        worst = worst > word ? worst : word;
-    }
-    float value;
-    memcpy(&value, &worst, 4);
-    return value;
-}
-
-// NaN is not.
-bool in_range(float largest) { return largest <= 1e30f; }
-#endif
-
 // Within each UNIT, value e of every group of eight, for e = 0 ... 7.
 void split(const float* from, float* to, int64_t count) {
     for (int64_t start = 0; start < count; start += UNIT)
@@ -76,24 +57,11 @@ void split(const float* from, float* to, int64_t count) {
 }
 
 #ifdef GEMCUT_SHORTS
-// Each UNIT of x as integers of 14 bits and sign times a power of two of its own, so that one large value costs only its
-// neighbours some of their last bits: the error is below 1e-4 of a unit's norm. False if x comes near the ends of
-// fp32's range.
+// Each UNIT of x as integers of 14 bits and sign: the error is below 1e-4 of a unit's norm. False as unit_to_shorts.
 bool to_shorts(const float* x, int64_t step, int16_t* shorts, float* scales) {
     for (int64_t u = 0; u < step; u += UNIT) {
-        const float largest = largest_of(x + u, UNIT);
-        if (!in_range(largest)) return false;
-        // 2 to the power that the largest value has, from its bits; values below 1e-30 become zero.
-        uint32_t bits;
-        memcpy(&bits, &largest, 4);
-        const int exponent = largest < 1e-30f ? 0 : int(bits >> 23) - 127;
-        const uint32_t up = uint32_t(127 + 13 - exponent) << 23, down = uint32_t(127 - 13 + exponent) << 23;
-        float factor;
         int16_t rounded[UNIT];
-        memcpy(&factor, &up, 4), memcpy(scales + u / UNIT, &down, 4);
-        // Adding 1.5 * 2^23 rounds to the nearest integer.
-        for (int i = 0; i < UNIT; ++i)
-            rounded[i] = int16_t(int32_t((x[u + i] * factor + 12582912.0f) - 12582912.0f));
+        if (!unit_to_shorts(x + u, 14, rounded, scales + u / UNIT)) return false;
         order_shorts(rounded, shorts + u);
     }
     return true;
