@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import support
 from gemcut.errors import ParameterError
 from gemcut.server.errors import ApiError
 from gemcut.server.keys import ApiKey, Keys, Limits, read_keys
@@ -22,6 +24,14 @@ def written(folder: Path, text: str | bytes, mode: int = 0o600) -> Path:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     path.chmod(mode)
     return path
+
+
+def test_the_documented_file(tmp_path: Path) -> None:
+    page = (support.ROOT / "docs" / "server.md").read_text("utf-8")
+    (text,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    alice, bob = read_keys(written(tmp_path, text)).keys
+    assert (alice.name, alice.limits) == ("alice", Limits())
+    assert (bob.name, bob.limits) == ("bob", Limits(60, 100_000, 4))
 
 
 def test_a_file_of_keys(tmp_path: Path) -> None:

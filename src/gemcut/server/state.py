@@ -120,7 +120,7 @@ class ServerState:
 
     @property
     def fingerprint(self) -> str:
-        """What computes: the same words, seed and fingerprint give the same answer."""
+        """What computes: gemcut's version, the kind of device, the dtype. Answers with others may differ."""
         if self._fingerprint[0] is not self.gemma:
             assert self.gemma is not None
             dtype = str(self.gemma.dtype).removeprefix("torch.")
