@@ -48,6 +48,25 @@ class Usage(msgspec.Struct, kw_only=True):
     timings: Timings
 
 
+class _Choice(msgspec.Struct, kw_only=True):
+    """What one of the answers has, whatever it is."""
+
+    index: int
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class _Answer(msgspec.Struct, kw_only=True):
+    """What a whole answer has, whatever it is."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
+
+
 class ChatAnswerMessage(msgspec.Struct, kw_only=True):
     """The assistant's turn."""
 
@@ -57,48 +76,30 @@ class ChatAnswerMessage(msgspec.Struct, kw_only=True):
     tool_calls: list[dict[str, Any]] = []
 
 
-class ChatChoice(msgspec.Struct, kw_only=True):
+class ChatChoice(_Choice, kw_only=True):
     """One of the answers that were asked for."""
 
-    index: int
     message: ChatAnswerMessage
-    logprobs: dict[str, Any] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
 
 
-class ChatAnswer(msgspec.Struct, kw_only=True):
+class ChatAnswer(_Answer, kw_only=True):
     """The answer of /v1/chat/completions; as a stream it comes in events of ``chat.completion.chunk``."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
-class CompletionChoice(msgspec.Struct, kw_only=True):
+class CompletionChoice(_Choice, kw_only=True):
     """One of the answers that were asked for."""
 
-    index: int
     text: str
-    logprobs: dict[str, Any] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
 
 
-class CompletionAnswer(msgspec.Struct, kw_only=True):
+class CompletionAnswer(_Answer, kw_only=True):
     """The answer of /v1/completions."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage
 
 
 class Embedding(msgspec.Struct, kw_only=True):
