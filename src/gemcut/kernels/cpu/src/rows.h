@@ -38,8 +38,8 @@ inline float largest_of(const float* x, int64_t count) {
 // Whether the integer arithmetic takes values of this magnitude. NaN is not in range.
 inline bool in_range(float largest) { return largest <= 1e30f; }
 
-// One UNIT of x as integers of `bits` bits and sign times a power of two, so that one large value costs only its
-// neighbours some of their last bits. False if x comes near the ends of fp32's range.
+// One UNIT of x as integers of `bits` bits and a sign, times a power of two that fits the unit's largest value. So a large
+// value takes last bits from its own unit alone. False if x comes near the ends of fp32's range.
 inline bool unit_to_shorts(const float* x, int bits, int16_t* shorts, float* scale) {
     const float largest = largest_of(x, UNIT);
     if (!in_range(largest)) return false;
