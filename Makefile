@@ -29,8 +29,8 @@ test-gpu: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/dev.stamp
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks recipes
+	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
 
 bench-cpu: $(VENV)/dev.stamp

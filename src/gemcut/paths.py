@@ -14,7 +14,7 @@ def expand(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def cache_folder(kind: Literal["models", "tokenizers", "kernels"]) -> Path:
+def cache_folder(kind: Literal["models", "tokenizers", "kernels", "packages"]) -> Path:
     """Where gemcut keeps what it can make again: ``GEMCUT_CACHE``, else gemcut's folder in the user's cache.
 
     Raises CheckpointError where there is no home folder.

@@ -33,6 +33,14 @@ def test_the_recipe_and_the_steps(tmp_path: Path) -> None:
     assert report["totals"]["documents_out"] == 1
 
 
+def test_the_reader_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(next(text for text in fences("python") if "def pages" in text))
+    (tmp_path / "book.txt").write_text("one\fthe second page")
+    source = '[[source]]\nname = "book"\nreader = "mine.py:pages"\npaths = ["book.txt"]\n'
+    report = run(write_recipe(tmp_path, source), tmp_path / "out")
+    assert (report["totals"]["documents_out"], report["totals"]["bytes_out"]) == (2, len("one" + "the second page"))
+
+
 def test_every_reader_and_step_is_listed() -> None:
     named = set(re.findall(r"^- `([\w-]+)`:", PAGE, re.MULTILINE))
     assert named >= {*READERS, *STEPS}

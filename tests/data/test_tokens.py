@@ -14,7 +14,7 @@ from gemcut.data.store import read_documents
 from gemcut.data.tokens.mixture import Mixture, order
 from gemcut.data.tokens.reader import PackedReader, ShardReader
 from gemcut.data.tokens.tokenize import DocumentTokenizer, check_bos
-from gemcut.data.tokens.train import MARKS, train
+from gemcut.data.tokens.train import MARKS, common_characters, train
 from gemcut.errors import DataError, ParameterError, RecipeError
 
 from ..cli.conftest import Cli, cli  # noqa: F401
@@ -41,7 +41,7 @@ ODD = "Numbers 1234, tabs\tand  two spaces\n\n    indented <bos> <eos> 中文 \U
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train(iter([sentences(i) for i in range(60)] + [ODD]), 420).save(str(path))
+    train(lambda: iter([sentences(i) for i in range(60)] + [ODD]), 420).save(str(path))
     return path
 
 
@@ -74,9 +74,56 @@ def test_a_trained_tokenizer(tokenizer_json: Path) -> None:
 
 def test_too_little_to_learn() -> None:
     with pytest.raises(DataError, match="the texts hold"):
-        train(iter(["a b c"]), 1000)
+        train(lambda: iter(["a b c"]), 1000)
     with pytest.raises(ParameterError, match="the size is 10; expected 365"):
-        train(iter(["a"]), 10)
+        train(lambda: iter(["a"]), 10)
+
+
+def test_the_characters_of_a_tokenizer() -> None:
+    """The most frequent; of equally many the lower code point, whatever the order of the texts."""
+    texts = ["bbb aaa c d", "d c é"]
+    for some in (texts, texts[::-1]):
+        assert common_characters(iter(some), 5) == ["▁", "a", "b", "c", "d"]
+        assert common_characters(iter(some), 4) == ["▁", "a", "b", "c"]
+        assert common_characters(iter(some), 99) == ["▁", "a", "b", "c", "d", "é"]
+
+
+def test_a_recipe_that_trains_its_tokenizer(folder: Path) -> None:
+    """Trained on what the run kept, written beside the shards, the same bytes each time."""
+    recipe = write_recipe(folder, RECIPE.replace('tokenizer = "tokenizer.json"', "train = 420"))
+    run(recipe, folder / "out")
+    run(recipe, folder / "again")
+    assert files(folder / "out") == files(folder / "again")
+    made = folder / "out" / "tokenizer.json"
+    index = ShardReader(folder / "out" / "tokens").index
+    assert index["tokenizer_sha256"] == hashlib.sha256(made.read_bytes()).hexdigest()
+    assert index["vocabulary"] == 420
+    import tokenizers
+
+    reader, text = ShardReader(folder / "out" / "tokens"), tokenizers.Tokenizer.from_file(str(made))
+    kept = {d.text for path in (folder / "out" / "documents").iterdir() for d in read_documents(path)}
+    assert {text.decode(reader[i][1:-1].tolist(), skip_special_tokens=False) for i in range(len(reader))} == kept
+    for table in ("", 'train = 420\ntokenizer = "tokenizer.json"', "train = 5"):
+        with pytest.raises(RecipeError, match=r"\[tokens\]: (expected either tokenizer|the size is 5)"):
+            read_recipe(write_recipe(folder, RECIPE.replace('tokenizer = "tokenizer.json"', table)))
+
+
+def test_grain_reads_shards(folder: Path) -> None:
+    """An epoch of grain's loader, shuffled: each window once, as it stands in the shards."""
+    grain = pytest.importorskip("grain", reason="grain is not installed; gemcut[train] brings it")
+    from grain import samplers, transforms
+
+    run(write_recipe(folder, RECIPE), folder / "out")
+    packed = PackedReader(folder / "out" / "tokens", 64)
+    sampler = samplers.IndexSampler(len(packed), num_epochs=1, shuffle=True, seed=3)
+    batch = transforms.Batch(batch_size=5, drop_remainder=False)
+    loader = grain.DataLoader(data_source=packed, sampler=sampler, operations=[batch], worker_count=0)
+    batches = list(loader)
+    assert {name: array.shape for name, array in batches[0].items()} == dict.fromkeys(packed[0], (5, 64))
+    rows = [row.tobytes() for b in batches for row in np.concatenate([b[n] for n in sorted(b)], 1)]
+    whole = [np.concatenate([packed[i][n] for n in sorted(packed[i])]).tobytes() for i in range(len(packed))]
+    assert sorted(rows) == sorted(whole)
+    assert rows != whole
 
 
 def test_shards_hold_every_document_once(folder: Path) -> None:

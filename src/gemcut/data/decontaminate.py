@@ -44,7 +44,7 @@ class Decontaminate(BaseStep):
     """Drops documents that hold an n-gram of a benchmark, or cuts the lines that do (``action = "cut"``).
 
     ``benchmarks`` is a folder with a folder for each; "" takes the one that GEMCUT_BENCHMARKS names. ``min_hits``:
-    how many n-grams make a hit.
+    how many n-grams make a hit. With ``optional`` a run without benchmarks drops nothing and gives an alarm.
     """
 
     NAME: ClassVar[str] = "decontaminate"
@@ -52,26 +52,38 @@ class Decontaminate(BaseStep):
     benchmarks: str = field(default="", metadata={"path": True})
     action: Literal["drop", "cut"] = "drop"
     min_hits: int = 1
+    optional: bool = False
 
     def __post_init__(self) -> None:
         folder = self.benchmarks or os.environ.get(VARIABLE, "")
-        if not folder:
+        if not folder and not self.optional:
             raise ParameterError(f"benchmarks is not given and {VARIABLE} is not set; expected a folder of benchmarks")
-        if not os.path.isdir(folder):
+        if folder and not os.path.isdir(folder):
             raise ParameterError(f"benchmarks: there is no folder {folder}")
-        self._folder = Path(folder)
+        self._folder = Path(folder) if folder else None
         self._index: Index | None = None
 
+    @property
+    def alarm(self) -> str:
+        return "" if self._folder else f"compared with no benchmark, since {VARIABLE} is not set"
+
     def files(self) -> Sequence[str]:
+        if self._folder is None:
+            return ()
         return [str(path) for _, path in benchmark_files(self._folder)]
 
     def prepare(self, folder: Path) -> None:
+        if self._folder is None:
+            return
         Index.build(self._folder).save(folder)
 
     def use(self, folder: Path) -> None:
         self._index = Index.load(folder)
 
     def __call__(self, documents: Iterator[Document], rank: int, world_size: int) -> Iterator[Document | Dropped]:
+        if self._folder is None:
+            yield from documents
+            return
         index = self._index = self._index or Index.build(self._folder)
         for some in batches(documents):
             batch = Batch(some)

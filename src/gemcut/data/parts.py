@@ -35,6 +35,7 @@ def divide(recipe: Recipe) -> list[Part]:
     limit = int(recipe.part_mb * 1e6)
     parts: list[Part] = []
     for source in recipe.sources:
+        source.check(recipe.path)
         together: list[File] = []
         size = 0
         for file in list_files(source.reader, source.paths, source.name):

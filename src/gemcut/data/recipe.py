@@ -10,17 +10,19 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from gemcut.data.catalogue import READERS, STEPS, load
+from gemcut.data.packages import Package
 from gemcut.data.readers.base import Reader
+from gemcut.data.readers.function import FunctionReader
 from gemcut.data.steps import BaseStep, FunctionFilter, FunctionStep
 from gemcut.data.tokens.mixture import Mixture
 from gemcut.data.tokens.pack import TokenSpec
-from gemcut.errors import ParameterError, RecipeError
+from gemcut.errors import DataError, ParameterError, RecipeError
 from gemcut.files import shown
 from gemcut.settings import parse_toml, read_text, suggestion
 
@@ -36,7 +38,10 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source: where its files are and how they are read. ``reason``, for the report, says why so."""
+    """One source: where its files are and how they are read. ``reason``, for the report, says why so.
+
+    Of a ``package`` the ``paths`` are the ``patterns`` below its folder.
+    """
 
     name: str
     reader: Reader
@@ -44,6 +49,16 @@ class SourceSpec:
     paths: tuple[str, ...]
     licence: str = ""
     reason: str = ""
+    package: Package | None = None
+    patterns: tuple[str, ...] = ()
+
+    def check(self, recipe: Path) -> None:
+        """Raises DataError where the source is of a package that is not here, or not with all that it names."""
+        if self.package is None:
+            return
+        record = self.package.record()
+        if record is None or not set(self.patterns) <= set(record["patterns"]):
+            raise DataError(f"source {self.name}: {self.package} is not here; run: gemcut data fetch {recipe}")
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,7 @@ class _Builder:
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self._path, self._data = path, data
+        self._modules: dict[Path, types.ModuleType] = {}
         self._digest = hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode())
 
     def recipe(self) -> Recipe:
@@ -130,7 +146,7 @@ class _Builder:
         for spec in chain:
             for file in spec.step.files():
                 self._digest.update(self._content(file, f"step {spec.name}"))
-        if tokens is not None:
+        if tokens is not None and tokens.tokenizer:
             self._digest.update(self._content(tokens.tokenizer, "[tokens]"))
         for table in ("weights", "epochs", "budgets"):
             for source in getattr(mixture, table):
@@ -157,19 +173,39 @@ class _Builder:
         if not _NAME.fullmatch(name):
             raise self._error(where, "the name must be letters, digits, dots, dashes and underscores, 64 at most")
         reader_name = self._take(table, "reader", str, where)
-        if reader_name not in READERS:
-            raise self._error(where, f"unknown reader {shown(reader_name)}; {suggestion(reader_name, READERS)}")
         paths = tuple(self._list(table, "paths", where))
         if not paths or not all(paths):
             raise self._error(where, 'paths is empty; expected a list such as ["texts/*.jsonl.gz"]')
         licence = self._take(table, "licence", str, where, "")
         reason = self._take(table, "reason", str, where, "")
-        reader = cast(
-            Reader,
-            self._make(load(READERS[reader_name]), table, where, ("name", "reader", "paths", "licence", "reason")),
-        )
+        package = self._package(table, where, paths)
+        taken = ("name", "reader", "paths", "licence", "reason", "package")
+        if reader_name.endswith(".py") or ".py:" in reader_name:
+            self._nothing_left(table, where, taken)
+            function, short = self._code("reader", reader_name, where, "(data, name)")
+            reader: Reader = FunctionReader(function, short)
+        elif reader_name in READERS:
+            reader = cast(Reader, self._make(load(READERS[reader_name]), table, where, taken))
+        else:
+            raise self._error(where, f"unknown reader {shown(reader_name)}; {suggestion(reader_name, READERS)}")
+        if package is not None:
+            return SourceSpec(
+                name, reader, reader_name, tuple(str(package.files / p) for p in paths), licence, reason, package, paths
+            )
         resolved = tuple(p if "://" in p else str(self._path.parent / Path(p).expanduser()) for p in paths)
         return SourceSpec(name, reader, reader_name, resolved, licence, reason)
+
+    def _package(self, table: dict[str, Any], where: str, paths: Sequence[str]) -> Package | None:
+        text = self._take(table, "package", str, where, "")
+        if not text:
+            return None
+        for path in paths:
+            if "://" in path or path.startswith(("/", "~")) or ".." in path.split("/"):
+                raise self._error(where, f"paths names {shown(path)}; with a package they are below its folder")
+        try:
+            return Package.parse(text)
+        except ParameterError as error:
+            raise self._error(where, str(error)) from None
 
     def _step(self, table: dict[str, Any], index: int, sources: Sequence[str]) -> StepSpec:
         where = f"[[step]] {index + 1}"
@@ -194,14 +230,31 @@ class _Builder:
         return StepSpec(value, step, frozenset(only), reason)
 
     def _function(self, way: str, value: str, where: str) -> BaseStep:
-        """The user's function ``file.py:name``."""
+        """The user's step ``file.py:name``."""
+        arguments = "(document)" if way == "filter" else "(documents, rank, world_size)"
+        function, name = self._code(way, value, where, arguments)
+        return FunctionFilter(function, name) if way == "filter" else FunctionStep(function, name)
+
+    def _code(self, way: str, value: str, where: str, arguments: str) -> tuple[Callable[..., Any], str]:
+        """The user's function ``file.py:name`` and its name; it can be called with ``arguments``."""
         file, _, name = value.rpartition(":")
         path = self._path.parent / Path(file).expanduser()
         if not file.endswith(".py") or not name.isidentifier():
             raise self._error(where, f'{way} is {shown(value)}; expected "file.py:name"')
         self._digest.update(self._content(str(path), where))
-        module_name = f"gemcut_recipe_{path.stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
+        if path not in self._modules:
+            self._modules[path] = self._module(path, where)
+        function = getattr(self._modules[path], name, None)
+        if not callable(function):
+            raise self._error(where, f"{path} has no function {name}")
+        try:
+            inspect.signature(function).bind(*arguments.split(","))
+        except TypeError:
+            raise self._error(where, f"{name} of {path} cannot be called with {arguments}") from None
+        return function, name
+
+    def _module(self, path: Path, where: str) -> types.ModuleType:
+        spec = importlib.util.spec_from_file_location(f"gemcut_recipe_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -209,16 +262,7 @@ class _Builder:
             spec.loader.exec_module(module)
         except Exception as error:
             raise self._error(where, f"{path} raised {type(error).__name__} when it was imported: {error}") from error
-        function = getattr(module, name, None)
-        if not callable(function):
-            raise self._error(where, f"{path} has no function {name}")
-        wanted = 1 if way == "filter" else 3
-        arguments = "(document)" if way == "filter" else "(documents, rank, world_size)"
-        try:
-            inspect.signature(function).bind(*range(wanted))
-        except TypeError:
-            raise self._error(where, f"{name} of {path} cannot be called with {arguments}") from None
-        return FunctionFilter(function, name) if way == "filter" else FunctionStep(function, name)
+        return module
 
     def _make(self, kind: type[Any], table: dict[str, Any], where: str, taken: tuple[str, ...]) -> object:
         """An object of the dataclass ``kind`` from what is left of ``table``."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemcut.data.packages import Package
 from gemcut.data.parts import Part, divide
 from gemcut.data.recipe import Recipe
 from gemcut.data.run import READ, stages
@@ -50,9 +51,12 @@ def make_report(recipe: Recipe, parts: Iterable[Part], out: Path) -> dict[str, A
     flows: dict[str, dict[str, Flow]] = {name: {} for name in (READ, *(spec.name for spec in recipe.steps))}
     notes: dict[str, dict[str, int]] = {}
     examples: dict[str, dict[str, list[str]]] = {}
+    licences: dict[str, int] = {}
     for stage in chain:
         for part in parts:
             counts = read_json(out / "work" / f"stage-{stage.number}" / f"{part.number:05d}.json")
+            for licence, size in counts["licences"].items():
+                licences[licence] = licences.get(licence, 0) + size
             for step, flow in counts["flows"].items():
                 flows[step].setdefault(part.source, Flow()).merge(Flow.from_dict(flow))
             for step, some in counts["notes"].items():
@@ -88,8 +92,8 @@ def make_report(recipe: Recipe, parts: Iterable[Part], out: Path) -> dict[str, A
             key: sum(source[key] for source in sources.values())
             for key in ("documents_in", "bytes_in", "documents_out", "bytes_out")
         },
-        "licences": _licences(sources),
-        "alarms": _alarms(flows, sources),
+        "licences": {name or "not stated": size for name, size in sorted(licences.items())},
+        "alarms": [*_alarms(flows, sources), *(f"{spec.name}: {a}" for spec in recipe.steps if (a := spec.step.alarm))],
         "tokens": _tokens(out),
         "documents": {path.name: _sha256(path) for path in sorted((out / "documents").glob("*.jsonl.zst"))},
     }
@@ -111,6 +115,7 @@ def _source(
         "licence": spec.licence,
         "reader": spec.reader_name,
         "reason": spec.reason,
+        "package": _package(spec.package),
         "files": len(files),
         "file_bytes": sum(file.size for file in files),
         "documents_in": seen[0].taken.documents,
@@ -120,13 +125,10 @@ def _source(
     }
 
 
-def _licences(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes that are kept under each licence."""
-    found: dict[str, int] = {}
-    for source in sources.values():
-        licence = source["licence"] or "not stated"
-        found[licence] = found.get(licence, 0) + source["bytes_out"]
-    return dict(sorted(found.items()))
+def _package(package: Package | None) -> dict[str, str] | None:
+    """What was fetched, by name, version and hash."""
+    record = package.record() if package is not None else None
+    return None if record is None else {key: record[key] for key in ("package", "version", "sha256")}
 
 
 def _alarms(flows: Mapping[str, Mapping[str, Flow]], sources: Mapping[str, Mapping[str, Any]]) -> list[str]:

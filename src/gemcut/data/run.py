@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +158,8 @@ def run_part(job: Job, progress: Progress) -> tuple[int, int, int]:
                 spec.step.use(_prepared(job.out, spec))
             flow = flows[spec.name] = Flow()
             documents = run_step(spec.step, spec.name, documents, part.number, job.parts, flow, dropped)
+        last = job.stage == len(chain) - 1
+        licences: Counter[str] = Counter()
         closing = stage.closing if stage.closing is not None and stage.closing.sees(part.source) else None
         collector = closing.step.collector() if closing is not None and isinstance(closing.step, Barrier) else None
         for batch in batches(documents):
@@ -164,6 +167,8 @@ def run_part(job: Job, progress: Progress) -> tuple[int, int, int]:
                 collector.add(batch)
             for document in batch:
                 writer.add(document)
+                if last:
+                    licences[document.licence] += document.nbytes
         if collector is not None:
             collector.save(_collected(job.out, job.stage, part.number))
     for name, flow in flows.items():
@@ -176,6 +181,7 @@ def run_part(job: Job, progress: Progress) -> tuple[int, int, int]:
             "flows": {name: flow.as_dict() for name, flow in flows.items()},
             "notes": {spec.name: dict(spec.step.notes) for spec in counted if spec is not None and spec.step.notes},
             "examples": rejects.examples,
+            "licences": dict(licences),
         },
     )
     return totals[0], totals[1], totals[2]

@@ -51,6 +51,11 @@ class BaseStep:
         return ()
 
     @property
+    def alarm(self) -> str:
+        """What a person must know of the step before they use what a run made, "" where there is nothing."""
+        return ""
+
+    @property
     def notes(self) -> Counter[str]:
         """What else the step counts, by name: added up over all parts for the report."""
         found: Counter[str] = self.__dict__.setdefault("_notes", Counter())

@@ -39,14 +39,14 @@ class HtmlReader(WholeFileReader):
         yield checked(Document(file.name, source, text, licence=licence, url=url))
 
 
-def extract(data: bytes, main_content: bool = True) -> str | None:
+def extract(data: bytes, main_content: bool = True, charset: str = "") -> str | None:
     """The text of a page, None where it cannot be parsed.
 
-    Formulas that carry their TeX become ``$…$`` (``$$…$$`` where they stand alone). The encoding is the one the page
-    declares, or that its bytes show.
+    Formulas that carry their TeX become ``$…$`` (``$$…$$`` where they stand alone). The encoding is
+    ``charset`` where it fits, else the one the page declares, or that its bytes show.
     """
     parse = _resiliparse()
-    page = _formulas(parse.decode(data))
+    page = _formulas(parse.decode(data, charset))
     try:
         tree = parse.tree.parse(page)
         text: str = parse.extract(tree, main_content=main_content, alt_texts=False, preserve_formatting=True)
@@ -92,12 +92,13 @@ class _Resiliparse:
         self.tree: Any = HTMLTree
         self._to_str, self._detect = bytes_to_str, detect_encoding
 
-    def decode(self, data: bytes) -> str:
+    def decode(self, data: bytes, charset: str) -> str:
         declared = re.search(rb"""(?:charset|encoding)\s*=\s*["']?([\w.:-]+)""", data[:2048])
-        if declared is not None:
+        for name in (charset, declared[1].decode("ascii", "replace") if declared is not None else ""):
             try:
-                return data.decode(declared[1].decode("ascii"))
-            except (LookupError, UnicodeDecodeError):
+                if name:
+                    return data.decode(name)
+            except (LookupError, UnicodeError):
                 pass
         try:
             return data.decode("utf-8-sig")

@@ -15,22 +15,30 @@ from gemcut.data.store import AtomicFile, read_documents, read_json, write_json
 from gemcut.data.tokens.mixture import Mixture, order
 from gemcut.data.tokens.reader import INDEX
 from gemcut.data.tokens.tokenize import DocumentTokenizer
+from gemcut.data.tokens.train import check_size, train_from_run
 from gemcut.errors import ParameterError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 VERSION = 1
+#: Where a tokenizer that the recipe has trained is written, in the folder of the run.
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """The table [tokens] of a recipe: the tokenizer.json, tokens a shard, and the mixture."""
+    """The table [tokens] of a recipe: the ``tokenizer``.json, or the pieces of one to ``train``, and tokens a shard."""
 
-    tokenizer: str = field(metadata={"path": True})
+    tokenizer: str = field(default="", metadata={"path": True})
+    train: int = 0
     shard_tokens: int = 1 << 26
 
     def __post_init__(self) -> None:
+        if bool(self.tokenizer) == bool(self.train):
+            raise ParameterError("expected either tokenizer, a tokenizer.json, or train, the pieces of a new one")
+        if self.train:
+            check_size(self.train)
         if not 1 <= self.shard_tokens <= 1 << 32:
             raise ParameterError(f"shard_tokens is {self.shard_tokens}; expected 1 to {1 << 32}")
 
@@ -71,17 +79,20 @@ def write_shards(
         parts: (source, number) of each part, in order.
         digest: SHA-256 of the recipe, for the index.
     """
-    tokenizer = DocumentTokenizer(Path(spec.tokenizer))
     folder = out / "tokens"
     if (folder / INDEX).exists():
         index: dict[str, Any] = read_json(folder / INDEX)
         return index
+    path = Path(spec.tokenizer) if spec.tokenizer else out / TOKENIZER
+    if spec.train and not path.exists():
+        train_from_run(out, spec.train, path)
+    tokenizer = DocumentTokenizer(path)
     work = out / "work" / "tokens"
     encoded = [work / f"{number:05d}" for _, number in parts]
     jobs = [
-        EncodeJob(out / "documents" / f"{number:05d}.jsonl.zst", Path(spec.tokenizer), path)
-        for (_, number), path in zip(parts, encoded, strict=True)
-        if not path.exists()
+        EncodeJob(out / "documents" / f"{number:05d}.jsonl.zst", path, made)
+        for (_, number), made in zip(parts, encoded, strict=True)
+        if not made.exists()
     ]
     run_jobs(encode_part, jobs, workers, _nothing, _silent)
     names = list(dict.fromkeys(source for source, _ in parts))
