@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from functools import cache, partial
@@ -229,6 +230,22 @@ def test_struck_once_at_each_line(way: Way, least: int) -> None:
     missed = set(ran) - set(struck)
     assert not missed if way is Stepper else all("loop.py" in line or "results.py" in line for line in missed)
     assert struck == [line for line in ran if line not in missed]
+
+
+def test_who_was_struck_while_starting_the_thread_locks_nobody_out() -> None:
+    """Where a ``with`` ends, a strike comes before the lock is free again: nobody may wait for it without end."""
+    gemma = new_gemma()
+    gemma.loop._starting.acquire()
+    for _ in range(2):
+        done: list[Completion] = []
+        thread = threading.Thread(
+            target=lambda done=done: done.extend(gemma.complete([[5, 6]], params(0))), daemon=True
+        )
+        thread.start()
+        thread.join(30)
+        assert [len(result.token_ids) for result in done] == [4]
+        assert not gemma.loop._starting.locked()
+        gemma.loop.close()
 
 
 @pytest.mark.slow

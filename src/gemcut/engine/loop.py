@@ -26,6 +26,8 @@ from gemcut.errors import GemcutError, ParameterError
 
 # Seconds after which one who waits looks whether the thread still lives (and, on Windows, for Ctrl-C).
 _LOOK_AGAIN = 0.25
+# Seconds within which a thread has started, or was interrupted.
+_START_SECONDS = 1.0
 
 
 @dataclass(eq=False)
@@ -152,10 +154,16 @@ class EngineLoop:
         """See that the thread runs."""
         thread = self._state.thread
         if thread is None or not thread.is_alive():
-            with self._starting:
+            # Who is interrupted at a bad moment leaves it locked. So nobody waits for it without end, and who goes on
+            # unlocks it for all; that two threads do not work at once is seen to by `at_work`.
+            try:
+                self._starting.acquire(timeout=_START_SECONDS)
                 thread = self._state.thread
                 if thread is None or not thread.is_alive():
                     _start_thread(self._state)
+            finally:
+                with contextlib.suppress(RuntimeError):  # it is not locked any more
+                    self._starting.release()
 
 
 def _start_thread(state: _State) -> None:
@@ -166,7 +174,7 @@ def _start_thread(state: _State) -> None:
 def _work(state: _State) -> None:
     """The thread: step while there is work, sleep while there is none."""
     engine, failed = state.engine, False
-    if not state.at_work.acquire(timeout=1):
+    if not state.at_work.acquire(timeout=_START_SECONDS):
         return  # Another thread works already: Ctrl-C came after its start, before it was seen to run.
     try:
         state.thread = threading.current_thread()
@@ -174,6 +182,7 @@ def _work(state: _State) -> None:
         if engine.device.type == "cuda":
             torch.cuda.set_device(engine.device)
         while _take_in(state):
+            state.thread = threading.current_thread()  # in place of one started beside this one
             if torch.get_num_threads() != state.threads:
                 torch.set_num_threads(state.threads)
             events = engine.step()
