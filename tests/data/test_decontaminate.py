@@ -120,8 +120,8 @@ def test_every_local_benchmark(tmp_path: Path) -> None:
     assert judge(step, filler) == [None]
     for name in sorted(names - {"bad_words"}):
         texts = _texts_of(folder, name)
-        # Found by 13 terms; BOLD's prompts are all shorter, and are found by 8. A text of 14 words between spaces may be
-        # fewer than 13 terms long, but hardly ever.
+        # Found by 13 terms; BOLD's prompts are all shorter, and are found by 8. A text of 14 words between spaces may
+        # be fewer than 13 terms long, but hardly ever.
         texts = [t for t in texts if len(t.split()) >= 14] or [t for t in texts if len(t.split()) >= 9]
         planted = [f"{filler} {text} {filler}" for text in draw.sample(texts, min(10, len(texts)))]
         assert planted, name

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher
 
+from engine.chi_square import chi_square, critical
 from engine.driver import assert_nothing_held
 from engine.letters import END_OF_TURN, EOS, PIECES, Letters, new_gemma
 from engine.schemas import NUMBER, POINT, SCHEMAS, TEXT, TRUTH, WHOLE, record, several
@@ -96,6 +97,23 @@ def test_log_probabilities_are_the_models_own(gemma: Gemma) -> None:
     scores = gemma.score([[*PROMPT, *result.token_ids]], start=len(PROMPT))[0]
     assert result.logprobs is not None
     assert [each.logprob for each in result.logprobs] == pytest.approx(scores, abs=1e-4)
+
+
+def test_draws_follow_the_distribution_among_what_is_allowed(gemma: Gemma) -> None:
+    """600 first tokens: the network's own probabilities, at the temperature, of the tokens that the regex allows."""
+    texts = ["a", "b", "h", "t", "he", "the", "1", "12", "9"]  # all pieces with which an answer may begin
+    tokens = [260 + PIECES.index(text) if text in PIECES else 4 + ord(text) for text in texts]
+    scores = np.array([gemma.score([[*PROMPT, token]], start=len(PROMPT))[0][0] for token in tokens])
+    weights = np.exp(scores / 1.7)
+    expected = np.zeros(Letters.vocab_size)
+    expected[tokens] = weights / weights.sum()
+    grammar, count = Grammar.regex("a|b|he|the|12|9"), 600
+    each = [under(grammar, seed=seed, temperature=1.7) for seed in range(count)]
+    drawn = [result.token_ids[0] for result in gemma.complete([PROMPT] * count, each)]
+    counts = np.bincount(drawn, minlength=Letters.vocab_size).astype(float)
+    statistic, df = chi_square(counts, expected * count)
+    assert df == len(texts) - 1
+    assert statistic < critical(df)
 
 
 def test_seeds_and_several_answers(gemma: Gemma) -> None:
