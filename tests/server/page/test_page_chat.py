@@ -100,13 +100,29 @@ def test_reload_keeps_conversations(open_page: Open) -> None:
 
 
 def test_reload_in_the_middle_keeps_what_had_come(open_page: Open) -> None:
+    """All of it, also what came since the page last wrote it down, which it does once a second."""
     tab = open_page()
     _slowly(tab, "Count")
+    tab.page.get_by_text("9 10 11").wait_for()
+    seen = tab.answer().inner_text()
     tab.page.reload()
     tab.page.locator(".message.assistant").wait_for()
     _until("the server sees the client leave", lambda: tab.script.left == 1)
-    assert tab.messages()[1].startswith("0")
+    assert tab.messages()[1].startswith(seen)
     assert tab.page.locator(".message.assistant .note").inner_text() == "The answer was cut off."
+
+
+def test_the_page_may_end_while_it_is_hidden(open_page: Open) -> None:
+    tab = open_page()
+    _slowly(tab, "Count")
+    tab.page.get_by_text("9 10 11").wait_for()
+    hide = "Object.defineProperty(document, 'hidden', { value: true })"
+    nothing = "IDBObjectStore.prototype.put = () => {}"  # from here on: the page is as good as gone
+    seen = tab.answer().inner_text()
+    tab.page.evaluate(f"{hide}; document.dispatchEvent(new Event('visibilitychange')); {nothing}")
+    tab.page.reload()
+    tab.page.locator(".message.assistant").wait_for()
+    assert tab.messages()[1].startswith(seen)
 
 
 def test_edit_and_send_makes_a_version(open_page: Open) -> None:

@@ -24,7 +24,8 @@ class App {
     this.settings = readSettings();
     this.current = newConversation();
     this.answer = null; // the one that is being written
-    this.savedAt = 0;
+    this.left = false; // whether the person went to another page; some of this one's code may still run
+    this.savedAt = -SAVE_EVERY; // performance.now() of the last time that the answer was kept
     this.box = byId("box");
     this.server = new Server(() => this.showServer());
     this.view = new LogView({
@@ -79,7 +80,13 @@ class App {
     for (const close of document.querySelectorAll("[data-close]")) {
       close.addEventListener("click", () => close.closest("dialog").close());
     }
-    window.addEventListener("pagehide", () => this.answer && this.store.save(this.answer.conversation));
+    window.addEventListener("pagehide", () => {
+      this.left = true;
+      this.leaving();
+    });
+    window.addEventListener("pageshow", () => (this.left = false)); // back, as it was
+    // A telephone ends a page in the background without a word.
+    document.addEventListener("visibilitychange", () => document.hidden && this.leaving());
     window.addEventListener("hashchange", () => {
       const id = location.hash.slice(1);
       if (id !== this.current.id && this.store.get(id)) this.open(id);
@@ -238,6 +245,11 @@ class App {
     else this.showList();
   }
 
+  /** Keep what has come of an answer: the page may end here. One that was deleted meanwhile stays so. */
+  leaving() {
+    if (this.answer && this.store.get(this.answer.conversation.id)) this.keep(this.answer.conversation);
+  }
+
   async keep(conversation) {
     try {
       await this.store.save(conversation);
@@ -320,6 +332,7 @@ class App {
       waiting: (text) => this.view.waiting(message, text),
     });
     this.answer = answer;
+    this.savedAt = -SAVE_EVERY; // the first piece is kept when it comes
     this.view.pinned = true;
     this.keep(conversation);
     this.showAll();
@@ -346,6 +359,7 @@ class App {
   ended(answer, failure) {
     const { conversation, message } = answer;
     this.answer = null;
+    if (this.left && message.finish === "error") message.finish = "cut"; // the browser broke the connection
     const empty = !message.text && message.finish !== "stop" && message.finish !== "length";
     if (empty) removeMessage(conversation, message); // its question stays, and can be answered
     touch(conversation);

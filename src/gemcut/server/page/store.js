@@ -57,6 +57,8 @@ export class Store {
     if (!this.persistent) return;
     const transaction = this.database.transaction(TABLE, "readwrite");
     change(transaction.objectStore(TABLE));
+    // At once: a page that is being left does not hear that this was written, and would not say that it is all.
+    transaction.commit();
     await new Promise((resolve, reject) => {
       transaction.oncomplete = resolve;
       transaction.onabort = transaction.onerror = () => reject(transaction.error || new Error("not written"));
