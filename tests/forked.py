@@ -103,5 +103,11 @@ def _start() -> subprocess.Popen[str]:
     assert helper.stdin is not None
     assert helper.stdout is not None
     assert json.loads(helper.stdout.readline()) == helper.pid
-    atexit.register(helper.stdin.close)
+    atexit.register(_stop, helper)
     return helper
+
+
+def _stop(helper: subprocess.Popen[str]) -> None:
+    """Let the helper end, and wait for that: it has no work."""
+    with helper:
+        pass
