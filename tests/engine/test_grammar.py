@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import wait
 from typing import Any
 
 import jsonschema_rs
@@ -279,6 +280,30 @@ def test_set_up_and_compiling_are_a_workers(gemma: Gemma, monkeypatch: pytest.Mo
     other.generate("x", grammar={"enum": [1]})
     assert len(where) == 2
     assert all(name.startswith("gemcut-grammar") for name in where)
+
+
+def test_a_grammar_that_is_compiled_at_once_holds_nobody_up(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the worker is through before the caller goes on: so it is each time here."""
+    grammars = gemma.grammars
+    grammars.prepare()
+    submit = grammars._workers.submit
+
+    def slowly(*args: Any) -> Any:
+        future = submit(*args)
+        wait([future], 0.5)
+        return future
+
+    monkeypatch.setattr(grammars._workers, "submit", slowly)
+    found: list[Any] = []
+    for number in (70, 71):
+        grammar = Grammar.json_schema({"enum": [number]})
+        thread = threading.Thread(target=lambda grammar=grammar: found.append(grammars.compile(grammar)), daemon=True)
+        thread.start()
+        thread.join(10)
+    with pytest.raises(ParameterError):
+        grammars.compile(Grammar.regex("("))
+    assert len(found) == 2
+    assert grammars._under_way == {}
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------

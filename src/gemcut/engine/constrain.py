@@ -142,8 +142,7 @@ class Grammars:
         with self._lock:
             future = self._under_way.get(grammar)
             if future is None:
-                future = self._under_way[grammar] = self._workers.submit(_compile, setup, grammar)
-                future.add_done_callback(lambda done: self._keep(grammar, done))
+                future = self._under_way[grammar] = self._workers.submit(self._make, setup, grammar)
         try:
             return future.result(TIME_LIMIT)
         except TimeoutError:
@@ -190,16 +189,23 @@ class Grammars:
                 self._kept.move_to_end(grammar)
             return found
 
-    def _keep(self, grammar: Grammar, done: Future[Compiled]) -> None:
+    def _make(self, setup: _Setup, grammar: Grammar) -> Compiled:
+        """Compile and keep. All of it is the worker's: a callback of its Future runs wherever that was made, if it is
+        done by then, and there the lock is held."""
+        try:
+            made = _compile(setup, grammar)
+        except BaseException:
+            with self._lock:
+                del self._under_way[grammar]
+            raise
         with self._lock:
-            self._under_way.pop(grammar, None)
-            if done.cancelled() or done.exception() is not None:
-                return
-            self._kept[grammar] = done.result()
+            del self._under_way[grammar]
+            self._kept[grammar] = made
             while len(self._kept) > MOST_KEPT or (
                 len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > MOST_BYTES
             ):
                 self._kept.popitem(last=False)
+        return made
 
     def _forget(self, grammar: Grammar, compiled: Compiled) -> None:
         """Copies of a matcher share its lexer's states; one that has too many is of no more use."""
