@@ -74,6 +74,29 @@ void short_rows(int rows, const Codes& codes, const uint8_t* row, const float* s
     of_rows[rows - 1](codes, row, scales, x, x_scales, units, ahead, totals);
 }
 
+// The same for one row of x and R of weights, whose sums stay in registers. `rows`, `scales`: of each row of weights.
+template <int R, int N, typename Codes>
+inline void one_row_units(const Codes& codes, const uint8_t* const* rows, const float* const* scales, const int16_t* x,
+                          const float* x_scales, int64_t units, int64_t ahead, Vector (&totals)[R]) {
+    Vector total[R];
+    for (int r = 0; r < R; ++r) total[r] = totals[r];
+    for (int64_t u = 0; u < units; ++u, x += UNIT) {
+        if (Codes::BYTES == 64 || u % 2 == 0)
+            for (int r = 0; r < R; ++r) prefetch(rows[r] + u * Codes::BYTES + ahead);
+        const Vector x_scale = broadcast<1>(x_scales + u * SHORT_TILE);
+        for (int r = 0; r < R; ++r) {
+            Ints weights[4];
+            codes.unpack(rows[r] + u * Codes::BYTES, weights);
+            Ints part = pairs(weights[0], load_shorts(x));
+            for (int e = 1; e < 4; ++e) part = add_pairs(part, weights[e], load_shorts(x + e * (UNIT / 4)));
+            Vector factor = x_scale;
+            if (N > 0) factor = multiply(broadcast<N == 0 ? 1 : N>(scales[r] + u * N), x_scale);
+            total[r] = fma(factor, to_float(part), total[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) totals[r] = total[r];
+}
+
 // Sums of eight vectors, each in the order of `sum`.
 inline void sum_eight(const Vector* v, float* out) {
     __m128 halves[8], pairs_of[4];

@@ -187,7 +187,17 @@ inline Vector broadcast(const float* p) { return vdupq_n_f32(*p); }
 // map[codes] * scale + offset, in two roundings.
 inline void dequantize_absmax(const uint8_t* codes, int64_t count, const float* map, const uint8_t*, float scale,
                           float offset, float* out) {
-    for (int64_t i = 0; i < count; ++i) out[i] = map[codes[i]] * scale + offset;
+    int64_t i = 0;
+#if defined(__AVX2__)
+    // Eight loads of single values: a gather is no faster, and compilers differ in what they make of a plain loop.
+    for (; i + 8 <= count; i += 8) {
+        const uint8_t* c = codes + i;
+        const __m256 values = _mm256_setr_ps(map[c[0]], map[c[1]], map[c[2]], map[c[3]], map[c[4]], map[c[5]], map[c[6]],
+                                             map[c[7]]);
+        _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_mul_ps(values, _mm256_set1_ps(scale)), _mm256_set1_ps(offset)));
+    }
+#endif
+    for (; i < count; ++i) out[i] = map[codes[i]] * scale + offset;
 }
 #endif
 

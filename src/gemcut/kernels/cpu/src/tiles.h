@@ -16,6 +16,9 @@ namespace {
 constexpr int GROUP = 12;
 // A part of a tile of x that stays in L1 while a group's rows pass: units of one row of x, and inputs of a tile.
 constexpr int64_t SHORT_CHUNK = 160, VALUE_CHUNK = 256;
+// Where x is one row, rows of weights of so many bytes are read four side by side, which keeps the arithmetic busy.
+// Shorter ones are read one after another: memory is fastest in sequence, and streams that end so soon are none.
+constexpr int64_t LONG_ROW = 4096;
 // What x packed for one pass over the weights may take of L2.
 constexpr int64_t PACKED_BYTES = 192 << 10, MOST_PACKED = 64;
 
@@ -127,10 +130,38 @@ typedef Vector Totals[MOST_PACKED / VALUE_TILE * GROUP * VALUE_TILE];
 
 inline int rows_of_tile(int64_t m, int64_t first, int64_t size) { return int(m - first < size ? m - first : size); }
 
+// Integers: one row of x with a group's rows, R of them at a time.
+template <int R, int N, typename Codes>
+void short_group_of_one(const Codes& codes, const Tiles& tiles, const int16_t* x, const float* x_scales,
+                        const GroupRows& rows, Results& out) {
+    const int64_t units = tiles.k / UNIT, rest = tiles.k % UNIT * Codes::BYTES / UNIT;
+    for (int r = 0; r < GROUP; r += R) {
+        Vector totals[R];
+        for (int i = 0; i < R; ++i) totals[i] = zero();
+        one_row_units<R, N>(codes, rows.data + r, rows.scales + r, x, x_scales, units, rows.ahead, totals);
+        if (rest > 0) {
+            uint8_t last[R][Codes::BYTES] = {};
+            const uint8_t* data[R];
+            const float* scales[R];
+            for (int i = 0; i < R; ++i) {
+                memcpy(last[i], rows.data[r + i] + units * Codes::BYTES, size_t(rest));
+                data[i] = last[i], scales[i] = N > 0 ? rows.scales[r + i] + units * N : nullptr;
+            }
+            one_row_units<R, N>(codes, data, scales, x + units * UNIT, x_scales + units * SHORT_TILE, 1, 0, totals);
+        }
+        for (int i = 0; i < R; ++i) out[r + i][0] = sum(totals[i]);
+    }
+}
+
 // Integers: all tiles with a group's rows.
 template <int N, typename Codes>
 void short_group(const Codes& codes, const Tiles& tiles, const int16_t* x, const float* x_scales, const GroupRows& rows,
                  Results& out) {
+    if (tiles.m == 1) {
+        // Four-bit codes cost arithmetic, not memory: the loads of x serve four rows.
+        if (N > 0 || tiles.k >= LONG_ROW) return short_group_of_one<4, N>(codes, tiles, x, x_scales, rows, out);
+        return short_group_of_one<1, N>(codes, tiles, x, x_scales, rows, out);
+    }
     alignas(32) Totals totals;
     const int64_t m = tiles.m, units = tiles.k / UNIT, rest = tiles.k % UNIT * Codes::BYTES / UNIT;
     for (int64_t i = 0; i < (m + SHORT_TILE - 1) / SHORT_TILE * GROUP * SHORT_TILE; ++i) totals[i] = zero();
@@ -183,8 +214,10 @@ void value_group(const Tiles& tiles, const GroupRows& rows, Results& out) {
                 for (int r = 0; r < GROUP; r += 2) values<2, 3>(data + r, x, count, ahead, to + r * 3);
             else if (existing == 2)
                 for (int r = 0; r < GROUP; r += 2) values<2, 2>(data + r, x, count, ahead, to + r * 2);
-            else
+            else if (m > 1 || tiles.k * int64_t(sizeof(T)) >= LONG_ROW)
                 for (int r = 0; r < GROUP; r += 4) values<4, 1>(data + r, x, count, ahead, to + r);
+            else
+                for (int r = 0; r < GROUP; ++r) values<1, 1>(data + r, x, count, ahead, to + r);
         }
     };
     const T* data[GROUP];

@@ -290,7 +290,11 @@ void groups(void* context, int64_t begin, int64_t end, int) {
         const int valid = int(segment.rows - row < GROUP ? segment.rows - row : GROUP);
         Rows rows;
         rows.call = &call, rows.segment = &segment, rows.per_unit = 1;
+#ifdef GEMCUT_BLOCKED
+        const bool in_sequence = segment.kind == BF16 && call.m == 1 && !call.tiled;
+#else
         const bool in_sequence = segment.kind == BF16 && call.m == 1;
+#endif
         rows.ahead = in_sequence ? 2048 : (AHEAD_BYTES / (GROUP * bytes) + 1) * GROUP * bytes;
         for (int r = 0; r < GROUP; ++r) {
             // A last group of fewer rows computes its last one again.
