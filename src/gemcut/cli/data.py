@@ -114,6 +114,9 @@ def plan(recipe: RecipePath, *, as_json: AsJson = False, debug: Debug = False) -
     print(f"\n{found['files']:,} files, {output.gigabytes(found['bytes'])} as stored, {found['parts']} parts")
     for number, stage in enumerate(found["stages"], 1):
         print(output.safe(f"stage {number}: {', '.join(stage) or 'write'}"))
+    without = ", without code of your own" if found["own_code_not_counted"] else ""
+    most = f"at most about {_time(found['seconds_one_core'])} on one core of a shared server{without}"
+    print(f"time: {most}; --workers N divides it")
     print(f"disk: about {output.gigabytes(found['disk_bytes'])} at the worst, where the files are text")
 
 
@@ -133,11 +136,22 @@ def train_tokenizer(
 
 
 @app.command("report")
-def show_report(out: Folder, *, as_json: AsJson = False, debug: Debug = False) -> None:
+def show_report(
+    out: Folder,
+    *,
+    plot: Annotated[Path | None, option("Write a picture (needs matplotlib).", "--plot", metavar="FILE.png")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """What a finished run kept and dropped, and its alarms."""
+    from gemcut.data.plots import check_plot, write_plot
     from gemcut.data.report import read_report
 
+    if plot is not None:
+        check_plot(plot)
     report = read_report(out)
+    if plot is not None:
+        write_plot(report, plot)
     if as_json:
         output.print_json(report)
     else:
@@ -179,6 +193,13 @@ def inspect(
             print(output.safe(seen.text[:characters] + more))
     if not dropped:
         output.note("no dropped document fits")
+
+
+def _time(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -63,12 +63,16 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """One step, and the sources whose documents it sees (empty: all). ``reason`` is for the report."""
+    """One step, and the sources whose documents it sees (empty: all). ``reason`` is for the report.
+
+    ``kind`` is the name of a built-in step, "" for a user's own.
+    """
 
     name: str
     step: BaseStep
     sources: frozenset[str] = frozenset()
     reason: str = ""
+    kind: str = ""
 
     def sees(self, source: str) -> bool:
         return not self.sources or source in self.sources
@@ -227,7 +231,7 @@ class _Builder:
         if value not in STEPS:
             raise self._error(where, f"unknown step {shown(value)}; {suggestion(value, STEPS)}")
         step = cast(BaseStep, self._make(load(STEPS[value]), table, f"step {value}", ("use", "sources", "reason")))
-        return StepSpec(value, step, frozenset(only), reason)
+        return StepSpec(value, step, frozenset(only), reason, value)
 
     def _function(self, way: str, value: str, where: str) -> BaseStep:
         """The user's step ``file.py:name``."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemcut.data.packages import Package
 from gemcut.data.parts import Part, divide
+from gemcut.data.plots import svg
 from gemcut.data.recipe import Recipe
 from gemcut.data.run import READ, stages
 from gemcut.data.steps import Flow
@@ -167,7 +168,7 @@ def page(report: Mapping[str, Any]) -> str:
         f"<p>Recipe SHA-256 <code>{report['recipe_sha256']}</code>, seed {report['seed']}.</p>",
         f"<h2>Alarms</h2><ul>{alarms}</ul>",
         "<h2>Sources</h2>",
-        _bars({n: (s["bytes_out"], s["bytes_in"]) for n, s in report["sources"].items()}),
+        svg(report),
         _table(
             ("source", "licence", "files", "documents read", "kept", "MB read", "MB kept"),
             [
@@ -176,6 +177,9 @@ def page(report: Mapping[str, Any]) -> str:
             ],
         ),
         *_token_table(report["tokens"]),
+        "<h2>Licences</h2>",
+        _table(("licence", "MB kept"), [(name, f"{size / 1e6:,.2f}") for name, size in report["licences"].items()]),
+        *_package_table(report["sources"]),
         "<h2>Steps</h2>",
     ]
     for step in report["steps"]:
@@ -194,6 +198,14 @@ def page(report: Mapping[str, Any]) -> str:
         if step["notes"]:
             parts.append(_table(("counted", "times"), list(step["notes"].items())))
     return "\n".join(parts) + "\n"
+
+
+def _package_table(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    found = {name: source["package"] for name, source in sources.items() if source["package"]}
+    if not found:
+        return []
+    rows = [(name, p["package"], p["version"], p["sha256"][:16]) for name, p in found.items()]
+    return ["<h2>Packages</h2>", _table(("source", "package", "version", "SHA-256"), rows)]
 
 
 def _token_table(tokens: Mapping[str, Any] | None) -> list[str]:
@@ -217,18 +229,3 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _bars(values: Mapping[str, tuple[int, int]]) -> str:
-    """Kept of read, a bar a source, in SVG."""
-    most = max((whole for _, whole in values.values()), default=0) or 1
-    rows = []
-    for i, (name, (kept, whole)) in enumerate(values.items()):
-        y = 22 * i
-        rows.append(
-            f"<text x=0 y={y + 14}>{html.escape(name)}</text>"
-            f"<rect x=200 y={y} width={600 * whole / most:.1f} height=18 fill='#ddd'/>"
-            f"<rect x=200 y={y} width={600 * kept / most:.1f} height=18 fill='#4a7'/>"
-            f"<text x={206 + 600 * whole / most:.1f} y={y + 14}>{kept / 1e6:,.1f} of {whole / 1e6:,.1f} MB</text>"
-        )
-    return f"<svg width=960 height={22 * len(values)} role=img aria-label='MB kept of MB read'>{''.join(rows)}</svg>"
