@@ -46,7 +46,6 @@ def ours(texts: list[str], benchmarks: str | None, tokenizer: str | None) -> dic
     from gemcut.data.decontaminate import Decontaminate
     from gemcut.data.dedup import minhash
     from gemcut.data.dedup.exact import ExactDuplicates
-    from gemcut.data.document import Document, split_all
     from gemcut.data.filters.language import Language
     from gemcut.data.filters.web import C4, FineWeb, GopherQuality, GopherRepetition
     from gemcut.data.steps import BaseStep, batches
@@ -54,6 +53,7 @@ def ours(texts: list[str], benchmarks: str | None, tokenizer: str | None) -> dic
     from gemcut.safety.lexicon import Lexicon
     from gemcut.safety.linear import Training, train
     from gemcut.safety.pii import replace
+    from gemcut.text.document import Document, split_all
 
     def fresh() -> list[Document]:
         return [Document(str(i), "s", text) for i, text in enumerate(texts)]

@@ -48,6 +48,18 @@ def test_every_reader_and_step_is_listed() -> None:
         assert load(place).__doc__
 
 
+def test_lower_rooms_know_nothing_of_data() -> None:
+    """safety/ serves data, evaluation and the server; text/ all of them."""
+    code = "import sys, importlib, pathlib\n"
+    code += "for room in ('safety', 'text'):\n"
+    code += f"    for path in pathlib.Path({str(support.ROOT)!r}, 'src/gemcut', room).glob('*.py'):\n"
+    code += "        importlib.import_module(f'gemcut.{room}.{path.stem}')\n"
+    code += "bad = [m for m in sys.modules if m == 'torch' or m.startswith('gemcut.data')]\nassert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(support.ROOT / "src")})
+    for path in [*(support.ROOT / "src/gemcut/safety").glob("*.py"), *(support.ROOT / "src/gemcut/text").glob("*.py")]:
+        assert "gemcut.data" not in path.read_text("utf-8"), path
+
+
 def test_nothing_of_torch_and_the_engine_is_imported() -> None:
     code = "import sys\nfrom gemcut.data.catalogue import *\n"
     code += "from gemcut.data import run, report, inspect, plan, progress\n"

@@ -44,9 +44,9 @@ def train(
     """
     import numpy as np
 
-    from gemcut.data.document import Document
     from gemcut.safety.linear import Training
     from gemcut.safety.linear import train as fit
+    from gemcut.text.document import Document
 
     if model.suffix != ".npz":
         raise ParameterError(f"FILE is {str(model)!r}; expected a name that ends in .npz")
@@ -64,9 +64,9 @@ def train(
 
 def _texts(path: Path) -> list[str]:
     """The texts of a file. Raises ParameterError where there are none."""
-    from gemcut.data.document import Document
     from gemcut.data.readers.base import File, open_plain, read_lines
     from gemcut.data.readers.jsonl import JsonlReader
+    from gemcut.text.document import Document
 
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     try:

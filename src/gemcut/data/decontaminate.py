@@ -23,9 +23,9 @@ import numpy as np
 
 from gemcut.data.dedup.arrays import load, save
 from gemcut.data.document import Document, Dropped
-from gemcut.data.filters.measures import Batch, Column, ngrams_by_place
 from gemcut.data.steps import BaseStep, batches
 from gemcut.errors import ParameterError
+from gemcut.text.measures import Batch, Column, ngrams_by_place
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemcut.data.document import Document
-from gemcut.data.filters.measures import Batch, Column, ngrams_by_place
 from gemcut.errors import ParameterError
 from gemcut.safety.judge import check_policy
+from gemcut.text.document import Document
+from gemcut.text.measures import Batch, Column, ngrams_by_place
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemcut.data.document import Document
-from gemcut.data.filters.measures import Batch, ngrams
-from gemcut.data.split import HASH_VERSION
 from gemcut.errors import ParameterError
 from gemcut.safety.judge import check_policy
+from gemcut.text.document import Document
+from gemcut.text.measures import Batch, ngrams
+from gemcut.text.split import HASH_VERSION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

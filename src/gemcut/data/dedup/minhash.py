@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemcut.data.document import Document
-from gemcut.data.filters.measures import Batch, ngrams
-from gemcut.data.split import HASH_VERSION, mix
 from gemcut.data.store import needs
+from gemcut.text.measures import Batch, ngrams
+from gemcut.text.split import HASH_VERSION, mix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

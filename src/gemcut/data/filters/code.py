@@ -14,8 +14,8 @@ from typing import ClassVar
 import numpy as np
 
 from gemcut.data.document import Document
-from gemcut.data.filters.measures import Batch, seen_before, share
 from gemcut.data.steps import Filter
+from gemcut.text.measures import Batch, seen_before, share
 
 GENERATED = re.compile(
     r"@generated|do not (?:edit|modify)[^\n]{0,40}(?:generated|by hand)|generated[^\n]{0,60}do not (?:edit|modify)"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gemcut.data.document import Document
-from gemcut.data.filters.measures import Batch, seen_before, share
 from gemcut.data.steps import Filter
+from gemcut.text.measures import Batch, seen_before, share
 
 #: What PDF and HTML converters leave where they could not read a formula.
 REMAINS = re.compile(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gemcut.data.document import Document, Dropped
-from gemcut.data.filters.measures import (
+from gemcut.data.steps import BaseStep, Filter, batches
+from gemcut.text.measures import (
     Batch,
     paragraphs,
     repeated_ngrams,
@@ -24,7 +25,6 @@ from gemcut.data.filters.measures import (
     top_ngrams,
     word_hashes,
 )
-from gemcut.data.steps import BaseStep, Filter, batches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

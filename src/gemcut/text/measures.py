@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from gemcut.data.document import Document, split_all
-from gemcut.data.split import Many, mix, split_text
+from gemcut.text.document import Document, split_all
+from gemcut.text.split import Many, mix, split_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gemcut.data.split import Many, split_text
+from gemcut.text.split import Many, split_text
 
 ALONE = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323ff\u3040-\u30ff\u0e00-\u0e7f]")
 TEXTS = st.text(
