@@ -24,6 +24,7 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in TOML.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.", show_default=False)]
+EXECUTORS = ("local", "ray", "slurm")
 AsJson = Annotated[bool, flag("One JSON object.", "--json")]
 
 
@@ -33,6 +34,9 @@ def run(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write into.", show_default=False)],
     *,
     workers: Annotated[int, option("Processes; the output is the same. Else 1.", "--workers", "-w", metavar="N")] = 1,
+    executor: Annotated[
+        str, option("local, ray or slurm: who carries out parts. Else local.", "--executor", metavar="NAME")
+    ] = "local",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -40,8 +44,9 @@ def run(
 
     OUT gets documents/, rejects/ with each dropped document and its reason,
     tokens/ where the recipe asks for shards, and report.json with report.html.
-    docs/data.md describes recipes.
+    docs/data.md describes recipes and executors.
     """
+    from gemcut.data.executor import local
     from gemcut.data.progress import RunProgress
     from gemcut.data.recipe import read_recipe
     from gemcut.data.report import write_report
@@ -49,10 +54,23 @@ def run(
 
     if not 1 <= workers <= 1024:
         raise ParameterError(f"--workers is {workers}; expected 1 to 1024")
+    if executor not in EXECUTORS:
+        raise ParameterError(f"--executor is {executor!r}; expected one of {', '.join(EXECUTORS)}")
+    if executor == "slurm":
+        from gemcut.data.cluster_slurm import write_slurm
+
+        script = write_slurm(read_recipe(recipe), out, workers)
+        print(f"begun; start it where sbatch is: bash {output.safe(str(script))}")
+        return
+    chosen = local(workers)
+    if executor == "ray":
+        from gemcut.data.cluster_ray import ray_executor
+
+        chosen = ray_executor(workers)
     read = read_recipe(recipe)
     try:
         with RunProgress(read) as watch:
-            run_recipe(read, out, workers=workers, watch=watch)
+            run_recipe(read, out, executor=chosen, watch=watch)
     except KeyboardInterrupt:
         output.note("stopped; the same command goes on from here")
         raise
@@ -62,6 +80,33 @@ def run(
         return
     _show(report)
     print(f"\nreport: {output.safe(str(out / 'report.html'))}")
+
+
+@app.command()
+def stage(
+    recipe: RecipePath,
+    out: Folder,
+    number: Annotated[
+        int, typer.Argument(metavar="STAGE", help="From 1, as data plan lists them.", show_default=False)
+    ],
+    *,
+    task: Annotated[int, option("Which task this is, from 0.", "--task", metavar="I")] = 0,
+    of: Annotated[int, option("How many tasks share the stage. Else 1.", "--of", metavar="N")] = 1,
+    close: Annotated[bool, flag("Decide what needs all parts, once they are done.", "--close")] = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out one task of a run that --executor slurm began; its scripts call this."""
+    from gemcut.data.recipe import read_recipe
+    from gemcut.data.run import close_stage, run_share
+
+    if not 0 <= task < of:
+        raise ParameterError(f"--task is {task} and --of is {of}; expected a task from 0 on, and more tasks than that")
+    if close and of > 1:
+        raise ParameterError("--close is for one task; leave out --task and --of")
+    if close:
+        close_stage(read_recipe(recipe), out, number - 1)
+    else:
+        print(f"{run_share(read_recipe(recipe), out, number - 1, task, of):,} parts done")
 
 
 @app.command()

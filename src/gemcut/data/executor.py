@@ -18,6 +18,8 @@ from gemcut.errors import DataError
 #: Hears how far a job is: (number of the job, bytes of text it has read so far, documents read, documents dropped).
 Progress = Callable[[int, int, int, int], None]
 Work = Callable[[Any, Progress], Any]
+#: Carries out independent jobs, wherever: (work, jobs, done, progress), as ``run_jobs`` says.
+Executor = Callable[[Work, Sequence[Any], Callable[[int, Any], None], Progress], None]
 _EVERY = 0.2  # seconds between two reports of a worker
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TRIES = 2
@@ -45,12 +47,21 @@ def run_jobs(
             try:
                 done(number, work(job, lambda _, *how_far, at=number: progress(at, *how_far)))
             except Exception as error:
-                if _is_full(error):
+                if is_full(error):
                     raise
                 failed[number] = error
-        _raise(failed, len(jobs))
+        raise_first(failed, len(jobs))
         return
     _Pool(work, jobs, min(workers, len(jobs)), done, progress).run()
+
+
+def local(workers: int) -> Executor:
+    """The processes of this machine, ``workers`` of them."""
+
+    def run(work: Work, jobs: Sequence[Any], done: Callable[[int, Any], None], progress: Progress) -> None:
+        run_jobs(work, jobs, workers, done, progress)
+
+    return run
 
 
 class _Pool:
@@ -84,7 +95,7 @@ class _Pool:
                 connection.close()
             for process, _ in self._running.values():
                 process.join()
-        _raise(self._failed, len(self._jobs))
+        raise_first(self._failed, len(self._jobs))
 
     def _start(self) -> None:
         ours, theirs = self._context.Pipe()
@@ -119,7 +130,7 @@ class _Pool:
             return
         if kind == "done":
             self._done(number, value)
-        elif _is_full(value):
+        elif is_full(value):
             raise value
         else:
             self._failed[number] = value
@@ -160,12 +171,12 @@ def _serve(connection: Connection, work: Work, parent: int) -> None:
             try:
                 connection.send(("done", work(given[1], progress)))
             except Exception as error:
-                connection.send(("error", _portable(error)))
+                connection.send(("error", portable(error)))
     except (EOFError, OSError):
         return
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, or one that says the same where it cannot be sent to another process."""
     import pickle
 
@@ -176,11 +187,13 @@ def _portable(error: Exception) -> Exception:
         return DataError(f"{type(error).__name__}: {error}")
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Whether the disk is full: then nothing more is tried."""
     return isinstance(error, OSError) and error.errno in _FULL
 
 
-def _raise(failed: dict[int, BaseException], jobs: int) -> None:
+def raise_first(failed: dict[int, BaseException], jobs: int) -> None:
+    """Raise the error of the first of the jobs that failed, if any, and say how many did."""
     if not failed:
         return
     first = failed[min(failed)]

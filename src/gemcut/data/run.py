@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemcut.data.document import Document, Dropped
-from gemcut.data.executor import Progress, run_jobs
+from gemcut.data.executor import Executor, Progress, local
+from gemcut.data.folder import run_folder
 from gemcut.data.parts import Part, divide
 from gemcut.data.readers.base import File, Reader
 from gemcut.data.recipe import Recipe, StepSpec, read_recipe
 from gemcut.data.steps import Barrier, Flow, batches, run_step
-from gemcut.data.store import DocumentWriter, read_documents, read_json, write_json
+from gemcut.data.store import DocumentWriter, read_documents, write_json
 from gemcut.data.tokens.pack import write_shards
 from gemcut.errors import DataError
 
 READ = "read"
-_STATE = "run.json"
-_VERSION = 1
 _REPORT_EVERY = 1 << 20  # bytes of text
 
 
@@ -77,8 +73,12 @@ def stages(recipe: Recipe) -> list[Stage]:
 Watch = Callable[[int, int, int, int, int, int, int, bool], None]
 
 
-def run_recipe(recipe: Recipe, out: Path, *, workers: int = 1, watch: Watch | None = None) -> None:
+def run_recipe(
+    recipe: Recipe, out: Path, *, workers: int = 1, executor: Executor | None = None, watch: Watch | None = None
+) -> None:
     """Carry out ``recipe`` into the folder ``out``, or go on where an earlier run of it ended.
+
+    Parts are carried out by ``workers`` processes of this machine, or by another ``executor``.
 
     Afterwards ``out/documents`` holds the kept documents, ``out/rejects`` the dropped ones with their reasons,
     ``out/tokens`` the shards where the recipe has [tokens], and ``out/work`` what was counted.
@@ -88,18 +88,14 @@ def run_recipe(recipe: Recipe, out: Path, *, workers: int = 1, watch: Watch | No
         OSError: the disk is full, or a file cannot be written.
     """
     parts = divide(recipe)
-    with _folder(recipe, parts, out):
+    executor = executor or local(workers)
+    with run_folder(recipe, parts, out):
         chain = stages(recipe)
-        for spec in recipe.steps:
-            if not (mark := _prepared(out, spec).with_suffix(".json")).exists():
-                spec.step.prepare(_prepared(out, spec))
-                write_json(mark, {"step": spec.name})
+        _prepare(recipe, out)
         for stage in chain:
-            jobs = [Job(out, recipe.path, recipe.digest, stage.number, part, len(parts)) for part in parts]
-            waiting = [job for job in jobs if not _stats(out, stage.number, job.part.number).exists()]
-
+            waiting = _waiting(recipe, out, stage, parts)
             ears = _Ears(watch, waiting, len(chain))
-            run_jobs(run_part, waiting, workers, ears.done, ears.heard)
+            executor(run_part, waiting, ears.done, ears.heard)
             if stage.closing is not None:
                 _decide(stage, recipe, parts, out)
             if stage.number:
@@ -107,7 +103,73 @@ def run_recipe(recipe: Recipe, out: Path, *, workers: int = 1, watch: Watch | No
                     _documents(out, len(chain), stage.number - 1, part.number).unlink(missing_ok=True)
         if recipe.tokens is not None:
             sources = [(part.source, part.number) for part in parts]
-            write_shards(out, sources, recipe.tokens, recipe.mixture, recipe.seed, recipe.digest, workers)
+            write_shards(out, sources, recipe.tokens, recipe.mixture, recipe.seed, recipe.digest, executor)
+
+
+def begin_run(recipe: Recipe, out: Path) -> int:
+    """Make ``out`` a run of ``recipe`` and write what all parts need; the number of parts."""
+    parts = divide(recipe)
+    with run_folder(recipe, parts, out):
+        _prepare(recipe, out)
+    return len(parts)
+
+
+def run_share(recipe: Recipe, out: Path, stage: int, task: int, tasks: int) -> int:
+    """Carry out every ``tasks``-th part of ``stage`` (from 0), from part ``task`` on; gives how many.
+
+    Others do the same beside it. Parts that are done are left alone. Raises DataError where ``begin_run`` did not make
+    ``out``, or the stage before is not finished.
+    """
+    parts = divide(recipe)
+    chosen = _stage(recipe, stage)
+    with run_folder(recipe, parts, out, shared=True):
+        if stage and not _finished(out, _stage(recipe, stage - 1), parts):
+            raise DataError(f"stage {stage} of {out} is not finished; carry out its tasks, and close it, first")
+        waiting = _waiting(recipe, out, chosen, parts, task, tasks)
+        local(1)(run_part, waiting, lambda number, result: None, lambda *how_far: None)
+    return len(waiting)
+
+
+def close_stage(recipe: Recipe, out: Path, stage: int) -> None:
+    """Let the barrier that ends a stage decide. Raises DataError where not all of its parts are done."""
+    parts = divide(recipe)
+    chosen = _stage(recipe, stage)
+    with run_folder(recipe, parts, out, shared=True):
+        left = _waiting(recipe, out, chosen, parts)
+        if left:
+            raise DataError(
+                f"{len(left)} of {len(parts)} parts of stage {stage + 1} are not done; carry out its tasks first"
+            )
+        if chosen.closing is not None:
+            _decide(chosen, recipe, parts, out)
+
+
+def _stage(recipe: Recipe, number: int) -> Stage:
+    chain = stages(recipe)
+    if not 0 <= number < len(chain):
+        raise DataError(f"there is no stage {number + 1}; this recipe has stages 1 to {len(chain)}")
+    return chain[number]
+
+
+def _finished(out: Path, stage: Stage, parts: list[Part]) -> bool:
+    closed = stage.closing is None or (_decision(out, stage.number) / "decided.json").exists()
+    return closed and all(_stats(out, stage.number, part.number).exists() for part in parts)
+
+
+def _waiting(recipe: Recipe, out: Path, stage: Stage, parts: list[Part], task: int = 0, tasks: int = 1) -> list[Job]:
+    """The parts of a stage that are not done, of every ``tasks``-th from ``task`` on."""
+    return [
+        Job(out, recipe.path, recipe.digest, stage.number, part, len(parts))
+        for part in parts[task::tasks]
+        if not _stats(out, stage.number, part.number).exists()
+    ]
+
+
+def _prepare(recipe: Recipe, out: Path) -> None:
+    for spec in recipe.steps:
+        if not (mark := _prepared(out, spec).with_suffix(".json")).exists():
+            spec.step.prepare(_prepared(out, spec))
+            write_json(mark, {"step": spec.name})
 
 
 @dataclass(frozen=True)
@@ -281,35 +343,6 @@ def _decide(stage: Stage, recipe: Recipe, parts: list[Part], out: Path) -> None:
     for path in collected:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _folder(recipe: Recipe, parts: list[Part], out: Path) -> Iterator[None]:
-    """``out`` for one run at a time, of this recipe and this input, with nothing half-written in it."""
-    state = {"version": _VERSION, "digest": recipe.digest, "parts": [part.as_dict() for part in parts]}
-    state = json.loads(json.dumps(state))
-    try:
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is a file; expected a folder, or a name that is not taken")
-        found = out / _STATE
-        others = [path for path in out.iterdir() if path.name != ".lock"] if out.is_dir() else []
-        if others and not found.exists():
-            raise DataError(f"{out} holds something that is no run of gemcut data; choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another run is writing {out}; wait for it, or choose another folder") from None
-            if found.exists() and read_json(found) != state:
-                what = "another recipe" if read_json(found).get("digest") != recipe.digest else "other input files"
-                raise DataError(f"{out} holds a run with {what}; choose another folder, or remove it to begin anew")
-            write_json(found, state)
-            for leftover in out.rglob("*.unfinished"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-            yield
-    except NotADirectoryError:
-        raise DataError(f"cannot make the folder {out}: a part of its path is a file") from None
 
 
 _RECIPES: dict[tuple[str, str], Recipe] = {}

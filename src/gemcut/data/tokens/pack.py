@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemcut.data.dedup.arrays import load, save
-from gemcut.data.executor import Progress, run_jobs
+from gemcut.data.executor import Executor, Progress
 from gemcut.data.store import AtomicFile, read_documents, read_json, write_json
 from gemcut.data.tokens.mixture import Mixture, order
 from gemcut.data.tokens.reader import INDEX
@@ -71,7 +71,13 @@ class ShardJob:
 
 
 def write_shards(
-    out: Path, parts: list[tuple[str, int]], spec: TokenSpec, mixture: Mixture, seed: int, digest: str, workers: int
+    out: Path,
+    parts: list[tuple[str, int]],
+    spec: TokenSpec,
+    mixture: Mixture,
+    seed: int,
+    digest: str,
+    executor: Executor,
 ) -> dict[str, Any]:
     """Tokenize ``out/documents``, mix, and write ``out/tokens``; what is there already is kept. The index.
 
@@ -94,7 +100,7 @@ def write_shards(
         for (_, number), made in zip(parts, encoded, strict=True)
         if not made.exists()
     ]
-    run_jobs(encode_part, jobs, workers, _nothing, _silent)
+    executor(encode_part, jobs, _nothing, _silent)
     names = list(dict.fromkeys(source for source, _ in parts))
     by_part = [(source, _lengths(path)) for (source, _), path in zip(parts, encoded, strict=True)]
     lengths = {name: np.concatenate([sizes for source, sizes in by_part if source == name]) for name in names}
@@ -111,7 +117,7 @@ def write_shards(
     for i, value in enumerate(np.unique(shard).tolist()):
         own = shard == value
         shard_jobs.append(ShardJob(folder, i, tuple(encoded), where[own], owner[own].astype(np.uint16), tokenizer.bos))
-    run_jobs(write_shard, shard_jobs, workers, _nothing, _silent)
+    executor(write_shard, shard_jobs, _nothing, _silent)
     index = {
         "version": VERSION,
         "dtype": tokenizer.dtype.str,
