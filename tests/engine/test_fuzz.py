@@ -1,4 +1,4 @@
-"""Thousands of random requests with random cancels: no block is lost, no content changes under a published name."""
+"""Hundreds of random requests with random cancels: no block is lost, no content changes under a published name."""
 
 from __future__ import annotations
 
@@ -69,10 +69,11 @@ class Life:
             ("full", self.engine.cache.full, self.engine.cache.full_storage),
             ("sliding", self.engine.cache.sliding, self.engine.cache.sliding_storage),
         ):
-            for key, block in pool._block_of.items():
-                now = storage[:, :, block]
-                before = self.published.setdefault((name, key), now.clone())
-                torch.testing.assert_close(now, before, atol=1e-4, rtol=1e-4)
+            if not pool._block_of:
+                continue
+            now = storage[:, :, list(pool._block_of.values())].unbind(2)
+            before = [self.published.setdefault((name, key), one) for key, one in zip(pool._block_of, now, strict=True)]
+            torch.testing.assert_close(torch.stack(now), torch.stack(before), atol=1e-4, rtol=1e-4)
 
     def run(self, requests: int, *, crowd: int, cancels: float) -> None:
         while len(self.all) < requests or self.live:
@@ -103,7 +104,7 @@ def engine_of(blocks: float, *, chunk: int = 24, batch: int = 16, block: int = 4
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("requests", "blocks", "crowd", "chunk", "block"),
-    [(1800, 4.0, 12, 24, 4), (900, 1.2, 8, 24, 4), (300, 8.0, 40, 7, 3)],
+    [(1000, 4.0, 12, 24, 4), (500, 1.2, 8, 24, 4), (300, 8.0, 40, 7, 3)],
     ids=["roomy", "scarce", "crowded"],
 )
 def test_no_block_is_lost(requests: int, blocks: float, crowd: int, chunk: int, block: int) -> None:

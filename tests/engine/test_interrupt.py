@@ -258,7 +258,7 @@ def test_struck_twice(way: Way, times: int, most: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "least", "stride"), [(Reader, 700, 7), (Stepper, 3000, 29)])
+@pytest.mark.parametrize(("way", "least", "stride"), [(Reader, 700, 11), (Stepper, 3000, 61)])
 def test_struck_anywhere(way: Way, least: int, stride: int) -> None:
     """Lines that have run before, in other states. (All of them: run this file as a program; four minutes.)"""
     expected()
