@@ -1,4 +1,4 @@
-"""``gemcut quantize --calibrate`` on real weights, as a GGUF file and as a folder, in both 4-bit formats: the first two
+"""``gemcut quantize --calibrate`` on real weights, of a GGUF file and of a folder, in both 4-bit formats: the first two
 layers of Gemma 3 270M. tests/calibration/test_layerwise.py calibrates all of them.
 
 What a folder lost is measured here from the logits of loaded models, in float64: another way than the command's own,
@@ -13,6 +13,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,11 +70,17 @@ def _log_probabilities(gemma: Gemma, ids: list[int]) -> Tensor:
     return dense_logits(gemma.model, torch.tensor(ids[:-1])).double().log_softmax(-1)
 
 
-def _check(cli: Cli, line: str, source: Path, form: str, out: str) -> dict[str, str]:
-    """Calibrate; what the command says it won is what loaded models say. Returns the digests of the files."""
-    run = _calibrate(cli, line, source, form, out)
+def _written(cli: Cli, source: Path, form: str, out: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Calibrate; the digests of the files, and the report."""
+    run = _calibrate(cli, COMMANDS[0].line, source, form, out)
     assert run.code == 0, run.err
-    report = json.loads(run.out)
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(out).glob("*.safetensors")}
+    assert digests
+    return digests, json.loads(run.out)
+
+
+def _check(cli: Cli, report: dict[str, Any], source: Path, form: str, out: str) -> None:
+    """What the command says it won is what loaded models say."""
     whole = Gemma.load(source)
     every = read_calibration_text(Path("my-texts.txt"), whole.tokenizer, tokens=18432, context=CONTEXT)
     (held_out,) = every[8::9]
@@ -86,11 +93,7 @@ def _check(cli: Cli, line: str, source: Path, form: str, out: str) -> dict[str, 
     written = cli("generate", "-m", out, "-t", "0", "-n", "4", "The capital of France is")
     assert written.code == 0, written.err
     assert written.out.strip()
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(out).glob("*.safetensors")}
-    assert digests
-    shutil.rmtree(out)  # hundreds of MB
     real.forget()
-    return digests
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +105,17 @@ def two_layers(real_forms: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("form", ["nf4", "fp4"])
-def test_a_file_and_a_folder_give_the_same_bytes(cli: Cli, two_layers: list[Path], form: str) -> None:
-    found = [_check(cli, COMMANDS[0].line, source, form, f"out{i}") for i, source in enumerate(two_layers)]
-    assert found[0] == found[1]
+def test_what_it_won_is_what_loaded_models_say(cli: Cli, two_layers: list[Path], form: str) -> None:
+    """NF4 from a file and from a folder, which give the same bytes; FP4 from a folder."""
+    sources = two_layers if form == "nf4" else two_layers[1:]
+    (digests, report), *others = (_written(cli, source, form, f"out{i}") for i, source in enumerate(sources))
+    for other_digests, other in others:
+        assert other_digests == digests
+        for name in ("held_out", "held_out_nearest_codes"):
+            assert other[name] == report[name]
+    _check(cli, report, sources[0], form, "out0")
+    for i in range(len(sources)):
+        shutil.rmtree(f"out{i}")  # hundreds of MB
 
 
 @pytest.mark.parametrize("form", sorted({*FORMATS} - {"nf4", "fp4"}))
