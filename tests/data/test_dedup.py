@@ -98,6 +98,23 @@ def test_near_duplicates_that_were_planted(tmp_path: Path, kind: str) -> None:
     assert notes["largest cluster"] == 2
 
 
+def test_both_kinds_of_signatures_remove_the_same(tmp_path: Path) -> None:
+    """But for what either misses by chance: a pair of similarity s with probability (1 - s^8)^14, for each kind."""
+    texts, copies = planted()
+    removed = []
+    for kind in ("rensa", "numpy"):
+        (tmp_path / kind).mkdir()
+        write(tmp_path / kind, texts)
+        recipe = write_recipe(tmp_path / kind, RECIPE.format("near-duplicates") + f'signatures = "{kind}"\n')
+        run(recipe, tmp_path / kind / "out")
+        removed.append(set(range(len(texts))) - {int(d.id) for d in kept(tmp_path / kind / "out")})
+    alike = [s for copy, original in copies.items() if (s := jaccard(texts[copy], texts[original])) >= 0.8]
+    missed = sum(2 * (1 - s**8) ** 14 for s in alike)
+    assert len(alike) > 40
+    assert len(removed[0] ^ removed[1]) <= missed + 4 * missed**0.5  # four standard deviations
+    assert len(removed[0] & removed[1]) >= 0.95 * len(alike)
+
+
 def test_signatures_estimate_jaccard() -> None:
     """Both ways agree with the similarity of the sets as far as 112 values can, as datasketch does."""
     datasketch = pytest.importorskip("datasketch", reason="needs the dev extra")

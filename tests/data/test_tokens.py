@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import support
 from gemcut.data.recipe import read_recipe
 from gemcut.data.store import read_documents
 from gemcut.data.tokens.mixture import Mixture, order
@@ -124,6 +127,51 @@ def test_grain_reads_shards(folder: Path) -> None:
     whole = [np.concatenate([packed[i][n] for n in sorted(packed[i])]).tobytes() for i in range(len(packed))]
     assert sorted(rows) == sorted(whole)
     assert rows != whole
+
+
+PIECES_OF_TEXTS = st.sampled_from(
+    [" ", "  ", "\n", "\n\n", "\t", "\r", "\x0b", "\xa0", "\x85", "▁", "}", "{", ");", "\r\n", "12", "river", "stone",
+     "the", "é", "中文", "\U0001f600", "<bos>", "<0x41>", "<table>", "a\u0301", "\u2003", "\x1c"]
+)  # fmt: skip
+
+
+def test_words_give_what_whole_texts_give(tokenizer_json: Path) -> None:
+    """Beside the library on whole texts, for our tokenizer and Gemma's."""
+    paths = [tokenizer_json]
+    real = support.real_dir()
+    if real is not None and (gemma := real / "gemma2-tokenizer" / "tokenizer.json").exists():
+        paths.append(gemma)
+    for path in paths:
+        tokenizer = DocumentTokenizer(path)
+        assert tokenizer._words is not None
+
+        _same_by_words(tokenizer)
+
+
+def _same_by_words(tokenizer: DocumentTokenizer) -> None:
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.lists(PIECES_OF_TEXTS, max_size=40).map("".join), max_size=4))
+    def same(texts: list[str]) -> None:
+        assert tokenizer._encode(texts) == tokenizer._whole(texts)
+
+    same()
+
+
+def test_tokenizers_whose_words_are_not_alone(tokenizer_json: Path, tmp_path: Path) -> None:
+    """A piece that spans the end of a word, or another normalizer: the whole text goes to the library."""
+    spec = json.loads(tokenizer_json.read_text())
+    spans, other, prefix = (json.loads(json.dumps(spec)) for _ in range(3))
+    spans["model"]["vocab"]["e▁r"] = 420
+    other["normalizer"] = {"type": "Lowercase"}
+    prefix["added_tokens"].append(
+        {"id": 420, "content": "er st", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": False}
+    )  # fmt: skip
+    for number, changed in enumerate((spans, other, prefix)):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(changed))
+        assert DocumentTokenizer(path)._words is None
+    assert 420 in DocumentTokenizer(path)._encode(["river stone"])[0]
 
 
 def test_shards_hold_every_document_once(folder: Path) -> None:

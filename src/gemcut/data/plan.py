@@ -20,7 +20,7 @@ SPEED = {
 }  # fmt: skip
 _HTML, _PLAIN = 11.5, 200.0  # MB of files a second
 _BETWEEN = 42.0  # MB of text a second, written by one stage and read by the next
-_TOKENIZE, _TRAIN = 1.0, 2.0
+_TOKENIZE, _TRAIN = 4.0, 2.0
 #: Seconds to index the benchmarks that lie beside the project's facts, 19 MB.
 _INDEX = 9.0
 

@@ -29,7 +29,7 @@ BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 LEAST = len(MARKS) + len(BYTES) + 1
 _SPACE = "▁"
 #: Line breaks; spaces but the last of some; a digit; letters; marks; what is left: a word takes one space along.
-_PIECES = r"\n+|▁+(?=▁)|▁?\d|▁?[\p{L}\p{M}]+|▁?[^\s\p{L}\p{M}\d▁]+|▁+|\s+"
+PIECES = r"\n+|▁+(?=▁)|▁?\d|▁?[\p{L}\p{M}]+|▁?[^\s\p{L}\p{M}\d▁]+|▁+|\s+"
 
 
 def check_size(size: int) -> None:
@@ -54,7 +54,7 @@ def train(texts: Callable[[], Iterator[str]], size: int) -> Any:
     tokenizer: Any = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
     # Runs of spaces and line breaks are pieces of their own, as indentation is; a word takes one space along.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     special = [*MARKS, *BYTES]
     # Rare characters are spelled in bytes: at most half of what is learned are single characters.
