@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from gemcut.data.document import Document
-from gemcut.errors import ParameterError
+from gemcut.errors import DataError, ParameterError, RecipeError
 from gemcut.safety.child_safety import ChildSafety
 from gemcut.safety.lexicon import Lexicon
 from gemcut.safety.linear import LinearJudge, Training, features, train
@@ -242,3 +243,37 @@ def test_the_command(tmp_path: Path, cli: Cli) -> None:  # noqa: F811
         found = cli("safety", "train", *arguments)
         assert found.code == 2
         assert line in found.error
+
+
+SCORES = """
+def zorbles(text):
+    return min(1.0, text.count("zorble") / 2)
+
+def raises(text):
+    raise ValueError(text)
+
+def wrong(text):
+    return text
+"""
+
+
+def test_a_classifier_of_the_operator(tmp_path: Path) -> None:
+    """Matches are counted and written nowhere; one that fails ends the run, and its error holds no text."""
+    (tmp_path / "key").write_text("an invented key of some length 0123456789")
+    (tmp_path / "mine.py").write_text(SCORES)
+    texts = ["zorble zorble here", "one zorble of text", "a fine text"]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    source = '[[source]]\nname = "a"\nreader = "jsonl"\npaths = ["a.jsonl"]\n'
+    step = '[[step]]\nuse = "child-safety"\nlists = []\nkey_file = "key"\nthreshold = 0.9\nclassifier = "mine.py:{}"\n'
+    report = run(write_recipe(tmp_path, source + step.format("zorbles")), tmp_path / "out")
+    found = flow(report, "child-safety", "a")
+    assert (found["documents_out"], sum(c["documents"] for c in found["dropped"].values())) == (2, 1)
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        some = zstandard.ZstdDecompressor().decompressobj().decompress(data) if path.suffix == ".zst" else data
+        assert b"zorble zorble" not in some
+    for name, what in (("raises", "raised ValueError"), ("wrong", "gave str, no number from 0 to 1")):
+        with pytest.raises(DataError, match=f"^the child-safety classifier {what}; mend it and run again$"):
+            run(write_recipe(tmp_path, source + step.format(name)), tmp_path / name)
+    with pytest.raises(RecipeError, match="has no function nobody"):
+        run(write_recipe(tmp_path, source + step.format("nobody")), tmp_path / "none")

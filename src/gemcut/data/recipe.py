@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
-import inspect
 import json
 import re
 import types
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from gemcut.data.catalogue import READERS, STEPS, load
+from gemcut.data.own_code import load_function
 from gemcut.data.packages import Package
 from gemcut.data.readers.base import Reader
 from gemcut.data.readers.function import FunctionReader
@@ -246,27 +245,10 @@ class _Builder:
         if not file.endswith(".py") or not name.isidentifier():
             raise self._error(where, f'{way} is {shown(value)}; expected "file.py:name"')
         self._digest.update(self._content(str(path), where))
-        if path not in self._modules:
-            self._modules[path] = self._module(path, where)
-        function = getattr(self._modules[path], name, None)
-        if not callable(function):
-            raise self._error(where, f"{path} has no function {name}")
         try:
-            inspect.signature(function).bind(*arguments.split(","))
-        except TypeError:
-            raise self._error(where, f"{name} of {path} cannot be called with {arguments}") from None
-        return function, name
-
-    def _module(self, path: Path, where: str) -> types.ModuleType:
-        spec = importlib.util.spec_from_file_location(f"gemcut_recipe_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise self._error(where, f"{path} raised {type(error).__name__} when it was imported: {error}") from error
-        return module
+            return load_function(path, name, arguments, self._modules), name
+        except ParameterError as error:
+            raise self._error(where, str(error)) from None
 
     def _make(self, kind: type[Any], table: dict[str, Any], where: str, taken: tuple[str, ...]) -> object:
         """An object of the dataclass ``kind`` from what is left of ``table``."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from gemcut.data.document import Document, Dropped
+from gemcut.data.own_code import load_function
 from gemcut.data.steps import BaseStep, Filter
-from gemcut.errors import ParameterError
+from gemcut.errors import DataError, ParameterError
 from gemcut.safety import pii
 from gemcut.safety.child_safety import ChildSafety
 from gemcut.safety.judge import check_policy
@@ -21,6 +22,8 @@ from gemcut.safety.linear import LinearJudge
 class ChildSafetyStep(Filter):
     """Drops what an operator's ``lists`` of keyed hashes match, address first; ``key_file`` holds the key.
 
+    ``classifier = "file.py:name"`` is a function of a text that gives a score; from ``threshold`` on it is a match.
+
     What it drops is written nowhere: the report holds counts, and the keyed hash of each document's source and id.
     Use it first, and again after steps that change texts.
     """
@@ -30,12 +33,20 @@ class ChildSafetyStep(Filter):
 
     lists: tuple[str, ...] = field(metadata={"path": True})
     key_file: str = field(metadata={"path": True})
+    classifier: str = field(default="", metadata={"path": True})
+    threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        self._matcher = ChildSafety.read(self.lists, self.key_file)
+        self._code, _, name = self.classifier.rpartition(":")
+        scores = None
+        if self.classifier:
+            if not self._code.endswith(".py") or not name.isidentifier():
+                raise ParameterError('classifier: expected "file.py:name"')
+            scores = _guarded(load_function(Path(self._code), name, "(text)", {}))
+        self._matcher = ChildSafety.read(self.lists, self.key_file, scores, self.threshold)
 
     def files(self) -> Sequence[str]:
-        return (*self.lists, self.key_file)
+        return (*self.lists, self.key_file, *([self._code] if self.classifier else []))
 
     def judge(self, documents: Sequence[Document]) -> list[str | None]:
         reasons: list[str | None] = []
@@ -50,6 +61,23 @@ class ChildSafetyStep(Filter):
                 self.notes[f"quarantined {name}"] += 1
             reasons.append(reason)
         return reasons
+
+
+def _guarded(classifier: Callable[[str], object]) -> Callable[[str], float]:
+    """The operator's classifier; where it fails the run ends, with nothing said of the text."""
+
+    def score(text: str) -> float:
+        try:
+            found = classifier(text)
+        except Exception as error:
+            what = f"raised {type(error).__name__}"
+        else:
+            if isinstance(found, (int, float)) and 0 <= found <= 1:
+                return float(found)
+            what = f"gave {type(found).__name__}, no number from 0 to 1"
+        raise DataError(f"the child-safety classifier {what}; mend it and run again")
+
+    return score
 
 
 @dataclass
