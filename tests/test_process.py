@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from gemcut.errors import ParameterError
-from gemcut.process import MOST_THREADS, check_threads
+from gemcut.process import MOST_THREADS, Threads, check_threads
 
 # What a person would write, and what the parent had done before; the children say what they met.
 _PROGRAM = """
@@ -97,6 +99,50 @@ def test_worker_forked_before_anything_was_loaded_works() -> None:
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout == "[4]\n", done.stderr
+
+
+_DROPPED = """
+import sys, time, torch
+from engine.words import new_gemma
+from gemcut.engine import SamplingParams
+
+class Slow:  # as a model of some gigabytes is, whose memory goes back
+    def __del__(self):
+        for _ in range(40):
+            torch.mm(matrix, matrix)
+        print("freed", flush=True)
+
+matrix = torch.ones(700, 700)
+gemma = new_gemma()
+gemma.complete([[5, 6]], SamplingParams(max_new_tokens=2))
+gemma.loop.engine.slow = Slow()
+del gemma
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_a_dropped_model_is_freed_before_the_interpreter_goes(seconds: float) -> None:
+    """The engine's thread is through with its work then, and frees what it held. What is held by nobody else, PyTorch
+    frees in that thread, which Python would end amid it."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    run = [sys.executable, "-c", _DROPPED, str(seconds)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (0, "freed\n"), done.stderr
+
+
+def test_threads_are_joined_once_they_were_told_to_end() -> None:
+    told, ended = threading.Event(), []
+    threads = Threads("test")
+    for number in (1, 2):
+        threads.start(lambda number=number: (told.wait(10), time.sleep(0.05), ended.append(number)))
+    told.set()
+    threads.join()
+    assert sorted(ended) == [1, 2]
+    own: list[str] = []
+    threads.start(lambda: (threads.join(), own.append("not its own"))).join(10)
+    assert own == ["not its own"]
 
 
 def test_thread_numbers_have_bounds() -> None:

@@ -167,8 +167,7 @@ class EngineLoop:
 
 
 def _start_thread(state: _State) -> None:
-    state.thread = threading.Thread(target=_work, args=(state,), name="gemcut-engine", daemon=True)
-    state.thread.start()
+    state.thread = _threads.start(_work, state)
 
 
 def _work(state: _State) -> None:
@@ -253,10 +252,16 @@ def _end(state: _State) -> None:
 
 
 _states: weakref.WeakSet[_State] = weakref.WeakSet()
+_threads = process.Threads("gemcut-engine")
 
 
 @atexit.register
 def _end_all() -> None:
-    # A thread inside PyTorch when the interpreter goes away would take the process down with it.
-    for state in list(_states):
-        _end(state)
+    states = list(_states)
+    # The second time for a thread that a waiting reader has started meanwhile.
+    for _ in range(2):
+        for state in states:
+            state.inbox.put(None)
+        _threads.join()
+        for state in states:
+            _end_living(state, RowError("the engine was closed"))

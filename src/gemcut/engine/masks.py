@@ -14,11 +14,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from gemcut import process
 from gemcut.engine.edits import Edit
 from gemcut.engine.numbers import NumberLimits, NumberScan
 from gemcut.errors import GemcutError
@@ -175,9 +176,7 @@ class Masks:
             with self._starting:
                 thread = self._state.thread
                 if thread is None or not thread.is_alive():
-                    thread = threading.Thread(target=_work, args=(self._state,), name="gemcut-masks", daemon=True)
-                    self._state.thread = thread
-                    thread.start()
+                    self._state.thread = _threads.start(_work, self._state)
 
     def is_plain(self, token: int) -> bool:
         """Whether a token may stand within any string."""
@@ -312,12 +311,11 @@ def _narrow(closer: Closer, job: _Job, row: Array, may_end: bool) -> None:
 
 
 _states: weakref.WeakSet[_State] = weakref.WeakSet()
+_threads = process.Threads("gemcut-masks")
 
 
 @atexit.register
 def _end_all() -> None:
     for state in list(_states):
-        thread: Any = state.thread
-        if thread is not None and thread.is_alive():
-            state.inbox.put(None)
-            thread.join()
+        state.inbox.put(None)
+    _threads.join()

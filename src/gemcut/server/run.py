@@ -129,6 +129,11 @@ class Server(uvicorn.Server):
         """Whether the model's thread is still at work."""
         return self._thread is not None and self._thread.is_alive()
 
+    def join(self) -> None:
+        """Wait for the model's thread, which has failed: it still frees what it had loaded."""
+        if self._thread is not None:
+            self._thread.join()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
@@ -207,6 +212,7 @@ def serve(
     server = Server(config_of(App(state), certificate=certificate, key=key), state, load, ready, opened)
     server.run(sockets=[listener])
     if server.failure is not None:
+        server.join()
         raise server.failure
     number = server.signals[0] if server.signals else signal.SIGTERM
     if server.loading:
