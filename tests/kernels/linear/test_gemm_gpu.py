@@ -76,6 +76,20 @@ def test_strided_and_misaligned_inputs(name: str) -> None:
         assert torch.equal(it.gemm(x), it.gemm(x.clone(memory_format=torch.contiguous_format)))
 
 
+@pytest.mark.parametrize("m", [9, 40, 100])
+def test_stacked_matrices_use_their_own_scales(m: int) -> None:
+    """Three matrices one below the other, a hundred times apart: each has its offset and its groups of scales."""
+    parts = [
+        quantize(torch.randn(n, 512, device="cuda") * size, NF4, nested=True)
+        for n, size in ((64, 0.01), (32, 1.0), (41, 100.0))
+    ]
+    packed = four_bit_linear.pack(parts)
+    x = torch.randn(m, 512, device="cuda").bfloat16()
+    out = fused_gemm.gemm(four_bit_linear.NESTED, packed.argument, x, packed.n)
+    for part, columns in zip(parts, out.split([64, 32, 41], dim=1), strict=True):
+        assert relative_error(columns, x.double() @ dequantize(part).T) < 4e-3
+
+
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("m", [20, 100])
 def test_values_beyond_fp16_do_not_overflow(name: str, m: int) -> None:

@@ -30,7 +30,7 @@ NESTED_BLOCK = NESTED_BLOCK_SIZE
 _LAYOUTS = (Layout(8, 3, 2), Layout(16, 3, 1))
 _CODEBOOK_BYTES = 256 * 128 + 1024
 NESTED = Storage(
-    "four_bit_gemv", K_BLOCK, 2048 + 128, _CODEBOOK_BYTES, 16, *_LAYOUTS, (("NESTED", 1),), "four_bit_fixed"
+    "four_bit_gemv", K_BLOCK, 2048 + 128, _CODEBOOK_BYTES, 16, *_LAYOUTS, (("NESTED", 1),), "four_bit_fixed", 2048 + 256
 )
 FLAT = Storage("four_bit_gemv", K_BLOCK, 2048 + 256, _CODEBOOK_BYTES, 16, *_LAYOUTS, (("NESTED", 0),), "four_bit_fixed")
 

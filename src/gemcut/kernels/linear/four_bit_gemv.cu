@@ -44,6 +44,7 @@ struct Format {
 
   // What a lane copies of a stage. The next stage of the tile follows it in memory.
   struct Cursor { const u8 *codes, *scales; };
+  __device__ __forceinline__ const u8* codes_of(int tile, int k_block) const { return codes + (size_t)((u32)tile * k_blocks + k_block) * CODE_BYTES; }
   __device__ __forceinline__ Cursor cursor(const Lane& lane, int tile, int k_block) const {
     const u32 at = (u32)tile * k_blocks + k_block;
     return {codes + (size_t)at * CODE_BYTES + lane.id * 16, scales + (size_t)at * SCALE_BYTES + lane.id * 16};

@@ -14,10 +14,12 @@
 // MAX_WAIT clocks leave their share to those that see all of them arrive, and make room. The grid is at most one thread block an
 // SM, so this is the exception.
 //
-// W comes through a ring of asynchronous copies per warp, as in gemv.cuh. Packed W has the columns of a block of 64 in the order
-// that 16-byte reads give: lane quad q of matrix instruction i multiplies columns 16 q + 4 i ... + 3. x comes in that order
-// (layout.cuh) and in the form that wgmma reads, so the TMA unit fetches it without passing through registers. A producer
-// warpgroup does nothing but issue these loads: a warp that multiplies as well would hold up its whole warpgroup each time.
+// Packed W has the columns of a block of 64 in the order that 16-byte reads give: lane quad q of matrix instruction i multiplies
+// columns 16 q + 4 i ... + 3. x comes in that order (layout.cuh) and in the form that wgmma reads, so the TMA unit fetches it
+// without passing through registers. Four producer warps issue these loads: a warp that multiplies as well would hold up its
+// whole warpgroup each time. Where the operand says so (Operand::PRODUCED), producer warp i also loads W for consumer warpgroup
+// i, a stage of its four tiles at a time, and writes the scales in fp32 beside the codes. Otherwise W comes through a ring of
+// asynchronous copies per consumer warp, as in gemv.cuh.
 //
 // p.arrivals of a tile's first thread block counts three things: those that have arrived, in its low bits; those that are done;
 // and those that left their share, in its high bits. From FLAGS on there is a flag for each share that was left. All are zero
@@ -28,17 +30,20 @@
 // file and the generated wgmma() stand before this file; `struct Operand` after it.
 
 constexpr int ROWS = GEMM_ROWS, WARPGROUPS = GEMM_WARPGROUPS, W_STAGES = GEMM_W_STAGES, X_UNITS = GEMM_X_UNITS;
-constexpr int WARPS = WARPGROUPS * 4, THREADS = WARPS * 32;   // consumers; one warpgroup more is the producer
+constexpr int WARPS = WARPGROUPS * 4, THREADS = WARPS * 32;   // consumers; one warpgroup more are producers
 constexpr int GROUPS = ROWS / 8;                    // of eight rows of x
 constexpr int BLOCKS = 4, BLOCK_BYTES = ROWS * 128; // of a unit; of x in a block of 64 columns
-constexpr int CHUNK = ROWS <= 64 ? BLOCKS : 1;      // blocks of x that one mbarrier waits for
+constexpr int CHUNK = ROWS <= 64 ? BLOCKS : 1;      // blocks of x that one mbarrier waits for, one from each producer warp
 constexpr int SLOTS = BLOCKS * X_UNITS / CHUNK, CHUNK_BYTES = CHUNK * BLOCK_BYTES;
 constexpr bool DOUBLE_BUFFER = GEMM_DOUBLE_BUFFER;        // registers for two dequantized blocks
+constexpr bool X_FIRST = ROWS <= 32;                // x is loaded before scales are stored: units are short there (measured)
 constexpr long long MAX_WAIT = GEMM_MAX_WAIT;
 constexpr u32 DONE = 1u << 11, LEFT = 1u << 22, FLAGS = 2048;
 
-// setmaxnreg moves registers from the producer warpgroup to the consumers.
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : 240;
+// setmaxnreg moves registers from the producer warps to the consumers.
+static_assert(WARPGROUPS <= 4, "one producer warp a consumer warpgroup");
+constexpr int LAUNCH_REGISTERS = 65536 / (THREADS + 128) / 8 * 8, PRODUCER_REGISTERS = 32;
+constexpr int CONSUMER_REGISTERS = (LAUNCH_REGISTERS * (WARPGROUPS + 1) - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
 // All consumer warps.
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 // Zeros where not `wanted`. There is no branch, so that many loads are in flight.
@@ -57,18 +62,98 @@ __device__ __forceinline__ u64 x_descriptor(const u8* at) {
   return (u64)((shared_address(at) & 0x3ffff) >> 4) | (u64)(128 >> 4) << 16 | (u64)(1024 >> 4) << 32;
 }
 
+// A producer warp's work for its consumer warpgroup: `count` units of W from `cursor` on, their codes by TMA, their
+// scales by its lanes, and its part of x. W is loaded before x, which the kernel before may still be writing. A lane
+// has an eighth of the scales of tile lane.id / 8 of the four; their bytes are read two units ahead.
+template <class Operand, class Format, class Cursor, class Advance, class LoadX>
+__device__ __forceinline__ void produce(const Format& format, int tiles, const u8* codebook, u8* ring, u64* full, u64* empty, const Lane& lane,
+                                        int count, Cursor cursor, Advance advance, LoadX load_x) {
+  constexpr int GROUP_CODES = 4 * Format::CODE_BYTES, GROUP_STAGE = 4 * Operand::STAGE_BYTES;
+  if (lane.id == 0) {
+    for (int i = 0; i < W_STAGES; ++i) barrier_init(full + i, 1), barrier_init(empty + i, 4);
+    barrier_init_fence();
+  }
+  __syncwarp();
+  typename Operand::Scales scales;
+  Cursor ahead = cursor;   // by a unit
+  auto lane_tile = [&](const Cursor& at) { return min(at.tile + lane.id / 8, tiles - 1); };
+  scales.prefetch(format, lane, lane_tile(ahead), ahead.k_block);
+  advance(ahead);
+  scales.prefetch(format, lane, lane_tile(ahead), ahead.k_block);
+  scales.read_groups(format, lane, lane_tile(cursor), cursor.k_block);
+  auto fetch = [&](int slot, const Cursor& from) {
+    if (lane.id == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        tma_bulk_load(ring + slot * GROUP_STAGE + i * Format::CODE_BYTES, format.codes_of(min(from.tile + i, tiles - 1), from.k_block),
+                  Format::CODE_BYTES, full + slot);
+      }
+    }
+  };
+  float2 expanded[BLOCKS];
+  auto expand = [&] {   // what was read; the next place is prefetched
+    scales.expand(codebook, expanded);
+    cursor = ahead;
+    advance(ahead);
+    scales.prefetch(format, lane, lane_tile(ahead), ahead.k_block);
+    scales.read_groups(format, lane, lane_tile(cursor), cursor.k_block);
+  };
+  auto store = [&](int slot) {
+    float2* const to = reinterpret_cast<float2*>(ring + slot * GROUP_STAGE + GROUP_CODES) + lane.id;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) to[b * 32] = expanded[b];
+    __syncwarp();
+    if (lane.id == 0) barrier_expect_bytes(full + slot, GROUP_CODES);   // the stage's one arrival
+  };
+  const int first = min(count, W_STAGES);
+  Cursor early = cursor;
+  for (int i = 0; i < first; ++i) fetch(i, early), advance(early);
+  __syncthreads();   // the codebook is there
+#pragma unroll 1
+  for (int i = 0; i < first; ++i) expand(), store(i);
+  previous_kernels_done();
+  int x_left = count;
+#pragma unroll 1
+  for (int i = 0; i < X_UNITS && x_left > 0; ++i, --x_left) load_x();
+  int slot = 0;
+  u32 phase = 0;
+#pragma unroll 1
+  for (int i = W_STAGES; i < count; ++i) {   // W(i) and x(i - W_STAGES + X_UNITS) wait for the same unit to be done
+    const Cursor from = cursor;
+    expand();
+    barrier_wait(empty + slot, phase);
+    fetch(slot, from);
+    const bool loads_x = x_left > 0;
+    if (X_FIRST && loads_x) load_x();
+    store(slot);
+    if (!X_FIRST && loads_x) load_x();
+    x_left -= loads_x;
+    if (++slot == W_STAGES) slot = 0, phase ^= 1;
+  }
+#pragma unroll 1
+  for (; x_left > 0; --x_left) load_x();
+  // Consumers dequantize a block ahead, also at the end: a stage of anything.
+  if (count < W_STAGES) slot = count;
+  else barrier_wait(empty + slot, phase);
+  if (lane.id == 0) barrier_arrive(full + slot);
+}
+
 template <class Operand, class Format>
 __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   constexpr int STAGE_BLOCKS = Format::K_BLOCK / 64, UNIT_STAGES = BLOCKS / STAGE_BLOCKS;
+  constexpr bool PRODUCED = Operand::PRODUCED;   // W, by the producer warps
+  constexpr int WARP_STAGE = Operand::STAGE_BYTES, GROUP_STAGE = 4 * WARP_STAGE;
   extern __shared__ __align__(128) u8 shared[];
   __shared__ bool adds_own_share[2], others_left[2];   // of the two tiles that this thread block can share
   u8* const codebook = shared;
   u8* const xs = codebook + Format::CODEBOOK_BYTES;
   u8* const ring_start = xs + SLOTS * CHUNK_BYTES;
-  u64* const full = reinterpret_cast<u64*>(ring_start + WARPS * W_STAGES * Format::STAGE_BYTES);
+  u64* const full = reinterpret_cast<u64*>(ring_start + WARPS * W_STAGES * WARP_STAGE);
   u64* const empty = full + SLOTS;
+  u64* const w_full = empty + SLOTS;   // of each warpgroup's stages
+  u64* const w_empty = w_full + WARPGROUPS * W_STAGES;
 
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);   // so that the compiler knows it is one of the whole warp
   Lane lane;
   lane.id = threadIdx.x % 32;
   lane.group = lane.id / 4;
@@ -86,37 +171,9 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
 
   next_kernel_may_start();
   if (threadIdx.x == THREADS) {
-    for (int i = 0; i < SLOTS; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS);
+    for (int i = 0; i < SLOTS; ++i) barrier_init(full + i, CHUNK), barrier_init(empty + i, WARPS);
     barrier_init_fence();
   }
-  if (warp >= WARPS) {   // the producer: loads x
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-    __syncthreads();
-    if (threadIdx.x != THREADS) return;
-    previous_kernels_done();
-    int slot = 0;
-    u32 phase = 1;
-    for (u32 left = end - begin; left > 0; --left) {
-      const u8* from = p.x + (size_t)unit * BLOCKS * p.x_stride + m_tile * BLOCK_BYTES;
-      for (int block = 0; block < BLOCKS; ++block, from += p.x_stride) {
-        if (block % CHUNK == 0) {
-          barrier_wait(empty + slot, phase);
-          barrier_expect_bytes(full + slot, CHUNK_BYTES);
-        }
-        tma_bulk_load(xs + slot * CHUNK_BYTES + block % CHUNK * BLOCK_BYTES, from, BLOCK_BYTES, full + slot);
-        if (block % CHUNK == CHUNK - 1 && ++slot == SLOTS) slot = 0, phase ^= 1;
-      }
-      if (++unit == units) {
-        unit = 0;
-        if (++m_tile == m_tiles) m_tile = 0;
-      }
-    }
-    return;
-  }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-
-  u8* const ring = ring_start + warp * W_STAGES * Format::STAGE_BYTES;
-  u8* const ring_end = ring + W_STAGES * Format::STAGE_BYTES;
   // Walks through W, stage after stage. Rows past n may be any: they are not stored.
   struct Cursor {
     int tile, m, k_block;
@@ -124,22 +181,64 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   auto advance = [&](Cursor& cursor) {
     if (++cursor.k_block < w_k_blocks) return;
     cursor.k_block = 0;
-    if (++cursor.m == m_tiles) cursor.m = 0, cursor.tile = min(cursor.tile + WARPS, p.tiles - 1);
+    if (++cursor.m == m_tiles) cursor.m = 0, cursor.tile += WARPS;
   };
-  Cursor load = {min(w_tile * WARPS + warp, p.tiles - 1), m_tile, unit * UNIT_STAGES}, ahead = load;
+  if (warp >= WARPS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+    const int own = warp - WARPS;   // block of each unit of x, and warpgroup whose W this warp produces
+    int x_slot = CHUNK == BLOCKS ? 0 : own;
+    u32 x_phase = 1;
+    // All lanes wait and count, so that the compiler sees what is the same for all of them; one loads.
+    auto load_x = [&] {
+      barrier_wait(empty + x_slot, x_phase);
+      if (lane.id == 0) {
+        barrier_expect_bytes(full + x_slot, BLOCK_BYTES);
+        tma_bulk_load(xs + x_slot * CHUNK_BYTES + own % CHUNK * BLOCK_BYTES,
+                  p.x + (size_t)(unit * BLOCKS + own) * p.x_stride + m_tile * BLOCK_BYTES, BLOCK_BYTES, full + x_slot);
+      }
+      x_slot += BLOCKS / CHUNK;
+      if (x_slot >= SLOTS) x_slot -= SLOTS, x_phase ^= 1;
+      if (++unit == units) {
+        unit = 0;
+        if (++m_tile == m_tiles) m_tile = 0;
+      }
+    };
+    const int count = end - begin;
+    if (PRODUCED && own < WARPGROUPS) {
+      if constexpr (PRODUCED) {
+        const Cursor cursor = {(w_tile * WARPGROUPS + own) * 4, m_tile, unit};
+        produce<Operand>(format, p.tiles, codebook, ring_start + own * W_STAGES * GROUP_STAGE, w_full + own * W_STAGES, w_empty + own * W_STAGES,
+                         lane, count, cursor, advance, load_x);
+      }
+    } else {
+      __syncthreads();
+      previous_kernels_done();
+      for (int left = count; left > 0; --left) load_x();
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+
+  u8* const ring = PRODUCED ? ring_start + warp / 4 * W_STAGES * GROUP_STAGE : ring_start + warp * W_STAGES * WARP_STAGE;
+  u8* const ring_end = ring + W_STAGES * (PRODUCED ? GROUP_STAGE : WARP_STAGE);
+  Cursor load = {w_tile * WARPS + warp, m_tile, unit * UNIT_STAGES}, ahead = load;
   int to_load = (end - begin) * UNIT_STAGES;
   auto load_one = [&](u8* stage) {
-    if (to_load > 0) {
-      format.load(stage, lane, load.tile, load.k_block);
-      --to_load;
-      advance(load);
+    if constexpr (!PRODUCED) {
+      if (to_load > 0) {
+        format.load(stage, lane, min(load.tile, p.tiles - 1), load.k_block);
+        --to_load;
+        advance(load);
+      }
+      cp_async_commit();
     }
-    cp_async_commit();
   };
 #pragma unroll
-  for (int i = 0; i < W_STAGES; ++i) load_one(ring + i * Format::STAGE_BYTES);
+  for (int i = 0; i < W_STAGES; ++i) load_one(ring + i * WARP_STAGE);
   Operand::fill_codebook(format, codebook, THREADS);
-  typename Format::Scale group_scale = format.scale(lane, ahead.tile, ahead.k_block);
+  auto read_scale = [&] { return format.scale(lane, min(ahead.tile, p.tiles - 1), ahead.k_block); };
+  typename Format::Scale group_scale;
+  if constexpr (!PRODUCED) group_scale = read_scale();
   __syncthreads();
   previous_kernels_done();
 
@@ -147,23 +246,38 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
   // instructions while the other two run.
   u32 a[DOUBLE_BUFFER + 1][16];
   u8* stage = ring;
-  float2 scales = make_float2(0.f, 0.f), block_scales;
+  u64* stage_full = w_full + warp / 4 * W_STAGES;
+  u32 stage_phase = 0;
+  float2 scales, block_scales;   // without producers of the lane's own block
   auto next_codes = [&](int kb) {
     const int b = kb % STAGE_BLOCKS;
     if (b == 0) {
-      cp_async_wait<W_STAGES - 1>();
-      __syncwarp();
-      scales = Operand::scales(format, stage, lane, group_scale, codebook);
-      advance(ahead);
-      group_scale = format.scale(lane, ahead.tile, ahead.k_block);
+      if constexpr (PRODUCED) {
+        barrier_wait(stage_full, stage_phase);
+      } else {
+        cp_async_wait<W_STAGES - 1>();
+        __syncwarp();
+        scales = Operand::scales(format, stage, lane, group_scale, codebook);
+        advance(ahead);
+        group_scale = read_scale();
+      }
     }
-    const Operand codes(stage, lane, b);
-    block_scales = Operand::of_block(scales, lane, b);
+    const Operand codes(stage + (PRODUCED ? warp % 4 * Operand::CODE_BYTES : 0), lane, b);
+    if constexpr (PRODUCED) block_scales = Operand::of_block(stage, warp % 4, lane, b);
+    else block_scales = Operand::of_block(scales, lane, b);
     if (b == STAGE_BLOCKS - 1) {
       __syncwarp();
-      load_one(stage);
-      stage += Format::STAGE_BYTES;
-      if (stage == ring_end) stage = ring;
+      if constexpr (PRODUCED) {
+        if (lane.id == 0) barrier_arrive(stage_full + (w_empty - w_full));
+        ++stage_full;
+      } else {
+        load_one(stage);
+      }
+      stage += PRODUCED ? GROUP_STAGE : WARP_STAGE;
+      if (stage == ring_end) {
+        stage = ring;
+        if constexpr (PRODUCED) stage_full -= W_STAGES, stage_phase ^= 1;
+      }
     }
     return codes;
   };
@@ -269,7 +383,7 @@ __device__ __forceinline__ void gemm(const Problem& p, const Format& format) {
     unit = 0;
     if (++m_tile == m_tiles) m_tile = 0, ++w_tile;
   }
-  cp_async_wait<0>();
+  if constexpr (!PRODUCED) cp_async_wait<0>();
 
   // The fix-up of shared tiles. Where there are two, half of the warps see to each. A small GEMM spends half of its time here, so
   // loads are issued as early as they can be.

@@ -54,7 +54,8 @@ class Variant:
 def shared_bytes(storage: Storage, variant: Variant) -> int:
     """What one block needs, as laid out at the head of gemm() in kernels/linear/gemm.cuh."""
     slots = variant.x_units * UNIT // 64
-    ring = variant.warpgroups * 4 * variant.w_stages * storage.stage_bytes
+    stage = 4 * (storage.gemm_stage_bytes or storage.stage_bytes) + 16
+    ring = variant.warpgroups * variant.w_stages * stage
     return storage.codebook_bytes + slots * (variant.rows * 128 + 16) + ring
 
 
@@ -73,7 +74,7 @@ def order_groups(m: int) -> int:
 def choose_variant(storage: Storage, m: int, n: int, k: int) -> Variant:
     """The kernel for ``m`` rows. Tiles of 128 rows of W split small GEMMs more evenly (measured on an H100)."""
     rows, _ = tile_rows(m)
-    x_units = 2 if rows <= 64 else 1
+    x_units = {16: 4, 32: 3, 64: 2}.get(rows, 1)
     if -(-n // TILE) * -(-k // storage.k_block) * storage.stage_bytes <= SMALL_BYTES:
         return Variant(rows, 2, x_units)
     return Variant(rows, 4, x_units, double_buffer=rows <= 32)

@@ -64,6 +64,7 @@ class Storage:
     large: Layout
     defines: tuple[tuple[str, int], ...] = ()
     fixed_kernel: str | None = None  # where plan_fixed takes the GEMV
+    gemm_stage_bytes: int | None = None  # where a warp's stage takes more in gemm.cuh, which keeps scales in fp32
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 // Invariants: every int8 value is exact in bf16. Compiled after int8_gemv.cu and gemm.cuh
 
 struct Operand {
-  static constexpr bool SCALED_AFTER = false;
+  static constexpr bool SCALED_AFTER = false, PRODUCED = false;
+  static constexpr int CODE_BYTES = Format::STAGE_BYTES, STAGE_BYTES = CODE_BYTES;
   uint4 low, high;
 
   __device__ __forceinline__ Operand(const u8* stage, const Lane& lane, int b) {
