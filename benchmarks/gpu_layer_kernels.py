@@ -176,10 +176,10 @@ def draws(repetitions: int) -> Iterator[Timed]:
         ("any token", DrawMode(0, filtered=False), 2.0),
         ("top-k 64, top-p 0.95", DrawMode(64, filtered=True), 0.95),
     ):
-        params = torch.tensor([[1.25, top_p, 0.0, 0.4]], dtype=torch.float64, device="cuda")
+        params = torch.tensor([[1.25, top_p, 0.0, 0.4, mode.top_k]], dtype=torch.float64, device="cuda")
 
-        def ours(n: Tensor = params, k: DrawMode = mode) -> None:
-            draw_tokens(logits, n, ids, exact, top_k=k.top_k, softcap=30.0)
+        def ours(n: Tensor = params) -> None:
+            draw_tokens(logits, n, ids, exact, softcap=30.0)
 
         def plain(n: Tensor = params, k: DrawMode = mode) -> object:
             return draw(logits[0].div(30).tanh_().mul_(30), k, n[0])

@@ -65,7 +65,7 @@ class Gemma(TokenModel):
         attn_implementation: str = "auto",
         kernels: str = "auto",
         max_context: int | None = None,
-        max_batch_size: int = 64,
+        max_batch_size: int | None = None,
         max_batch_tokens: int | None = None,
         step_seconds: float | Literal["auto"] | None = None,
         kv_memory: int | None = None,
@@ -86,7 +86,7 @@ class Gemma(TokenModel):
             attn_implementation: "auto", or the name of an attention implementation.
             kernels: "auto" takes the fastest there is for each layer; "plain" is plain PyTorch everywhere.
             max_context: most tokens of one request; the model's limit if None.
-            max_batch_size: most requests in one step.
+            max_batch_size: most requests in one step; None: 256 on a GPU, 64 on a CPU.
             max_batch_tokens: most tokens in one step.
             step_seconds: how long a step may take in which answers get their next tokens, by cutting the prompts beside
                 them smaller; "auto": 0.5 on a CPU, no bound on a GPU; None or 0: no bound. With a bound an answer's

@@ -52,7 +52,7 @@ def case_of(name: str) -> Any:
     if family == "megakernel":
         return StepCase(step_shape(CONFIG), four_bit.NESTED, 16)
     if family == "sampling":
-        return DrawCase(CONFIG.vocab_size, 40, True)
+        return DrawCase(CONFIG.vocab_size, 40)
     if family == "rowwise":
         return NETWORK.rowwise
     assert module in ("attention", "decode", "varlen", "varlen_hopper")

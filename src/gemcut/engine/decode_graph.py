@@ -8,14 +8,16 @@ wrote is one place in its own sequences' blocks, beyond what they have computed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemcut.engine.cache import PagedCache, Tables
-from gemcut.engine.draw import DrawMode, DrawParams
-from gemcut.engine.draw_graphs import DrawGraphs
+from gemcut.engine.draw import DrawParams
+from gemcut.engine.draw_graphs import DrawGraphs, Drawing
 from gemcut.kernels.attention import decode as decode_attention
 from gemcut.kernels.gpu import NEEDS_GPU, gpu_at
 from gemcut.kernels.megakernel.decode_step import DecodeStep
@@ -28,7 +30,7 @@ from gemcut.model.ops.base import NetworkCase
 from gemcut.model.ops.cuda_megakernel import decode_megakernel
 
 #: Rows a graph has: a batch takes the smallest that holds it.
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _AHEAD = 2  # steps in flight at most
 
 
@@ -79,7 +81,8 @@ class DecodeGraph:
     ``ids`` and ``positions`` (int32 [rows]) and the block tables are its inputs; a negative position marks an unused
     row. After a replay ``ids`` holds the likeliest tokens, ``positions`` have moved on by one (to -1 where a row's
     logits are not finite), ``logits`` is fp32 [rows, V], before the final soft-cap. ``one_launch=False`` keeps several
-    launches a layer where one would serve.
+    launches a layer where one would serve. Graphs of one ``pool`` share all memory but their logits: one runs at a
+    time. They are captured on one ``stream``, since freed memory serves the stream it was taken on.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class DecodeGraph:
         rows: int,
         most_blocks: int,
         *,
+        pool: Any = None,
+        stream: torch.cuda.Stream | None = None,
         one_launch: bool = True,
     ) -> None:
         self.model, self.cache, self.rows, self.most_blocks = model, cache, rows, most_blocks
@@ -112,21 +117,25 @@ class DecodeGraph:
         if rows == 1 and one_launch:
             made = decode_megakernel(model, self._kv, self.ids, (self.full, self.sliding))
             self.step, self.step_refusal = (None, made) if isinstance(made, str) else (made, None)
-        self.logits = self._capture(device)
+        stream = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.logits = self._capture(device, pool, stream)
         cap = model.config.final_logit_softcapping
-        self._draws = DrawGraphs(self.logits, self.ids, cap, self.graph.pool(), _AHEAD)
+        self._draws = DrawGraphs(self.logits, self.ids, cap, self.graph.pool(), stream, _AHEAD)
 
-    def _capture(self, device: torch.device) -> Tensor:
+    def _capture(self, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> Tensor:
         self.positions.fill_(-1)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):  # compiles kernels and makes their counters, which must not be captured
             self._forward()
         stream.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+        with (
+            torch.cuda.stream(current),  # what is current again whatever happens
+            torch.cuda.graph(self.graph, stream=stream, pool=pool),
+        ):
             logits = self._forward()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        current.wait_stream(stream)
         return logits
 
     def _forward(self) -> Tensor:
@@ -157,13 +166,13 @@ class DecodeGraph:
         self._inputs.copy_(self._host.view(-1), non_blocking=True)
         self._copied.record()
 
-    def launch(self, mode: DrawMode | None = None, params: Sequence[DrawParams] = ()) -> None:
-        """Queue a step; with a ``mode``, tokens are drawn with each sequence's ``params``."""
+    def launch(self, drawing: Drawing | None = None, params: Sequence[DrawParams] = ()) -> None:
+        """Queue a step; with a ``drawing``, tokens are drawn with each sequence's ``params``."""
         slot = self._launched % _AHEAD
-        drawing = None if mode is None else self._draws.graph(mode, len(params))
+        draws = None if drawing is None else self._draws.graph(drawing, len(params))
         self.graph.replay()
-        if drawing is not None:
-            self._draws.queue(drawing, params, slot)
+        if draws is not None:
+            self._draws.queue(draws, params, slot)
             self._results[slot][2].copy_(self._draws.exact, non_blocking=True)
         self._results[slot][:2].view(-1).copy_(self._inputs[: 2 * self.rows], non_blocking=True)
         self._events[slot].record()
@@ -185,22 +194,27 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """Decode graphs of the sizes that were needed so far, and the step computed ahead."""
+    """Decode graphs of the sizes that were needed so far, and the step computed ahead.
+
+    Where a graph's memory is lacking its size has none: such steps are computed by launches, and a warning says so.
+    """
 
     def __init__(
         self, model: Model, cache: PagedCache, device: torch.device, most_tokens: int, *, one_launch: bool = True
     ) -> None:
         self.model, self.cache, self.device, self.one_launch = model, cache, device, one_launch
         self.most_tokens, self.most_blocks = most_tokens, -(-most_tokens // cache.block_size)
-        self._graphs: dict[int, DecodeGraph] = {}
+        self._graphs: dict[int, DecodeGraph | None] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._expected: tuple[tuple[int, int], ...] = ()  # (sequence, position) of the step computed ahead
-        self._last: tuple[DecodeGraph, list[int], DrawMode | None] | None = None
+        self._last: tuple[DecodeGraph, list[int], Drawing | None] | None = None
 
     def tokens(
         self,
         sequences: Sequence[tuple[int, int, int]],
         tables: Sequence[Tables],
-        mode: DrawMode | None = None,
+        drawing: Drawing | None = None,
         params: Callable[[int], list[DrawParams]] = lambda ahead: [],
     ) -> list[int | None] | None:
         """The next token of each sequence; None for one whose logits are not finite.
@@ -208,44 +222,48 @@ class DecodeGraphs:
         Args:
             sequences: (its id, its last token, that token's position) of each.
             tables: their blocks.
-            mode: None takes the likeliest tokens; else they are drawn so.
+            drawing: None takes the likeliest tokens; else they are drawn so.
             params: each sequence's for the draw of this step, given 0, and of the next, given 1.
 
         Returns:
-            The tokens; None in place of all where a draw needs more than a graph can do.
+            The tokens; None in place of all where a draw needs more than a graph can do, or where there is none.
         """
         graph = self._graph(len(sequences))
+        if graph is None:
+            return None
         now = tuple((identity, position) for identity, _, position in sequences)
         ids = [token for _, token, _ in sequences]
-        foreseen = self._last == (graph, ids, mode) and self._expected == now and graph.ahead > 0
+        foreseen = self._last == (graph, ids, drawing) and self._expected == now and graph.ahead > 0
         if not foreseen:
             graph.load(ids, [position for _, position in now], tables)
-            graph.launch(mode, params(0))
+            graph.launch(drawing, params(0))
         size = self.cache.block_size
         self._expected = ()
         room = ((len(table.full) * size, position + 1) for (_, position), table in zip(now, tables, strict=True))
         if all(place < min(end, self.most_tokens) for end, place in room):
-            graph.launch(mode, params(1))  # the next step's places lie in blocks these sequences have already
+            graph.launch(drawing, params(1))  # the next step's places lie in blocks these sequences have already
             self._expected = tuple((identity, position + 1) for identity, position in now)
         count = len(sequences)
         tokens, positions, exact = (values[:count] for values in graph.take())
         finite = [position >= 0 for position in positions]
-        if mode is not None and not all(right for right, good in zip(exact, finite, strict=True) if good):
+        if drawing is not None and not all(right for right, good in zip(exact, finite, strict=True) if good):
             self.forget()
             return None
         if all(finite):
-            self._last = (graph, tokens, mode)
+            self._last = (graph, tokens, drawing)
         else:
             self.forget()  # a sequence without a token ends here
         return [token if good else None for token, good in zip(tokens, finite, strict=True)]
 
-    def logits(self, sequences: Sequence[tuple[int, int]], tables: Sequence[Tables]) -> Tensor:
+    def logits(self, sequences: Sequence[tuple[int, int]], tables: Sequence[Tables]) -> Tensor | None:
         """The logits after the last token of each sequence, given (that token, its position).
 
-        fp32 [sequences, V], before the final soft-cap; the next step overwrites them.
+        fp32 [sequences, V], before the final soft-cap; the next step overwrites them. None where there is no graph.
         """
         graph = self._graph(len(sequences))
         self.forget()
+        if graph is None:
+            return None
         graph.load([token for token, _ in sequences], [position for _, position in sequences], tables)
         graph.graph.replay()
         return graph.logits[: len(sequences)]
@@ -254,11 +272,24 @@ class DecodeGraphs:
         """Another kind of step comes between: nothing computed ahead may be taken after it."""
         self._expected, self._last = (), None
 
-    def _graph(self, count: int) -> DecodeGraph:
+    def _graph(self, count: int) -> DecodeGraph | None:
         rows = next(size for size in SIZES if size >= count)
         if rows not in self._graphs:
             self.forget()
-            self._graphs[rows] = DecodeGraph(
-                self.model, self.cache, self.device, rows, self.most_blocks, one_launch=self.one_launch
-            )
+            self._graphs[rows] = self._captured(rows)
         return self._graphs[rows]
+
+    def _captured(self, rows: int) -> DecodeGraph | None:
+        try:
+            return DecodeGraph(
+                self.model, self.cache, self.device, rows, self.most_blocks,
+                pool=self._pool, stream=self._stream, one_launch=self.one_launch,
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            self._pool = torch.cuda.graph_pool_handle()  # the one it failed in is left alone
+            warnings.warn(
+                f"no memory for a CUDA graph of steps of {rows} sequences: they take longer; a smaller kv_memory "
+                "leaves room for it",
+                stacklevel=2,
+            )
+            return None

@@ -35,18 +35,25 @@ class DrawMode:
 
 
 class DrawParams(NamedTuple):
-    """A row of the fp64 table that ``draw`` reads; ``uniform`` is the draw's random number."""
+    """A row of the fp64 table that draws read; ``uniform`` is the draw's random number.
+
+    ``draw`` does not look at ``top_k``, which its ``DrawMode`` has for all rows.
+    """
 
     inverse_temperature: float
     top_p: float
     min_p: float
     uniform: float
+    top_k: float
 
     @classmethod
     def of(cls, params: SamplingParams, uniform: float) -> DrawParams:
         """Those of a request. Dividing by a temperature is multiplying by its fp32 inverse on a GPU."""
+        if params.greedy:
+            return cls(1.0, _EVERYTHING, 0.0, 0.0, 1)  # of the one likeliest token
         inverse = float(np.float32(1) / np.float32(params.temperature))  # at most 1 / sampling.LEAST
-        return cls(inverse, params.top_p if params.top_p < 1 else _EVERYTHING, params.min_p, uniform)
+        top_p = params.top_p if params.top_p < 1 else _EVERYTHING
+        return cls(inverse, top_p, params.min_p, uniform, params.top_k)
 
 
 @dataclass(frozen=True)
@@ -140,13 +147,13 @@ def draw(row: Tensor, mode: DrawMode, values: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         row: the logits.
         mode: of the requests.
-        values: fp64 [..., 4] on the rows' device, a ``DrawParams`` each.
+        values: fp64 [..., 5] on the rows' device, a ``DrawParams`` each.
 
     Returns:
         (token int64 [...], exact bool [...]). Where ``exact`` is false more than the ``SORT_FIRST`` likeliest tokens
         were needed, and the token is to be drawn by ``sampler`` instead.
     """
-    inverse, top_p, min_p, uniform = values.unbind(-1)
+    inverse, top_p, min_p, uniform, _ = values.unbind(-1)
     scaled = (row - row.amax(dim=-1, keepdim=True)) * inverse.float().unsqueeze(-1)
     among = shortlist(scaled, mode, top_p, min_p)
     all_there = among.ids is None or among.ids.shape[-1] == row.shape[-1]

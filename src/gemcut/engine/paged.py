@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 from gemcut.cache_blocks import ceil_div
 from gemcut.config import FULL, GemmaConfig
 from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.tensors import upload
 from gemcut.kernels.attention.varlen import VarlenSegment, fresh_segments
-from gemcut.model.key_values import HostPart, KeyValues, Pages, Span
+from gemcut.model.key_values import KeyValues, Pages, Part, Span
 
 
 def token_slots(table: list[int], span: Span, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -44,24 +47,33 @@ def gather(storage: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Group:
-    """Index tensors of one cache group for one batch."""
+    """Index tensors of one cache group for one batch, made where they are asked for."""
 
     def __init__(
         self, storage: Tensor, tables: list[list[int]], first: list[int], spans: Sequence[Span], size: int
     ) -> None:
-        device, self.size = storage.device, size
-        self.storage = storage
+        self.storage, self._size, self._tables, self._first, self._spans = storage, size, tables, first, spans
         self.first_positions = [block * size for block in first]
-        live = [live_blocks(*each, size) for each in zip(tables, first, spans, strict=True)]
-        slots = [token_slots(table, span, size) for table, span in zip(tables, spans, strict=True)]
-        self._segments = gathered_segments(spans, live, first, size)
-        self.slots = torch.from_numpy(np.concatenate(slots)).to(device)
-        self.blocks = [torch.tensor(blocks, dtype=torch.long, device=device) for blocks in live]
         self.lengths = [span.context_length - start for span, start in zip(spans, self.first_positions, strict=True)]
-        self._decode: tuple[Tensor, Tensor, int] | None = None
-        self._tables = tables
-        self._table: Tensor | None = None
-        self._all: Tensor | None = None
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 [T]: where each new token goes."""
+        slots = [token_slots(table, span, self._size) for table, span in zip(self._tables, self._spans, strict=True)]
+        return upload(np.concatenate(slots), self.storage.device)
+
+    @cached_property
+    def _live(self) -> list[list[int]]:
+        return [live_blocks(*each, self._size) for each in zip(self._tables, self._first, self._spans, strict=True)]
+
+    @cached_property
+    def blocks(self) -> list[Tensor]:
+        """Of each sequence its live blocks, int64."""
+        return list(torch.split(self._all, [len(blocks) for blocks in self._live]))
+
+    @cached_property
+    def _all(self) -> Tensor:
+        return upload(np.concatenate(self._live, dtype=np.int64), self.storage.device)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         keys, values = self.storage[layer].flatten(1, 2)
@@ -77,40 +89,51 @@ class _Group:
             self.first_positions[sequence],
         )
 
+    @cached_property
     def _padded(self) -> tuple[Tensor, Tensor, int]:
-        if self._decode is None:
-            padded = torch.nn.utils.rnn.pad_sequence(self.blocks, batch_first=True)  # pads with block 0; masked later
-            self._decode = (padded, torch.tensor(self.lengths, device=padded.device), max(self.lengths))
-        return self._decode
+        padded = _rectangle(self._live, np.int64)  # block 0 is masked later
+        lengths = np.array(self.lengths, dtype=np.int64)
+        device = self.storage.device
+        return upload(padded, device), upload(lengths, device), max(self.lengths)
 
     def pages(self, layer: int) -> Pages:
         keys, values = self.storage[layer]
         return Pages(keys, values, self.slots)
 
     def live_blocks(self) -> tuple[Tensor, Tensor]:
-        padded, lengths, _ = self._padded()
+        padded, lengths, _ = self._padded
         return padded, lengths
 
     def block_table(self) -> Tensor:
         """int32 [B, longest]: each sequence's block of each run of block-size tokens; 0 where it has none any more."""
-        if self._table is None:
-            longest = max(map(len, self._tables))
-            rows = [[max(b, 0) for b in table] + [0] * (longest - len(table)) for table in self._tables]
-            self._table = torch.tensor(rows, dtype=torch.int32, device=self.storage.device)
         return self._table
 
+    @cached_property
+    def _table(self) -> Tensor:
+        return upload(_rectangle(self._tables, np.int32).clip(min=0), self.storage.device)
+
     def gathered(self, layer: int) -> tuple[Tensor, Tensor, tuple[VarlenSegment, ...]]:
-        if self._all is None:
-            self._all = torch.cat(self.blocks)
         return *gather(self.storage[layer], self._all), self._segments
 
+    @cached_property
+    def _segments(self) -> tuple[VarlenSegment, ...]:
+        return gathered_segments(self._spans, self._live, self._first, self._size)
+
     def read_decode(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        padded, lengths, longest = self._padded()
+        padded, lengths, longest = self._padded
         keys, values = (
             part.index_select(0, padded.flatten()).view(len(padded), -1, *part.shape[2:])[:, :longest]
             for part in self.storage[layer]
         )
         return keys, values, lengths
+
+
+def _rectangle(rows: Sequence[list[int]], dtype: type[np.integer[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+    """``rows`` side by side, [rows, longest], with 0 behind the shorter ones' ends."""
+    found = np.zeros((len(rows), max(map(len, rows))), dtype=dtype)
+    for target, row in zip(found, rows, strict=True):
+        target[: len(row)] = row
+    return found
 
 
 class PagedKeyValues(KeyValues):
@@ -124,8 +147,6 @@ class PagedKeyValues(KeyValues):
         self._one_each = all(span.length == 1 for span in spans)
         self._on_cpu = cache.full_storage.device.type == "cpu"
         self._source = config, cache, tables
-        self._parts: tuple[HostPart, ...] | None = None
-        self._positions: Tensor | None = None
         full = _Group(cache.full_storage, [t.full for t in tables], [0] * len(tables), spans, size)
         first = [t.first_sliding for t in tables]
         sliding = _Group(cache.sliding_storage, [t.sliding for t in tables], first, spans, size)
@@ -148,15 +169,14 @@ class PagedKeyValues(KeyValues):
     def host_decode(self) -> PagedKeyValues | None:
         return self if self._one_each and self._on_cpu else None
 
-    @property
-    def host_parts(self) -> tuple[HostPart, ...]:
-        if self._parts is None:
-            ones = [span.length == 1 for span in self.spans]
-            both = self._on_cpu and any(ones) and not all(ones)
-            self._parts = tuple(self._part([one is kind for one in ones]) for kind in (True, False)) if both else ()
-        return self._parts
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        ones = [span.length == 1 for span in self.spans]
+        if not any(ones) or all(ones):
+            return ()
+        return tuple(self._part([one is kind for one in ones]) for kind in (True, False))
 
-    def _part(self, chosen: Sequence[bool]) -> HostPart:
+    def _part(self, chosen: Sequence[bool]) -> Part:
         """The sequences that are ``chosen``, as a batch of their own."""
         config, cache, tables = self._source
         rows: list[int] = []
@@ -166,7 +186,7 @@ class PagedKeyValues(KeyValues):
             rows += range(span.start, span.start + span.length)
         kv = PagedKeyValues(config, cache, [t for t, own in zip(tables, chosen, strict=True) if own], spans)
         neighbours = rows[-1] - rows[0] + 1 == len(rows)
-        return HostPart(slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows), kv)
+        return Part(slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows), kv)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         group, index = self._layers[layer]
@@ -189,13 +209,11 @@ class PagedKeyValues(KeyValues):
         """(each sequence's live blocks, int64 [B, longest], padded with block 0; tokens in them, int64 [B])."""
         return self._layers[layer][0].live_blocks()
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """int32 [B]: each sequence's last position."""
-        if self._positions is None:
-            last = [span.context_length - 1 for span in self.spans]
-            self._positions = torch.tensor(last, dtype=torch.int32, device=self.storage(0).device)
-        return self._positions
+        last = np.array([span.context_length - 1 for span in self.spans], dtype=np.int32)
+        return upload(last, self.storage(0).device)
 
     def storage(self, layer: int) -> Tensor:
         """The layer's keys and values: [2, blocks, block_size, kv_heads, head_dim]."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from gemcut.engine import decode_graph, prefill_graph
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.diagnosis import explain_bad_logits
-from gemcut.engine.draw import DrawParams, common_mode
-from gemcut.engine.draw_graphs import most_draws
+from gemcut.engine.draw import DrawParams
+from gemcut.engine.draw_graphs import drawing_of
 from gemcut.engine.edits import changes_logits
 from gemcut.engine.logprobs import prompt_scores
 from gemcut.engine.paged import PagedKeyValues
@@ -48,11 +48,9 @@ class Runner:
         """
         graphs = self._graphs_for(batch)
         params = [scheduled.sequence.request.params for scheduled in batch]
-        mode = common_mode(params)
-        vocabulary = self.model.config.vocab_size
-        if mode is not None and len(batch) > most_draws(mode, vocabulary, decode_graph.SIZES[-1], self.device):
-            mode = None
-        if graphs is None or not all(map(_wants_tokens, batch)) or (mode is None and not all(p.greedy for p in params)):
+        greedy = all(p.greedy for p in params)
+        drawing = None if greedy else drawing_of(params, self.model.config.vocab_size, self.device)
+        if graphs is None or not all(map(_wants_tokens, batch)) or (drawing is None and not greedy):
             if self._graphs is not None:
                 self._graphs.forget()
             return None
@@ -64,7 +62,7 @@ class Runner:
             ]
 
         sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
-        tokens = graphs.tokens(sequences, tables) if mode is None else graphs.tokens(sequences, tables, mode, row)
+        tokens = graphs.tokens(sequences, tables) if greedy else graphs.tokens(sequences, tables, drawing, row)
         if tokens is None:
             return None
         return [RowError(self.explain()) if token is None else token for token in tokens]
@@ -96,7 +94,8 @@ class Runner:
         graphs = self._graphs_for(batch)
         if graphs is not None:
             logits = graphs.logits([(s.sequence.tokens[-1], s.sequence.computed) for s in batch], tables)
-            return self.model.softcap(logits.clone())
+            if logits is not None:
+                return self.model.softcap(logits.clone())
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -124,10 +123,14 @@ class Runner:
         self._score([s.sequence for s in batch], scored, scores)
         self._embed([s.sequence for s in batch], [len(own) for own in embedded], states)
         # The head shows what is not finite in the others.
-        self._check_parts([s for s in batch if not s.samples], ends[[not s.samples for s in batch]])
-        if not any(s.samples for s in batch):
+        others = [i for i, scheduled in enumerate(batch) if not scheduled.samples]
+        if not others:
+            return self.model.head(ends)
+        self._check_parts([batch[i] for i in others], ends[indices(others, self.device)])
+        sampling = [i for i, scheduled in enumerate(batch) if scheduled.samples]
+        if not sampling:
             return torch.empty((0, self.model.config.vocab_size), device=self.device)
-        return self.model.head(ends if all(s.samples for s in batch) else ends[[s.samples for s in batch]])
+        return self.model.head(ends[indices(sampling, self.device)])
 
     def _check_parts(self, batch: list[Scheduled], hidden: Tensor) -> None:
         """End the sequences whose prompt chunk gave NaN or infinity. ``hidden`` fp32 [n, d]: each chunk's last row.
@@ -136,8 +139,6 @@ class Runner:
         The logits at the prompt's end would show it, too. But until then other requests could share the chunk's
         blocks, and attention kernels spread a NaN over its whole tile, to the tokens before it as well.
         """
-        if not batch:
-            return
         for scheduled, finite in zip(batch, hidden.isfinite().all(dim=-1).tolist(), strict=True):
             if not finite and scheduled.sequence.failure is None:
                 scheduled.sequence.failure = RowError(self.explain())

@@ -208,7 +208,7 @@ def _draw_part(
     logits, order = rows.take([member.index for member in members])
     by_index = {member.index: member for member in members}
     table = np.array([(by_index[index].temperature, *by_index[index].params) for index in order])
-    temperature, inverse, top_p, min_p, point = upload(table, logits.device).unbind(-1)
+    temperature, inverse, top_p, min_p, point, _ = upload(table, logits.device).unbind(-1)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # first: a tiny temperature must not make two infinities
     if logits.is_cuda:
         logits *= inverse.float()[:, None]  # as the graphs' draws do
@@ -235,8 +235,8 @@ def candidates(row: Tensor, temperature: float, top_k: int, top_p: float, min_p:
     """
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     mode = DrawMode.of(params)
-    _, *limits, _ = DrawParams.of(params, 0.0)
-    bounds = torch.tensor(limits, dtype=torch.float64, device=row.device)
+    own = DrawParams.of(params, 0.0)
+    bounds = torch.tensor((own.top_p, own.min_p), dtype=torch.float64, device=row.device)
     scaled = (row - row.max()) / temperature
     among = shortlist(scaled, mode, *bounds)
     if not among.enough:

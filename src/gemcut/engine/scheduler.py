@@ -117,7 +117,10 @@ class Scheduler:
             sequence.restore()
 
     def schedule(self) -> list[Scheduled]:
-        """Choose the next step's work and take the blocks it needs."""
+        """Choose the next step's work and take the blocks it needs.
+
+        Sequences with one token to compute come first: their rows are neighbours, as kernels want them.
+        """
         batch: list[Scheduled] = []
         budget = self.max_batch_tokens
         prompt = self._prompt_allowance()
@@ -146,7 +149,7 @@ class Scheduler:
             index += 1
         if not preempted and self.waiting:
             self._start_waiting(batch, budget if prompt is None else min(budget, prompt))
-        return batch
+        return sorted(batch, key=lambda scheduled: scheduled.length > 1)
 
     def _prompt_allowance(self) -> int | None:
         """The most prompt tokens of this step; None: as many as come, since no answer waits for its next token."""

@@ -110,8 +110,8 @@ class KeyValues:
         return None
 
     @property
-    def host_parts(self) -> Sequence[HostPart]:
-        """On a CPU, where some sequences of a paged cache have one new token and others several: those and these."""
+    def parts(self) -> Sequence[Part]:
+        """Where some sequences of a paged cache have one new token and others several: those and these; else empty."""
         return ()
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -128,7 +128,7 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
-class HostPart:
+class Part:
     """Some sequences of a batch, as a batch of their own.
 
     Attributes:

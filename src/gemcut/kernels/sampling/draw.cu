@@ -1,27 +1,28 @@
 // Computes: one token drawn from each row of logits, with temperature, top-k, top-p and min-p
-// Shapes: logits fp32 [m, vocabulary]; params fp64 [m, 4] (see struct Draw) -> ids, exact int32 [m]
+// Shapes: logits fp32 [m, vocabulary]; params fp64 [m, 5] (see struct Draw) -> ids, exact int32 [m]
 // Runs: sampling/draw.py, for gemcut.engine.draw_graphs; grid [parts of 2048 tokens, rows]
 // Schedule: one launch; bitonic sort of parts (Batcher 1968), a row's last block merges and samples by prefix sums
 // Invariants: draws what gemcut.engine.draw draws; exact = 0 where logits are not numbers: the token is then any
 //
-// With a top_k each block passes on a list of its LIST likeliest tokens. The row's last block sorts the beginnings of those lists,
+// Each row has its own temperature and filters. With a filter each block passes on a list of its LIST likeliest tokens. The row's last block sorts the beginnings of those lists,
 // or all of them. A token that a part does not pass on is no likelier than the last one taken of its list. So every token that is
-// at least as likely as the likeliest of these last ones is there, but for ties: their number is `complete`.
+// at least as likely as the likeliest of these last ones is there, but for ties: their number is `complete`. top_p and min_p
+// without a top_k compare with the mass of the whole row; where they keep more tokens than are complete, the draw is not exact.
 
 constexpr int THREADS = 1024, PART = 2 * THREADS, LIST = 64, MOST_PARTS = 128, CANDIDATES = MOST_PARTS * LIST, EACH = CANDIDATES / THREADS;
 
 struct Draw {
   const float* logits;     // [m, vocabulary]
-  const double* params;    // [m, 4]: 1 / temperature, top_p, min_p, a uniform number
+  const double* params;    // [m, 5]: 1 / temperature, top_p (above 1: all), min_p, a uniform number, top_k (at most LIST; 0: all)
   u64* lists;              // [m, parts, LIST]: see entry_of
   float2* sums;            // [m, parts]: the largest logit; the sum of exp((logit - largest) / temperature)
   u32* arrivals;           // [m], zero between launches
   int* ids;                // [m]: the token
-  int* exact;              // [m]: 0 where logits are not numbers; `ids` then gets any token
+  int* exact;              // [m]: 0 where logits are not numbers or the lists too short; `ids` then gets any token
   float softcap;           // 0: none
   int vocabulary;
-  int top_k;               // at most LIST; 0: any token may be drawn
 };
+constexpr int PARAMS = 5;
 
 // A logit and its index as one number, likelier ones larger, the first of equal ones largest; 0 is none.
 __device__ __forceinline__ u64 entry_of(float logit, u32 index) {
@@ -101,11 +102,16 @@ __device__ __forceinline__ float weight_of(float logit, float largest, float inv
   return logit == MINUS_INFINITY ? 0.f : expf((logit - largest) * inverse);
 }
 
+// The share of this thread's part in the row's mass; the likeliest token has 1.
+__device__ __forceinline__ double part_mass(const float2* sums, int parts, float largest, float inverse) {
+  const float2 part = threadIdx.x < parts ? __ldcg(sums + threadIdx.x) : make_float2(MINUS_INFINITY, 0.f);
+  return part.y * (double)weight_of(part.x, largest, inverse);
+}
+
 // Any token may be drawn: the first at which the sum of all before and itself passes the point.
 __device__ __forceinline__ void draw_any(const Draw& p, Scratch& s, const float2* sums, float largest, float inverse, double uniform) {
   const int row = blockIdx.y, parts = gridDim.x, thread = threadIdx.x;
-  const float2 part = thread < parts ? __ldcg(sums + thread) : make_float2(MINUS_INFINITY, 0.f);
-  const double mass = part.y * (double)weight_of(part.x, largest, inverse);
+  const double mass = part_mass(sums, parts, largest, inverse);
   double total, all;
   const double before = sum_before(mass, s.doubles, total), point = uniform * total;
   if (thread == 0) s.first = MOST_PARTS, s.last = 0;
@@ -143,9 +149,10 @@ __device__ __forceinline__ void draw_any(const Draw& p, Scratch& s, const float2
   if (thread == 0) p.ids[row] = chosen * PART + min(s.first, s.last);
 }
 
-// Only the top_k likeliest may be drawn. From the first `take` of each list; whether those were enough.
-__device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* entries, float largest, float inverse,
-                                               const double* params, int take) {
+// Only the likeliest may be drawn: top_k of them, or where that is 0 as many as top_p and min_p keep of all. From the first `take`
+// of each list; whether those were enough.
+__device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* entries, const float2* sums, float largest, float inverse,
+                                               const double* params, int top_k, int take) {
   const int row = blockIdx.y, parts = gridDim.x, thread = threadIdx.x;
   const u64* const lists = p.lists + (size_t)row * parts * LIST;
   auto listed = [&](int part, int i) { return __ldcg(lists + part * LIST + (part % 2 ? LIST - 1 - i : i)); };
@@ -170,13 +177,14 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
     const u64 entry = at < size ? entries[at] : 0;
     weights[i] = entry != 0 ? weight_of(logit_of(entry), largest, inverse) : 0.f;
     complete += entry != 0 && logit_of(entry) >= held_back;
-    if (at < p.top_k) kept_mass += weights[i];
+    if (at < top_k) kept_mass += weights[i];
   }
+  if (top_k == 0) kept_mass = part_mass(sums, parts, largest, inverse);
   double whole, mass;
   sum_before(complete, s.doubles, whole);
   sum_before(kept_mass, s.doubles, mass);
-  const int limit = min(p.top_k, p.vocabulary);
-  if (limit > (int)whole) return false;
+  const int limit = top_k > 0 ? min(top_k, p.vocabulary) : (int)whole;
+  if (limit > (int)whole || whole == 0.0) return false;
   const float total = (float)mass, floor = (float)params[2] * (weight_of(logit_of(entries[0]), largest, inverse) / total);
 
   double sum = 0.0, unused;
@@ -198,6 +206,8 @@ __device__ __forceinline__ bool draw_likeliest(const Draw& p, Scratch& s, u64* e
   if (last >= 0) atomicMax(&s.last, last);
   __syncthreads();
   const int end = s.last;
+  // Without a top_k the token behind the last one kept must be known to be cut off.
+  if (top_k == 0 && end == limit - 1 && limit < p.vocabulary) return false;
   if (last == end) s.doubles[0] = last_sum;
   __syncthreads();
   const double point = params[3] * s.doubles[0];
@@ -219,21 +229,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(Draw p) {
   const int row = blockIdx.y, parts = gridDim.x, part = blockIdx.x, thread = threadIdx.x;
   next_kernel_may_start();
   previous_kernels_done();
-  const double* const params = p.params + row * 4;
+  const double* const params = p.params + row * PARAMS;
   const float inverse = (float)params[0];
+  const int top_k = (int)params[4];
+  const bool filtered = top_k > 0 || params[1] < 1.0 || params[2] > 0.0;
   const float* const logits = p.logits + (size_t)row * p.vocabulary;
   float values[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int at = part * PART + thread + i * THREADS;
     values[i] = at < p.vocabulary ? capped(logits[at], p.softcap) : MINUS_INFINITY;
-    if (p.top_k > 0) entries[thread + i * THREADS] = at < p.vocabulary ? entry_of(values[i], at) : 0;
+    if (filtered) entries[thread + i * THREADS] = at < p.vocabulary ? entry_of(values[i], at) : 0;
   }
   float largest = block_max(fmaxf(values[0], values[1]), s.floats);
   double mass;
   sum_before((double)weight_of(values[0], largest, inverse) + weight_of(values[1], largest, inverse), s.doubles, mass);
   if (thread == 0) p.sums[row * parts + part] = make_float2(largest, (float)mass);
-  if (p.top_k > 0) {
+  if (filtered) {
     sort_entries(entries, PART, 1);
     // Every second list backwards, as the last block's sort wants them.
     if (thread < LIST) p.lists[((size_t)row * parts + part) * LIST + thread] = entries[part % 2 ? LIST - 1 - thread : thread];
@@ -247,12 +259,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw(Draw p) {
   const float2* const sums = p.sums + row * parts;
   largest = block_max(thread < parts ? __ldcg(sums + thread).x : MINUS_INFINITY, s.floats);
   bool exact = true;
-  if (p.top_k > 0) {
+  if (filtered) {
     exact = false;   // few are mostly enough, and much sooner sorted
 #pragma unroll 1
     for (int take = LIST / 8; take <= LIST && !exact; take *= 8) {
       __syncthreads();
-      exact = draw_likeliest(p, s, entries, largest, inverse, params, take);
+      exact = draw_likeliest(p, s, entries, sums, largest, inverse, params, top_k, take);
     }
   } else {
     draw_any(p, s, sums, largest, inverse, params[3]);

@@ -1,10 +1,10 @@
 """One token drawn from each row of logits on an NVIDIA GPU, in one launch: gemcut.engine.draw is its plain twin.
 
 Computes: the launch of draw.cu: one token drawn from each row of logits
-Shapes: logits fp32 [m, V], params fp64 [m, 4] -> ids, exact int32 [m]
+Shapes: logits fp32 [m, V], params fp64 [m, 5] -> ids, exact int32 [m]
 Runs: engine/draw_graphs.py where `supports` takes the draw; gemcut.engine.draw is its plain twin
 Schedule: one launch, a block for 2048 tokens of a row
-Invariants: m at most 1024; top_k at most 64; exact = 0 where logits are not numbers
+Invariants: m at most 1024; top_k at most 64; exact = 0 where logits are not numbers or a nucleus is too wide
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Draw(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("logits", "params", "lists", "sums", "arrivals", "ids", "exact")),
         ("softcap", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("vocabulary", "top_k")),
+        ("vocabulary", ctypes.c_int),
     )
 
 
@@ -38,12 +38,10 @@ class DrawCase:
     Attributes:
         vocabulary: tokens there are.
         top_k: how many of them may be drawn; 0: this does not say.
-        filtered: whether not every token may be drawn.
     """
 
     vocabulary: int
     top_k: int
-    filtered: bool
 
 
 def supports(case: DrawCase, gpu: Gpu | None) -> str | None:
@@ -52,11 +50,8 @@ def supports(case: DrawCase, gpu: Gpu | None) -> str | None:
         return NEEDS_GPU
     if case.vocabulary > _PART * _MOST_PARTS:
         return f"draws in one launch take vocabularies of at most {_PART * _MOST_PARTS} tokens, not {case.vocabulary}"
-    if case.filtered and not 0 < case.top_k <= _LIST:
-        return (
-            f"draws in one launch that look at the likeliest tokens alone take a top_k of 1 to {_LIST}, "
-            f"not {case.top_k}"
-        )
+    if case.top_k > _LIST:
+        return f"draws in one launch take a top_k of up to {_LIST}, not {case.top_k}"
     return None
 
 
@@ -70,27 +65,24 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(1024, dtype=torch.int32, device=device)
 
 
-def draw_tokens(
-    logits: Tensor, params: Tensor, ids: Tensor, exact: Tensor, *, top_k: int, softcap: float | None
-) -> None:
+def draw_tokens(logits: Tensor, params: Tensor, ids: Tensor, exact: Tensor, *, softcap: float | None) -> None:
     """Writes a token for each of the first rows of ``ids``, as many as ``params`` has.
 
     Args:
         logits: fp32 [m or more, V], contiguous, before the final soft-cap.
-        params: fp64 [m, 4], contiguous, m at most 1024: 1 / temperature, top_p, min_p, the draw's uniform number.
+        params: fp64 [m, 5], contiguous, m at most 1024: 1 / temperature, top_p (above 1: all), min_p, the draw's
+            uniform number, top_k (0: all; ``supports`` has taken it).
         ids: int32 [m or more], gets the tokens.
-        exact: int32 [m or more]: 0 where logits are not numbers and the token is any.
-        top_k: of all rows; 0: any token may be drawn, whatever ``params`` say of top_p and min_p. ``supports`` has
-            taken it.
+        exact: int32 [m or more]: 0 where the token is any, since logits are not numbers, or since without a top_k
+            more tokens than some thousand may be drawn and yet not all.
         softcap: the final one.
     """
     m, vocabulary = params.shape[0], logits.shape[1]
     parts, device = -(-vocabulary // _PART), logits.device
-    lists = torch.empty((m, parts, _LIST) if top_k else 0, dtype=torch.int64, device=device)
+    lists = torch.empty((m, parts, _LIST), dtype=torch.int64, device=device)
     sums = torch.empty((m, parts, 2), dtype=torch.float32, device=device)
     task = _Draw(
         *(t.data_ptr() for t in (logits, params, lists, sums, _arrivals(device), ids, exact)),
-        softcap or 0.0, vocabulary, top_k,
+        softcap or 0.0, vocabulary,
     )  # fmt: skip
-    shared_bytes = _MOST_PARTS * _LIST * 8 if top_k else 0
-    _kernel(device.index or 0).launch((parts, m), _THREADS, shared_bytes, (task,))
+    _kernel(device.index or 0).launch((parts, m), _THREADS, _MOST_PARTS * _LIST * 8, (task,))

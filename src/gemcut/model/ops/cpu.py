@@ -63,7 +63,7 @@ class CpuOps:
         self, attention: Attention, x: Activations, rotations: Rotations, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
         qkv, rotation = attention.qkv_proj(x), rotations[attention.layer]
-        parts = kv.host_parts
+        parts = kv.parts
         if parts:
             # What one new token costs does not depend on the prompts beside it, nor on how many there are.
             mixed = torch.empty((len(qkv), attention.sizes[0]), dtype=qkv.dtype)

@@ -82,7 +82,7 @@ class CudaOps:
         if kv.decode is not None and self._takes(attention, kv.decode):
             mixed = self._attend_decode(attention, qkv, kv.decode)
         elif kv.paged is not None and self.varlen is not None:
-            mixed = self._attend_varlen(attention, qkv, rotations[attention.layer], kv.paged, self.varlen)
+            mixed = self._attend_paged(attention, qkv, rotations[attention.layer], kv, self.varlen)
         else:
             mixed = attention.mix(qkv, rotations[attention.layer], kv)
         return apply_linear(attention.o_proj, mixed if wanted is None else mixed[wanted])
@@ -106,6 +106,26 @@ class CudaOps:
             qkv, batch.storage(layer), batch.block_table(layer), batch.positions, self._ropes[layer].table(qkv.device),
             attention.decode_spec, q_norm=q_norm, k_norm=k_norm,
         )  # fmt: skip
+
+    def _attend_paged(
+        self, attention: Attention, qkv: Tensor, rotation: Rotation, kv: KeyValues, varlen: VarlenAttention
+    ) -> Tensor:
+        """bf16 [T, heads · head_dim] of spans of any length.
+
+        In a mixed step sequences with one new token, whose rows come first, take the decode kernel.
+        """
+        assert kv.paged is not None
+        ones, longer = kv.parts or (None, None)
+        batch = None if ones is None else ones.kv.decode
+        if ones is None or longer is None or batch is None or not self._takes(attention, batch):
+            return self._attend_varlen(attention, qkv, rotation, kv.paged, varlen)
+        if not isinstance(ones.rows, slice) or ones.rows.start or not isinstance(longer.rows, slice):
+            return self._attend_varlen(attention, qkv, rotation, kv.paged, varlen)
+        done = self._attend_decode(attention, qkv[ones.rows], batch)
+        rest = longer.kv.paged
+        assert rest is not None
+        others = self._attend_varlen(attention, qkv[longer.rows], longer.rotation(rotation), rest, varlen)
+        return torch.cat((done, others))
 
     def _attend_varlen(
         self, attention: Attention, qkv: Tensor, rotation: Rotation, batch: PagedBatch, varlen: VarlenAttention
