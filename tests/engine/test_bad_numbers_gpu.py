@@ -95,7 +95,8 @@ def test_a_neighbour_in_the_same_steps_is_not_changed(weights: str, head_dim: in
         if not graphs:
             desk.engine.runner.prefill_refusal = "compared with"
         for how in HOW:  # a prefill graph's second batch is captured, the third is replayed
-            others = [desk.submit([*prompt(1, 21), token], 1, how), desk.submit([token, *prompt(2, 3)], 1, how)]
+            # No neighbour begins as they do: it would wait for a beginning that is not shared where that went bad.
+            others = [desk.submit([*prompt(11, 21), token], 1, how), desk.submit([token, *prompt(12, 3)], 1, how)]
             neighbours = [desk.submit(prompt(seed, 2 + 6 * seed), 8, how) for seed in range(4)]
             desk.run()
             said.append([desk.said(neighbour) for neighbour in neighbours])

@@ -47,6 +47,8 @@ def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str, h
         [(0, 90)], [(0, 96)], [(0, 65)], [(0, 1)], [(0, 16)], [(0, 7)], [(0, 5), (0, 60), (0, 25)], [(0, 70), (0, 20)],
         [(40, 90)], [(3, 60), (0, 5), (77, 1)], [(90, 96)], [(200, 1), (131, 2), (0, 80)], [(0, 200)], [(0, 129)],
         [(0, 180)], [(60, 250)], [(0, 260)], [(100, 300)], [(0, 500)], [(300, 12)], [(301, 3), (4, 5)], [(310, 16)],
+        [(20, 1), (0, 70)], [(20, 1), (33, 1), (0, 60), (0, 8)], [(9, 1)] * 8 + [(0, 80)], [(17, 1)] * 9 + [(40, 50)],
+        [(5, 1)] * 12 + [(48, 60)],
     ]  # fmt: skip
     captured = 0
     with torch.inference_mode():
@@ -74,7 +76,8 @@ def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str, h
             other = plain(torch.tensor(ids, device=CUDA), torch.tensor(positions, device=CUDA), kv)
             assert relative_error(got, other.double()) < 0.03, parts
             # cuBLAS chooses its kernel by the number of rows; ours give the same sums for all rows of a size.
-            exact = weights != "bf16" and 8 < len(ids) <= 384
+            # Decode attention splits the keys by the number of sequences, which a graph rounds up.
+            exact = weights != "bf16" and 8 < len(ids) <= 384 and not (parts[0][1] == 1 and len(parts) > 1)
             assert relative_error(got, want.double()) <= (0 if exact else 0.01), parts
             for ours, theirs in (
                 (caches[0].full_storage, caches[1].full_storage),
@@ -82,7 +85,7 @@ def test_graphs_give_the_hidden_states_and_the_cache_of_launches(weights: str, h
             ):
                 assert relative_error(ours, theirs.double()) <= (0 if exact else 0.01), parts
             captured = sum(graph._graph is not None for graph in graphs._sizes.values())
-    assert captured >= 3
+    assert captured >= 5
 
 
 def test_what_does_not_fit_a_graph_is_left_to_launches() -> None:

@@ -171,6 +171,10 @@ class PagedCache:
             missing_sliding -= sum(self.sliding.has_one_user(block) for block in going)
         return max(0, missing_full, missing_sliding)
 
+    def holds(self, tables: Tables, tokens: int) -> bool:
+        """Whether the blocks there are suffice for so many first tokens."""
+        return tokens <= len(tables.full) * self.block_size
+
     def extend(self, tables: Tables, computed: int, new: int) -> None:
         """Give back sliding blocks out of sight, then take blocks for ``new`` tokens. ``shortfall`` was 0."""
         self.free_out_of_window(tables, computed)

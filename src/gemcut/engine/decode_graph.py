@@ -56,7 +56,7 @@ def refusal(model: Model, block_size: int, device: torch.device) -> str | None:
     )
 
 
-class _KeyValues(KeyValues):
+class DecodeKeyValues(KeyValues):
     """What the layers ask of a batch's keys and values, at fixed places."""
 
     def __init__(self, cache: PagedCache, positions: Tensor, full: Tensor, sliding: Tensor) -> None:
@@ -65,7 +65,7 @@ class _KeyValues(KeyValues):
         self._layers, self._tables = cache.layers(), {"full": full, "sliding": sliding}
 
     @property
-    def decode(self) -> _KeyValues:
+    def decode(self) -> DecodeKeyValues:
         return self
 
     def storage(self, layer: int) -> Tensor:
@@ -110,7 +110,7 @@ class DecodeGraph:
         self._results = [torch.ones(3, rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
         self._events = [torch.cuda.Event() for _ in range(_AHEAD)]  # type: ignore[no-untyped-call]
         self._launched = self._taken = 0
-        self._kv = _KeyValues(cache, self.positions, self.full, self.sliding)
+        self._kv = DecodeKeyValues(cache, self.positions, self.full, self.sliding)
         #: All layers in one launch where that serves a single sequence; else ``step_refusal`` says why not.
         self.step: DecodeStep | None = None
         self.step_refusal: str | None = "not asked for" if rows == 1 else "several sequences"

@@ -6,7 +6,11 @@ row's result depends on another sequence's rows. For packed weights and 9 to 384
 for the same rows, bit for bit; elsewhere another number of rows may take another kernel, which rounds otherwise. So it
 is where the engine without a graph asks behind the last attention for a prompt's last row only.
 
-A size's first batch runs as it is, since most sizes are needed once only; the second is captured.
+In a mixed step the sequences with one new token come first, and have rows and block tables of their own, as in a decode
+graph: their attention is the decode kernel's.
+
+A size's first batch runs as it is, since most sizes are needed once only; the second is captured. Of many sizes those
+are kept that were needed last.
 """
 
 from __future__ import annotations
@@ -16,24 +20,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gemcut.cache_blocks import ceil_div
 from gemcut.engine.cache import PagedCache, Tables
+from gemcut.engine.decode_graph import DecodeKeyValues
 from gemcut.engine.paged import gather, gathered_segments, live_blocks, token_slots
+from gemcut.engine.tensors import indices
 from gemcut.kernels.attention import varlen as prefill_attention
 from gemcut.kernels.attention import varlen_hopper as hopper_attention
 from gemcut.kernels.attention.varlen import VarlenAttention, fresh_segments, tiles, triton_varlen
 from gemcut.kernels.attention.varlen_hopper import hopper_varlen
 from gemcut.model import Model
-from gemcut.model.key_values import KeyValues, Pages, Span
+from gemcut.model.key_values import KeyValues, Pages, Part, Span
 
 #: Rows a graph has: where a product's tiles end (kernels/linear/gemm.py), so that its kernel is the batch's own.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 288, 384, 512)
 #: Tokens of older context, the batch's own included, that a graph has room to gather; 0: a batch without any.
 CONTEXTS = (0, 512, 1024, 2048, 4096, 8192)
-#: The rows left over counted as one.
+#: Rows a graph has for sequences of one new token beside the prompts'.
+ANSWERS = (0, 8, 16, 32, 64, 128, 256)
+#: Blocks of such a sequence's table; as many as the longest context has where that is not enough.
+TABLE_BLOCKS = 512
+#: Of prompts, the rows left over counted as one.
 MOST_SEQUENCES = 8
+#: Graphs that are kept.
+MOST_GRAPHS = 64
 _GROUPS = ("full", "sliding")  # of the cache
 
 
@@ -45,14 +59,36 @@ def refusal(varlen: VarlenAttention | None, decode_refusal: str | None) -> str |
     return decode_refusal or (None if varlen in (triton_varlen, hopper_varlen) else "needs gemcut's attention kernels")
 
 
-def input_sizes(rows: int, blocks: int, tiles: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class GraphSize:
+    """What a graph has room for.
+
+    Attributes:
+        rows: tokens of prompts.
+        context: older tokens of theirs, and those themselves; 0: there are no older ones.
+        answers: sequences of one new token.
+        table: blocks that each of these has.
+    """
+
+    rows: int
+    context: int
+    answers: int = 0
+    table: int = 0
+
+
+def input_sizes(size: GraphSize, blocks: int, tiles: int) -> dict[str, int]:
     """How many int64 each of a graph's inputs takes, in the order in which they stand in one buffer.
 
-    A tile is 16 bytes, which kernels read at once: tiles stand first, where they begin at multiples of 16.
+    A tile is 16 bytes, which kernels read at once: tiles stand first, where they begin at multiples of 16. What answers
+    have is int32.
     """
-    sizes = {f"{group} tiles": 2 * tiles for group in _GROUPS} | {"ids": rows, "positions": rows}
+    whole = size.answers + size.rows
+    sizes = {f"{group} tiles": 2 * tiles for group in _GROUPS} | {"ids": whole, "positions": whole}
     for group in _GROUPS:
-        sizes |= {f"{group} slots": rows, f"{group} blocks": blocks}
+        sizes |= {f"{group} slots": size.rows, f"{group} blocks": blocks}
+    if size.answers:
+        sizes["answers' positions"] = ceil_div(size.answers, 2)
+        sizes |= {f"answers' {group} table": ceil_div(size.answers * size.table, 2) for group in _GROUPS}
     return sizes
 
 
@@ -69,7 +105,7 @@ class _Shared:
 
 
 class _KeyValues(KeyValues):
-    """What the layers ask of a batch's keys and values (gemcut.engine.paged), at fixed places."""
+    """What the layers ask of prompts' keys and values (gemcut.engine.paged), at fixed places."""
 
     def __init__(self, cache: PagedCache, rows: int, inputs: dict[str, Tensor]) -> None:
         self.spans = (Span(0, rows, rows),)
@@ -94,26 +130,64 @@ class _KeyValues(KeyValues):
         return *gather(storage, self._inputs[f"{group} blocks"]), self._tiles(group)
 
 
-class _Graph:
-    """The layers for ``rows`` tokens with room for ``context`` older ones and their own; captured at the second run."""
+class _Mixed(KeyValues):
+    """Those of ``answers`` sequences with one new token, and behind them prompts'."""
 
-    def __init__(self, shared: _Shared, rows: int, context: int) -> None:
-        self._shared, self.rows, self.context = shared, rows, context
-        sizes = input_sizes(rows, context // shared.cache.block_size, -(-rows // shared.queries) + MOST_SEQUENCES)
+    def __init__(self, answers: DecodeKeyValues, prompts: _KeyValues, size: GraphSize) -> None:
+        self.spans = ()
+        self._prompts = prompts
+        self._parts = (
+            Part(slice(0, size.answers), answers),
+            Part(slice(size.answers, size.answers + size.rows), prompts),
+        )
+
+    @property
+    def paged(self) -> _KeyValues:
+        return self._prompts
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self._parts
+
+
+class _Graph:
+    """The layers for batches of up to a size; captured at the second run."""
+
+    def __init__(self, shared: _Shared, size: GraphSize) -> None:
+        self._shared, self.size = shared, size
+        most_tiles = ceil_div(size.rows, shared.queries) + MOST_SEQUENCES
+        sizes = input_sizes(size, size.context // shared.cache.block_size, most_tiles)
         self._host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=True)
         self._device = torch.zeros_like(self._host, device=shared.device)
         names = list(sizes)
         self._written = dict(zip(names, torch.split(self._host, list(sizes.values())), strict=True))
         self._inputs = dict(zip(names, torch.split(self._device, list(sizes.values())), strict=True))
-        self._kv = _KeyValues(shared.cache, rows, self._inputs)
+        self._kv: KeyValues = _KeyValues(shared.cache, size.rows, self._inputs)
+        if size.answers:
+            positions = self._inputs["answers' positions"].view(torch.int32)[: size.answers]
+            full, sliding = (
+                self._inputs[f"answers' {group} table"]
+                .view(torch.int32)[: size.answers * size.table]
+                .view(-1, size.table)
+                for group in _GROUPS
+            )
+            answers = DecodeKeyValues(shared.cache, positions, full, sliding)
+            self._kv = _Mixed(answers, self._kv, size)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
         self._runs = 0
 
-    def run(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> Tensor:
-        """Hidden states of all rows, fp32 [rows, d]; the next run overwrites them."""
-        self._load(ids, positions, spans, tables)
+    def run(
+        self, answers: int, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]
+    ) -> Tensor:
+        """Hidden states of all rows, fp32 [size.answers + size.rows, d]; the next run overwrites them.
+
+        The first ``answers`` sequences have one new token each and are no prompts.
+        """
+        self._load_answers(ids[:answers], positions[:answers], tables[:answers])
+        prompts = [Span(span.start - answers, span.length, span.context_length) for span in spans[answers:]]
+        self._load(ids[answers:], positions[answers:], prompts, tables[answers:])
         if self._runs == 1:
             self._runs += 1  # one that failed is not tried again
             self._capture()
@@ -124,13 +198,28 @@ class _Graph:
         self._graph.replay()
         return self._hidden
 
-    def _load(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> None:
+    def _load_answers(self, ids: list[int], positions: list[int], tables: Sequence[Tables]) -> None:
         self._copied.synchronize()  # the last upload has left the pinned memory
-        size, used = self._shared.cache.block_size, len(ids)
         self._host.zero_()
-        host = {name: part.numpy() for name, part in self._written.items()}
+        if not self.size.answers:
+            return
+        used, host = len(ids), {name: part.numpy() for name, part in self._written.items()}
         host["ids"][:used], host["positions"][:used] = ids, positions
-        rest = [(used, self.rows - used, 0 if self.context else used, 0)] if used < self.rows else []
+        own = host["answers' positions"].view(np.int32)
+        own[:used], own[used:] = positions, -1
+        for group in _GROUPS:
+            table = host[f"answers' {group} table"].view(np.int32)[: self.size.answers * self.size.table]
+            for row, blocks in zip(
+                table.reshape(-1, self.size.table), (getattr(t, group) for t in tables), strict=False
+            ):
+                row[: len(blocks)] = blocks
+
+    def _load(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> None:
+        size, used, rows, first_row = self._shared.cache.block_size, len(ids), self.size.rows, self.size.answers
+        host = {name: part.numpy() for name, part in self._written.items()}
+        host["ids"][first_row : first_row + used], host["positions"][first_row : first_row + used] = ids, positions
+        context = self.size.context
+        rest = [(used, rows - used, 0 if context else used, 0)] if used < rows else []
         fresh = fresh_segments(spans)
         firsts = [0] * len(tables), [table.first_sliding for table in tables]
         for group, first in zip(_GROUPS, firsts, strict=True):
@@ -141,10 +230,10 @@ class _Graph:
             for table, start, span in zip(lists, first, spans, strict=True):
                 slots[span.start : span.start + span.length] = token_slots(table, span, size)
                 lives.append(live_blocks(table, start, span, size))
-                if self.context:
+                if context:
                     host[f"{group} blocks"][at : at + len(lives[-1])] = lives[-1]
                     at += len(lives[-1])
-            segments = gathered_segments(spans, lives, first, size) if self.context or fresh is None else fresh
+            segments = gathered_segments(spans, lives, first, size) if context or fresh is None else fresh
             found = tiles([*segments, *rest], self._shared.queries)
             self._written[f"{group} tiles"].view(torch.int32)[: len(found) * 4] = torch.tensor(found).flatten()
         self._device.copy_(self._host, non_blocking=True)
@@ -176,7 +265,7 @@ class _Graph:
         except torch.OutOfMemoryError:
             shared.pool = torch.cuda.graph_pool_handle()
             warnings.warn(
-                f"no memory for a CUDA graph of prompts of {self.rows} tokens: they start slower", stacklevel=2
+                f"no memory for a CUDA graph of prompts of {self.size.rows} tokens: they start slower", stacklevel=2
             )
             return
         self._graph, self._hidden = graph, hidden
@@ -194,30 +283,56 @@ class PrefillGraphs:
             queries = prefill_attention.tile_queries(heads, kv_heads, config.head_dim, device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._shared = _Shared(model, cache, device, queries, stream, torch.cuda.graph_pool_handle())
-        self._sizes: dict[tuple[int, int], _Graph] = {}
+        self._sizes: dict[GraphSize, _Graph] = {}
+        self._most_blocks = ceil_div(config.max_position_embeddings, cache.block_size)
 
     def hidden(
-        self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]
+        self,
+        ids: list[int],
+        positions: list[int],
+        spans: Sequence[Span],
+        tables: Sequence[Tables],
+        wanted: Sequence[int] | None = None,
     ) -> Tensor | None:
-        """Hidden states before the final norm, fp32 [T, d], which the next call overwrites.
+        """Hidden states before the final norm, fp32 [n, d], of the ``wanted`` rows; None: of all.
 
         Args:
             ids: token ids of all sequences, one after another.
             positions: each token's position in its sequence.
             spans: which tokens form which sequence.
             tables: the sequences' blocks, with room for the new tokens.
+            wanted: rows of the batch.
 
         Returns:
             None where no graph is large enough.
         """
-        size = self._shared.cache.block_size
-        context = 0
-        if fresh_segments(spans) is None:
-            context = sum(-(-span.context_length // size) * size for span in spans)
-        rows = next((rows for rows in SIZES if rows >= len(ids)), None)
-        room = next((room for room in CONTEXTS if room >= context), None)
-        if rows is None or room is None or len(spans) >= MOST_SEQUENCES:
+        # Those of one new token that come first, where others are behind them.
+        answers = next((i for i, span in enumerate(spans) if span.length > 1), 0)
+        size = self._size_of(answers, spans)
+        if size is None:
             return None
-        if (rows, room) not in self._sizes:
-            self._sizes[rows, room] = _Graph(self._shared, rows, room)
-        return self._sizes[rows, room].run(ids, positions, spans, tables)[: len(ids)]
+        graph = self._sizes.pop(size, None) or _Graph(self._shared, size)
+        self._sizes[size] = graph  # the last one is the one needed last
+        if len(self._sizes) > MOST_GRAPHS:
+            del self._sizes[next(iter(self._sizes))]
+        hidden = graph.run(answers, ids, positions, spans, tables)
+        unused = size.answers - answers  # rows between those of answers and those of prompts
+        rows = [row if row < answers else row + unused for row in (range(len(ids)) if wanted is None else wanted)]
+        return hidden[indices(rows, self._shared.device)]
+
+    def _size_of(self, answers: int, spans: Sequence[Span]) -> GraphSize | None:
+        """That of the smallest graph for a batch whose first ``answers`` sequences are no prompts."""
+        block, prompts = self._shared.cache.block_size, spans[answers:]
+        rest = [Span(span.start - answers, span.length, span.context_length) for span in prompts]
+        context = 0
+        if fresh_segments(rest) is None:
+            context = sum(ceil_div(span.context_length, block) * block for span in prompts)
+        tokens = sum(span.length for span in prompts)
+        rows = next((rows for rows in SIZES if rows >= tokens), None)
+        room = next((room for room in CONTEXTS if room >= context), None)
+        beside = next((count for count in ANSWERS if count >= answers), None)
+        if rows is None or room is None or beside is None or len(prompts) >= MOST_SEQUENCES:
+            return None
+        longest = max((ceil_div(span.context_length, block) for span in spans[:answers]), default=0)
+        table = min(TABLE_BLOCKS, self._most_blocks) if longest <= TABLE_BLOCKS else self._most_blocks
+        return GraphSize(rows, room, beside, table if beside else 0)

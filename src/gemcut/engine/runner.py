@@ -158,9 +158,9 @@ class Runner:
         if self.prefill_refusal is None:
             if self._prefills is None:
                 self._prefills = prefill_graph.PrefillGraphs(self.model, self.cache, self.device)
-            hidden = self._prefills.hidden(ids, positions, spans, tables)
+            hidden = self._prefills.hidden(ids, positions, spans, tables, wanted)
             if hidden is not None:
-                return hidden[indices(wanted, self.device)]
+                return hidden
         kv = PagedKeyValues(self.model.config, self.cache, tables, spans)
         every = None if wanted == list(range(len(ids))) else indices(wanted, self.device)
         rows: Tensor = self.model(

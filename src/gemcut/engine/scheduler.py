@@ -134,14 +134,15 @@ class Scheduler:
                 if length == 0:
                     index += 1
                     continue
-            while (missing := self._shortfall(sequence, length)) and self.running[-1] is not sequence:
-                self._preempt(self.running[-1])
-                preempted = True
-            if missing:  # it came last itself
-                self._preempt(sequence)
-                preempted = True
-                break
-            self.cache.extend(self.tables[sequence.id], sequence.computed, length)
+            if not self.cache.holds(self.tables[sequence.id], sequence.computed + length):
+                while (missing := self._shortfall(sequence, length)) and self.running[-1] is not sequence:
+                    self._preempt(self.running[-1])
+                    preempted = True
+                if missing:  # it came last itself
+                    self._preempt(sequence)
+                    preempted = True
+                    break
+                self.cache.extend(self.tables[sequence.id], sequence.computed, length)
             batch.append(Scheduled(sequence, length))
             budget -= length
             if prompt is not None and sequence.pending > 1:
