@@ -86,6 +86,51 @@ def test_requests_of_all_kinds_together_draw_as_by_the_sampler() -> None:
     )  # a number within rounding of a border draws the neighbour, and the answer goes on from it
 
 
+@pytest.mark.parametrize("sizes", [{"block_size": 4, "sequences": 8}, {"sequences": 64}], ids=["few blocks", "many"])
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS[3:5]], ids=["greedy", "drawn"])
+def test_requests_that_come_and_go_answer_as_alone(sizes: dict[str, int], kinds: list[dict[str, Any]]) -> None:
+    """Steps computed ahead while others end, start and lose their blocks, which go to somebody else at once."""
+    model = network("int8", bound=True)
+    engine, alone = engine_of(model, **sizes), engine_of(model)
+    params = [
+        SamplingParams(
+            **{
+                "max_new_tokens": 2 + 7 * i % 41,
+                "ignore_eos": True,
+                "seed": i,
+                "temperature": 0.4,
+                **kinds[i % len(kinds)],
+            }
+        )
+        for i in range(60)
+    ]
+    asked: list[Sequence] = []
+    taken = 0
+    ahead = engine.runner.computed_ahead
+
+    def counted(batch: Any) -> Any:
+        nonlocal taken
+        found = ahead(batch)
+        taken += len(found)
+        return found
+
+    engine.runner.computed_ahead = counted  # type: ignore[method-assign]
+    steps = 0
+    while engine.has_work or len(asked) < len(params):
+        if len(asked) < len(params) and steps % 3 == 0:
+            asked.append(engine.submit(Request(prompt_ids=prompt(len(asked)), params=params[len(asked)])))
+        engine.step()
+        steps += 1
+    assert taken > 20
+    assert [sequence.output_length for sequence in asked] == [p.max_new_tokens for p in params]
+    same = [
+        sequence.output_ids == run(alone, [p], i)[0] for i, (sequence, p) in enumerate(zip(asked, params, strict=True))
+    ]
+    assert sum(same) >= 0.9 * len(same)
+    assert engine.cache.full.free == engine.cache.full.count
+    assert engine.cache.sliding.free == engine.cache.sliding.count
+
+
 def test_without_memory_for_a_capture_steps_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("int8", bound=True)
     params = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)

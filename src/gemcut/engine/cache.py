@@ -175,6 +175,12 @@ class PagedCache:
         """Whether the blocks there are suffice for so many first tokens."""
         return tokens <= len(tables.full) * self.block_size
 
+    def reserve(self, tables: Tables, tokens: int) -> None:
+        """Take one block more where so many first tokens need it and it is free."""
+        if not self.holds(tables, tokens) and self.full.free and self.sliding.free:
+            tables.full.append(self.full.allocate())
+            tables.sliding.append(self.sliding.allocate())
+
     def extend(self, tables: Tables, computed: int, new: int) -> None:
         """Give back sliding blocks out of sight, then take blocks for ``new`` tokens. ``shortfall`` was 0."""
         self.free_out_of_window(tables, computed)

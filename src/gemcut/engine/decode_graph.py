@@ -2,14 +2,18 @@
 
 The graph leaves the next step's inputs where it reads its own, so it can be replayed ahead of the host: while the host
 looks at one token, the next is being computed. Requests that draw their tokens have a second, small graph behind it
-that puts the drawn tokens in place of the likeliest. A step computed ahead of a change of plan is thrown away; all it
-wrote is one place in its own sequences' blocks, beyond what they have computed.
+that puts the drawn tokens in place of the likeliest.
+
+A step computed ahead serves whoever of its sequences is still there: where one has ended its row is not looked at, and
+marked as unused before the next step is queued; where a prompt comes in between, the others' tokens are taken from it.
+What it wrote for a sequence that has ended is one place in that one's blocks; whoever gets the block writes later.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from torch import Tensor
 from gemcut.engine.cache import PagedCache, Tables
 from gemcut.engine.draw import DrawParams
 from gemcut.engine.draw_graphs import DrawGraphs, Drawing
+from gemcut.engine.tensors import indices
 from gemcut.kernels.attention import decode as decode_attention
 from gemcut.kernels.gpu import NEEDS_GPU, gpu_at
 from gemcut.kernels.megakernel.decode_step import DecodeStep
@@ -32,6 +37,10 @@ from gemcut.model.ops.cuda_megakernel import decode_megakernel
 #: Rows a graph has: a batch takes the smallest that holds it.
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _AHEAD = 2  # steps in flight at most
+
+
+def _rows_for(count: int) -> int:
+    return next(size for size in SIZES if size >= count)
 
 
 def refusal(model: Model, block_size: int, device: torch.device) -> str | None:
@@ -110,6 +119,8 @@ class DecodeGraph:
         self._results = [torch.ones(3, rows, dtype=torch.int32, pin_memory=True) for _ in range(_AHEAD)]
         self._events = [torch.cuda.Event() for _ in range(_AHEAD)]  # type: ignore[no-untyped-call]
         self._launched = self._taken = 0
+        self._blocks = [0] * rows  # of each row, what the pinned memory has of its table
+        self._used: list[int] = []  # rows whose positions are not negative
         self._kv = DecodeKeyValues(cache, self.positions, self.full, self.sliding)
         #: All layers in one launch where that serves a single sequence; else ``step_refusal`` says why not.
         self.step: DecodeStep | None = None
@@ -151,28 +162,55 @@ class DecodeGraph:
         """Set the next step's inputs; what was launched ahead and not taken is thrown away."""
         self._taken = self._launched
         self._copied.synchronize()  # the last upload has left the pinned memory
-        rows, blocks = self.rows, self.rows * self.most_blocks
+        rows, count = self.rows, len(ids)
         host = self._host.view(-1).numpy()
         host[:rows] = 0
         host[rows : 2 * rows] = -1
-        count = len(ids)
         host[:count] = ids
         host[rows : rows + count] = positions
-        full = host[2 * rows : 2 * rows + blocks].reshape(rows, -1)
-        sliding = host[2 * rows + blocks :].reshape(rows, -1)
-        for row, table in enumerate(tables):
-            full[row, : len(table.full)] = table.full
-            sliding[row, : len(table.sliding)] = table.sliding
+        self._blocks, self._used = [0] * rows, list(range(count))
+        self._write_tables(self._used, tables)
         self._inputs.copy_(self._host.view(-1), non_blocking=True)
         self._copied.record()
 
-    def launch(self, drawing: Drawing | None = None, params: Sequence[DrawParams] = ()) -> None:
-        """Queue a step; with a ``drawing``, tokens are drawn with each sequence's ``params``."""
+    def _write_tables(self, rows: Sequence[int], tables: Sequence[Tables]) -> None:
+        """Into the pinned memory, what it does not have yet; ``_blocks`` says how many blocks of each row it has."""
+        blocks = self.rows * self.most_blocks
+        host = self._host.view(-1).numpy()[2 * self.rows :]
+        full, sliding = (part.reshape(self.rows, -1) for part in (host[:blocks], host[blocks:]))
+        for row, table in zip(rows, tables, strict=True):
+            have, now = self._blocks[row], len(table.full)
+            if have < now:
+                full[row, have:now] = table.full[have:]
+                sliding[row, have:now] = table.sliding[have:]
+                self._blocks[row] = now
+
+    def go_on(self, rows: Sequence[int], tables: Sequence[Tables]) -> None:
+        """Before another step is launched behind one in flight: the sequences of ``rows`` alone go on.
+
+        ``tables``: theirs, which may have got blocks.
+        """
+        if any(self._blocks[row] < len(table.full) for row, table in zip(rows, tables, strict=True)):
+            # The last upload stands before the step in flight, so it has left the pinned memory at once.
+            self._copied.synchronize()
+            self._write_tables(rows, tables)
+            start = 2 * self.rows
+            self._inputs[start:].copy_(self._host.view(-1)[start:], non_blocking=True)
+            self._copied.record()
+        ended = [row for row in self._used if row not in set(rows)]
+        if ended:
+            self.positions.index_fill_(0, indices(ended, self.positions.device), -1)
+            self._used = list(rows)
+
+    def launch(
+        self, drawing: Drawing | None = None, params: Sequence[DrawParams] = (), rows: Sequence[int] = ()
+    ) -> None:
+        """Queue a step; with a ``drawing``, tokens are drawn with the ``params`` of each of ``rows``."""
         slot = self._launched % _AHEAD
         draws = None if drawing is None else self._draws.graph(drawing, len(params))
         self.graph.replay()
         if draws is not None:
-            self._draws.queue(draws, params, slot)
+            self._draws.queue(draws, params, rows, slot)
             self._results[slot][2].copy_(self._draws.exact, non_blocking=True)
         self._results[slot][:2].view(-1).copy_(self._inputs[: 2 * self.rows], non_blocking=True)
         self._events[slot].record()
@@ -193,6 +231,33 @@ class DecodeGraph:
         return tokens, positions, exact
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched and not taken.
+
+    Attributes:
+        graph: whose.
+        inputs: of each sequence in it, by id: its row, the token that it reads, that one's position.
+        drawn: whether tokens are drawn, so that some may not be right.
+    """
+
+    graph: DecodeGraph
+    inputs: dict[int, tuple[int, int, int]]
+    drawn: bool
+
+    def rows(self, sequences: Sequence[tuple[int, int, int]]) -> list[int] | None:
+        """The rows of sequences, each given as (id, last token, its position); None where one is not in it."""
+        found = [self.inputs.get(identity, (-1, -1, -1)) for identity, _, _ in sequences]
+        known = all(own[1:] == asked[1:] for own, asked in zip(found, sequences, strict=True))
+        return [row for row, _, _ in found] if known else None
+
+    def take(self, rows: Sequence[int]) -> tuple[list[int | None], list[bool]]:
+        """Wait for it: of each row its token, None where its logits are not finite; whether it is right."""
+        tokens, positions, exact = self.graph.take()
+        found = [tokens[row] if positions[row] >= 0 else None for row in rows]
+        return found, [not self.drawn or positions[row] < 0 or bool(exact[row]) for row in rows]
+
+
 class DecodeGraphs:
     """Decode graphs of the sizes that were needed so far, and the step computed ahead.
 
@@ -207,8 +272,7 @@ class DecodeGraphs:
         self._graphs: dict[int, DecodeGraph | None] = {}
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._expected: tuple[tuple[int, int], ...] = ()  # (sequence, position) of the step computed ahead
-        self._last: tuple[DecodeGraph, list[int], Drawing | None] | None = None
+        self._flight: _Flight | None = None
 
     def tokens(
         self,
@@ -228,32 +292,54 @@ class DecodeGraphs:
         Returns:
             The tokens; None in place of all where a draw needs more than a graph can do, or where there is none.
         """
-        graph = self._graph(len(sequences))
-        if graph is None:
+        flight, self._flight = self._flight, None
+        size = _rows_for(len(sequences))
+        rows = None if flight is None else flight.rows(sequences)
+        if flight is None or rows is None:
+            graph = self._graph(len(sequences))
+            if graph is None:
+                return None
+            rows = list(range(len(sequences)))
+            graph.load([token for _, token, _ in sequences], [position for *_, position in sequences], tables)
+            graph.launch(drawing, params(0), rows)
+            flight = _Flight(graph, {}, drawing is not None)
+        graph = flight.graph
+        # Rows that are no more leave gaps, which draws by PyTorch's operations do not know of.
+        in_order = rows == list(range(len(rows))) or drawing in (None, "one launch")
+        if graph.rows == size and in_order and self._have_places(sequences, tables):
+            graph.go_on(rows, tables)
+            graph.launch(drawing, params(1), rows)
+        found, right = flight.take(rows)
+        if not all(right):
             return None
-        now = tuple((identity, position) for identity, _, position in sequences)
-        ids = [token for _, token, _ in sequences]
-        foreseen = self._last == (graph, ids, drawing) and self._expected == now and graph.ahead > 0
-        if not foreseen:
-            graph.load(ids, [position for _, position in now], tables)
-            graph.launch(drawing, params(0))
+        if graph.ahead:
+            inputs = {
+                identity: (row, token, position + 1)
+                for (identity, _, position), row, token in zip(sequences, rows, found, strict=True)
+                if token is not None  # one without a token ends here
+            }
+            self._flight = _Flight(graph, inputs, drawing is not None)
+        return found
+
+    def computed_ahead(self, sequences: Sequence[tuple[int, int, int]]) -> dict[int, int | None]:
+        """The next tokens of those of the ``sequences`` that the step in flight has, by id; it ends with this.
+
+        Given as in ``tokens``; None: the logits are not finite.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return {}
+        there = [sequence for sequence in sequences if flight.rows([sequence]) is not None]
+        if not there:
+            return {}
+        tokens, right = flight.take([flight.inputs[identity][0] for identity, _, _ in there])
+        return {identity: token for (identity, _, _), token, good in zip(there, tokens, right, strict=True) if good}
+
+    def _have_places(self, sequences: Sequence[tuple[int, int, int]], tables: Sequence[Tables]) -> bool:
+        """Whether the step behind the next one can be computed: its places lie in blocks these sequences have."""
         size = self.cache.block_size
-        self._expected = ()
-        room = ((len(table.full) * size, position + 1) for (_, position), table in zip(now, tables, strict=True))
-        if all(place < min(end, self.most_tokens) for end, place in room):
-            graph.launch(drawing, params(1))  # the next step's places lie in blocks these sequences have already
-            self._expected = tuple((identity, position + 1) for identity, position in now)
-        count = len(sequences)
-        tokens, positions, exact = (values[:count] for values in graph.take())
-        finite = [position >= 0 for position in positions]
-        if drawing is not None and not all(right for right, good in zip(exact, finite, strict=True) if good):
-            self.forget()
-            return None
-        if all(finite):
-            self._last = (graph, tokens, drawing)
-        else:
-            self.forget()  # a sequence without a token ends here
-        return [token if good else None for token, good in zip(tokens, finite, strict=True)]
+        ends = (min(len(table.full) * size, self.most_tokens) for table in tables)
+        return all(position + 1 < end for (*_, position), end in zip(sequences, ends, strict=True))
 
     def logits(self, sequences: Sequence[tuple[int, int]], tables: Sequence[Tables]) -> Tensor | None:
         """The logits after the last token of each sequence, given (that token, its position).
@@ -270,12 +356,11 @@ class DecodeGraphs:
 
     def forget(self) -> None:
         """Another kind of step comes between: nothing computed ahead may be taken after it."""
-        self._expected, self._last = (), None
+        self._flight = None
 
     def _graph(self, count: int) -> DecodeGraph | None:
-        rows = next(size for size in SIZES if size >= count)
+        rows = _rows_for(count)
         if rows not in self._graphs:
-            self.forget()
             self._graphs[rows] = self._captured(rows)
         return self._graphs[rows]
 

@@ -72,9 +72,9 @@ class DrawGraphs:
             self._graphs[drawing, count] = graph
         return self._graphs[drawing, count]
 
-    def queue(self, graph: torch.cuda.CUDAGraph, params: Sequence[DrawParams], slot: int) -> None:
-        """Queue a draw with each sequence's ``params``; ``slot`` of the step's."""
-        self._host_params[slot].numpy()[: len(params)] = params
+    def queue(self, graph: torch.cuda.CUDAGraph, params: Sequence[DrawParams], rows: Sequence[int], slot: int) -> None:
+        """Queue a draw with the ``params`` of each of ``rows``; ``slot`` of the step's."""
+        self._host_params[slot].numpy()[list(rows)] = params
         self._params.copy_(self._host_params[slot], non_blocking=True)
         graph.replay()
 

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Literal
@@ -24,6 +23,7 @@ from gemcut.cache_blocks import BLOCK_SIZE, ceil_div, sliding_blocks_needed
 from gemcut.engine.cache import (
     CacheShape,
     PagedCache,
+    Tables,
     bytes_per_block,
     shape_for_bytes,
     shape_for_tokens,
@@ -94,6 +94,8 @@ class Engine:
         #: What the steps' times are measured with, in seconds.
         self.clock = time.perf_counter
         self.runner = Runner(model, self.cache, device)
+        if self.runner.graph_refusal is None:
+            self.scheduler.most_ahead = self.max_context
         # The living requests in order of submission.
         self._sequences: dict[int, Sequence] = {}
         self._new: dict[int, Sequence] = {}  # those of them that the scheduler does not know yet
@@ -293,23 +295,17 @@ class Engine:
             scheduled.sequence.started = scheduled.sequence.started or now
         # These change nothing that matters: if one of them fails the step can be done again.
         tables = [self.scheduler.tables[s.sequence.id] for s in batch]
-        ready = [s.sequence for s in batch if s.completes]
-        wants = [i for i, sequence in enumerate(ready) if sequence.request.params.max_new_tokens > 0]
-        logprobs: list[TokenLogprob | None] = [None] * len(wants)
-        tokens: Many[int | RowError] | None = self.runner.tokens(batch, tables)
-        if tokens is None:
-            logits = self.runner.run(batch, tables)
-            tokens, logprobs = sample(logits, [ready[i] for i in wants], self.runner.explain) if wants else ([], [])
-        chosen = dict(zip(wants, zip(tokens, logprobs, strict=True), strict=True))
+        ready = [(i, s.sequence) for i, s in enumerate(batch) if s.completes]
+        chosen = self._chosen(batch, tables)
         self._whole = False
-        failed = [ready[i] for i, (token, _) in chosen.items() if isinstance(token, RowError)]
+        failed = [batch[i].sequence for i, (token, _) in chosen.items() if isinstance(token, RowError)]
         for scheduled in batch:
             # Blocks that hold NaN are not published: another request could begin with them.
             if scheduled.sequence.failure is None and scheduled.sequence not in failed:
                 self.scheduler.computed(scheduled)
         for sequence in [s.sequence for s in batch if s.sequence.failure is not None]:
             self._fail(sequence, sequence.failure or RowError(""))
-        for index, sequence in enumerate(ready):
+        for index, sequence in ready:
             if sequence.failure is not None:
                 continue
             if index in chosen:
@@ -317,6 +313,24 @@ class Engine:
             else:
                 self._add(sequence, TokenEvent(sequence.id, None, finish_reason="length"))
         self._whole = True
+
+    def _chosen(
+        self, batch: list[Scheduled], tables: list[Tables]
+    ) -> dict[int, tuple[int | RowError, TokenLogprob | None]]:
+        """The next tokens of those that want one, by place in the batch."""
+        tokens = self.runner.tokens(batch, tables)
+        if tokens is not None:
+            return {i: (token, None) for i, token in enumerate(tokens)}
+        found: dict[int, tuple[int | RowError, TokenLogprob | None]]
+        found = {i: (token, None) for i, token in self.runner.computed_ahead(batch).items()}
+        rest = [i for i in range(len(batch)) if i not in found]
+        if rest:
+            logits = self.runner.run([batch[i] for i in rest], [tables[i] for i in rest])
+            wants = [i for i in rest if batch[i].samples]
+            if wants:
+                chosen = sample(logits, [batch[i].sequence for i in wants], self.runner.explain)
+                found |= zip(wants, zip(*chosen, strict=True), strict=True)
+        return found
 
     def _take(self, sequence: Sequence, token: int | RowError, logprob: TokenLogprob | None) -> None:
         """Add a sampled token to its sequence and see whether that ends it. Its own failures end it alone."""

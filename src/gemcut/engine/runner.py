@@ -51,8 +51,6 @@ class Runner:
         greedy = all(p.greedy for p in params)
         drawing = None if greedy else drawing_of(params, self.model.config.vocab_size, self.device)
         if graphs is None or not all(map(_wants_tokens, batch)) or (drawing is None and not greedy):
-            if self._graphs is not None:
-                self._graphs.forget()
             return None
 
         def row(ahead: int) -> list[DrawParams]:
@@ -61,11 +59,21 @@ class Runner:
                 for p, s in zip(params, batch, strict=True)
             ]
 
-        sequences = [(s.sequence.id, s.sequence.tokens[-1], s.sequence.computed) for s in batch]
+        sequences = [_last(scheduled) for scheduled in batch]
         tokens = graphs.tokens(sequences, tables) if greedy else graphs.tokens(sequences, tables, drawing, row)
         if tokens is None:
             return None
         return [RowError(self.explain()) if token is None else token for token in tokens]
+
+    def computed_ahead(self, batch: list[Scheduled]) -> dict[int, int | RowError]:
+        """The next tokens, by place in the batch, of those that the last step has begun to compute; asked once."""
+        if self._graphs is None:
+            return {}
+        places = {s.sequence.id: i for i, s in enumerate(batch) if s.length == 1 and s.samples and _wants_tokens(s)}
+        found = self._graphs.computed_ahead([_last(batch[i]) for i in places.values()])
+        return {
+            places[identity]: RowError(self.explain()) if token is None else token for identity, token in found.items()
+        }
 
     def _graphs_for(self, batch: list[Scheduled]) -> decode_graph.DecodeGraphs | None:
         """The decode graphs where they serve this device and step: one token of each sequence, its logits wanted."""
@@ -215,6 +223,12 @@ class Runner:
             # One assignment: where an exception strikes this step, the next one goes on behind these rows or before.
             before, count = sequence.embedded
             sequence.embedded = (before + total, count + len(rows))
+
+
+def _last(scheduled: Scheduled) -> tuple[int, int, int]:
+    """(id, last token, its position) of a sequence with one token to compute."""
+    sequence = scheduled.sequence
+    return sequence.id, sequence.tokens[-1], sequence.computed
 
 
 def _wants_tokens(scheduled: Scheduled) -> bool:

@@ -92,6 +92,8 @@ class Scheduler:
         self.tables: dict[int, Tables] = {}  # of running sequences
         self.preemptions = 0
         self.step_seconds, self.times = step_seconds, StepTimes()
+        #: Where steps are computed ahead: up to which length sequences get blocks for the step behind the next one.
+        self.most_ahead = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -150,6 +152,10 @@ class Scheduler:
             index += 1
         if not preempted and self.waiting:
             self._start_waiting(batch, budget if prompt is None else min(budget, prompt))
+        for scheduled in batch if self.most_ahead else ():
+            behind = scheduled.sequence.computed + 2
+            if scheduled.length == 1 and behind <= self.most_ahead:
+                self.cache.reserve(self.tables[scheduled.sequence.id], behind)
         return sorted(batch, key=lambda scheduled: scheduled.length > 1)
 
     def _prompt_allowance(self) -> int | None:
