@@ -27,7 +27,7 @@ from gemcut.kernels.runtime.nvrtc import CudaKernel, compile_kernel, current_str
 from gemcut.kernels.runtime.wgmma import wgmma_source
 
 #: Rows of x a tile can have.
-TILE_ROWS = (16, 32, 64, 96, 128)
+TILE_ROWS = (16, 32, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,16 @@ def order_groups(m: int) -> int:
 
 
 def choose_variant(storage: Storage, m: int, n: int, k: int) -> Variant:
-    """The kernel for ``m`` rows. Tiles of 128 rows of W split small GEMMs more evenly (measured on an H100)."""
+    """The kernel for ``m`` rows.
+
+    Tiles of 128 rows of W split small GEMMs more evenly (measured on an H100). From 129 rows of x on the sums leave
+    registers for three warpgroups, then for two; W is dequantized once for all those rows (measured on an H200).
+    """
     rows, _ = tile_rows(m)
     x_units = {16: 4, 32: 3, 64: 2}.get(rows, 1)
-    if -(-n // TILE) * -(-k // storage.k_block) * storage.stage_bytes <= SMALL_BYTES:
+    if rows > 192 or -(-n // TILE) * -(-k // storage.k_block) * storage.stage_bytes <= SMALL_BYTES:
         return Variant(rows, 2, x_units)
-    return Variant(rows, 4, x_units, double_buffer=rows <= 32)
+    return Variant(rows, 3 if rows > 128 else 4, x_units, double_buffer=rows <= 32)
 
 
 @dataclass(frozen=True)
