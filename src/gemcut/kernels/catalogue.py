@@ -68,11 +68,11 @@ KERNELS: dict[str, Kernel] = {
         _GEMV, "--formats bf16 --rows 1,4,8", "linear-bf16",
     ),
     "four_bit_gemm": _gpu(
-        "NF4 or FP4 times 9 to 896 rows", "warp-specialized wgmma, W dequantized in registers, Stream-K fix-up",
+        "NF4 or FP4 times 9 to 1,792 rows", "warp-specialized wgmma, W dequantized in registers, Stream-K fix-up",
         "linear/four_bit_gemm.cu", _GEMM, "--formats nf4 --rows 16,64,256", "linear-four-bit-gemm",
     ),
     "int8_gemm": _gpu(
-        "int8 times 9 to 768 rows", "warp-specialized wgmma, W widened in registers, Stream-K fix-up",
+        "int8 times 9 to 1,792 rows", "warp-specialized wgmma, W widened in registers, Stream-K fix-up",
         "linear/int8_gemm.cu", _GEMM, "--formats int8 --rows 16,64,256", "linear-int8",
     ),
     "gated_gemm": _gpu(

@@ -1,4 +1,4 @@
-// Computes: y = x W^T of NF4 or FP4 weights for 9 to 896 rows: W as wgmma's register operand in gemm.cuh
+// Computes: y = x W^T of NF4 or FP4 weights for 9 to 1,792 rows: W as wgmma's register operand in gemm.cuh
 // Shapes: x bf16 in the layout of layout.cuh; codes and scales as in four_bit_gemv.cu; y bf16 [m, n]
 // Runs: linear/gemm.py on Hopper; linear/routes.py says for how many rows
 // Schedule: that of gemm.cuh; dequantizing by codebook look-up overlaps with wgmma (as in Marlin, arXiv 2408.11743)

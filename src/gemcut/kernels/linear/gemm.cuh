@@ -1,4 +1,4 @@
-// Computes: y[m, n] = sum over k of x[m, k] * W[n, k], W dequantized in registers (fused GEMM), for 9 to 896 rows
+// Computes: y[m, n] = sum over k of x[m, k] * W[n, k], W dequantized in registers (fused GEMM), for 9 to 1,792 rows
 // Shapes: x bf16 in the layout of layout.cuh; W packed [n, k]; y bf16 or fp32 [m, n]; tiles of 64 WARPGROUPS x ROWS
 // Runs: four_bit_gemm and int8_gemm, launched by linear/gemm.py on Hopper; at most one thread block an SM
 // Schedule: persistent Stream-K (arXiv 2301.03598); producer/consumer warpgroups, wgmma, TMA (as in CUTLASS 3)

@@ -1,4 +1,4 @@
-// Computes: y = x W^T of int8 weights for 9 to 768 rows: W as wgmma's register operand in gemm.cuh
+// Computes: y = x W^T of int8 weights for 9 to 1,792 rows: W as wgmma's register operand in gemm.cuh
 // Shapes: x bf16 in the layout of layout.cuh; W int8 [n, k] row-major, scales fp32 [n]; y bf16 or fp32 [m, n]
 // Runs: linear/gemm.py on Hopper; linear/routes.py says for how many rows
 // Schedule: that of gemm.cuh; int8 is widened to bf16 in registers; the row's scale is applied in the epilogue

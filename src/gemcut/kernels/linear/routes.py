@@ -1,6 +1,6 @@
 """Which kernel multiplies by a weight matrix, by the rows of x: what linear/cuda.py does, as data.
 
-Row counts come from measurements on an H100 (docs/notes/): where two kernels cross depends on the matrix's size.
+Row counts come from measurements on an H100 and an H200 (docs/notes/): where two kernels cross depends on the matrix's size.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class Route:
 
 
 def fused_rows(weights: int, is_four_bit: bool) -> int:
-    """Up to so many rows a fused GEMM with a matrix of so many weights beats dequantizing and cuBLAS (on an H100)."""
+    """Up to so many rows a fused GEMM with a matrix of so many weights beats dequantizing and cuBLAS (on an H200)."""
     if weights < 20 << 20:
         return 384
+    if weights < 64 << 20:
+        return 768 if is_four_bit else 512
     if weights < 128 << 20:
-        return 640 if is_four_bit else 512
-    return 896 if is_four_bit else 768
+        return 1152 if is_four_bit else 1024
+    return 1792
 
 
 def routes(storage: Storage, n: int, k: int, gpu: Gpu, *, float_output: bool = False) -> list[Route]:
