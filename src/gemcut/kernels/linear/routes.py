@@ -1,6 +1,7 @@
 """Which kernel multiplies by a weight matrix, by the rows of x: what linear/cuda.py does, as data.
 
-Row counts come from measurements on an H100 and an H200 (docs/notes/): where two kernels cross depends on the matrix's size.
+Row counts come from measurements on an H100 and an H200 (docs/notes/): where two kernels cross depends on the
+matrix's size.
 """
 
 from __future__ import annotations
