@@ -20,9 +20,8 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
     {},
     {"top_k": 5},
-    {"top_p": 0.9},
     {"temperature": 0.7, "top_k": 40, "top_p": 0.95},
-    {"temperature": 1.5, "min_p": 0.02},
+    {"temperature": 1.5, "top_k": 64, "min_p": 0.02},
 ]
 
 
@@ -79,7 +78,7 @@ def test_requests_of_all_kinds_together_draw_as_by_the_sampler() -> None:
     engine.runner.tokens = counted  # type: ignore[method-assign]
     general.runner.tokens = lambda batch, tables: None  # type: ignore[method-assign]
     found, expected = run(engine, params), run(general, params)
-    assert served >= 6  # of 9 steps: the others drew of more tokens than a launch looks at
+    assert served >= 6  # of 9 steps
     same = sum(a == b for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True))
     assert (
         same >= 0.98 * 480
@@ -87,7 +86,7 @@ def test_requests_of_all_kinds_together_draw_as_by_the_sampler() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"block_size": 4, "sequences": 8}, {"sequences": 64}], ids=["few blocks", "many"])
-@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS[3:5]], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS[2:4]], ids=["greedy", "drawn"])
 def test_requests_that_come_and_go_answer_as_alone(sizes: dict[str, int], kinds: list[dict[str, Any]]) -> None:
     """Steps computed ahead while others end, start and lose their blocks, which go to somebody else at once."""
     model = network("int8", bound=True)

@@ -87,6 +87,9 @@ def _decode(config: GemmaConfig, device: torch.device) -> list[str]:
     for what, top_k in ("draws", 0), ("draws with a top_k of more than 64", 65):
         reason = draw_tokens.supports(DrawCase(config.vocab_size, top_k), gpu_at(device))
         lines.append(f"{what}: " + ("one launch" if reason is None else f"PyTorch's operations ({reason})"))
+    lines.append(
+        "draws with top_p or min_p and no top_k: PyTorch's operations (they may keep more than a launch looks at)"
+    )
     return lines
 
 

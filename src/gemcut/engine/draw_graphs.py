@@ -24,7 +24,13 @@ _MOST_PLAIN_DRAWS = 8
 def drawing_of(params: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> Drawing | None:
     """How a graph draws the tokens of requests with these parameters, greedy ones among them; None: it cannot."""
     gpu = gpu_at(device)
-    if all(draw_tokens.supports(DrawCase(vocabulary, 1 if p.greedy else p.top_k), gpu) is None for p in params):
+
+    def in_one_launch(p: SamplingParams) -> bool:
+        # What top_p and min_p keep of all tokens is often more than a launch looks at, and then the step is done again.
+        certain = p.greedy or p.top_k > 0 or not DrawMode.of(p).filtered
+        return certain and draw_tokens.supports(DrawCase(vocabulary, 1 if p.greedy else p.top_k), gpu) is None
+
+    if all(map(in_one_launch, params)):
         return "one launch"
     return common_mode(params) if len(params) <= _MOST_PLAIN_DRAWS else None
 
