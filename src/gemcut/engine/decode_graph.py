@@ -197,7 +197,8 @@ class DecodeGraph:
             start = 2 * self.rows
             self._inputs[start:].copy_(self._host.view(-1)[start:], non_blocking=True)
             self._copied.record()
-        ended = [row for row in self._used if row not in set(rows)]
+        going = set(rows)
+        ended = [row for row in self._used if row not in going]
         if ended:
             self.positions.index_fill_(0, indices(ended, self.positions.device), -1)
             self._used = list(rows)

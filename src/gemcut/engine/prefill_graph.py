@@ -212,7 +212,7 @@ class _Graph:
             for row, blocks in zip(
                 table.reshape(-1, self.size.table), (getattr(t, group) for t in tables), strict=False
             ):
-                row[: len(blocks)] = blocks
+                row[: len(blocks)] = blocks[: self.size.table]  # one may be reserved for a later step
 
     def _load(self, ids: list[int], positions: list[int], spans: Sequence[Span], tables: Sequence[Tables]) -> None:
         size, used, rows, first_row = self._shared.cache.block_size, len(ids), self.size.rows, self.size.answers
