@@ -21,7 +21,7 @@ from .corpus import files, run, sentences, write_jsonl, write_recipe
 RECIPE = """
 part_mb = 0.002
 [[source]]
-name = "a b"
+name = "a"
 reader = "jsonl"
 paths = ["*.jsonl"]
 [[step]]
@@ -30,7 +30,7 @@ use = "exact-duplicates"
 use = "gopher-quality"
 [tokens]
 train = 420
-""".replace("a b", "a")
+"""
 #: Stands for Slurm's: carries out each task of an array at once, and says its number as --parsable does.
 SBATCH = """#!/bin/bash
 echo "$@" >> "$SBATCH_LOG"

@@ -7,32 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemcut.errors import ParameterError, UnsupportedError
-
-KINDS = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: Path) -> None:
-    """Raise, before anything is measured, what would keep a plot from being written."""
-    if path.suffix.lower() not in KINDS:
-        raise ParameterError(f"--plot is {str(path)!r}; expected a name that ends in {', '.join(KINDS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnsupportedError(
-            "--plot needs matplotlib: pip install 'gemcut[plot]' (in the clone: pip install -e '.[plot]')"
-        ) from None
+from gemcut.picture import pyplot, save_figure
 
 
 def plot(path: Path, rounds: Sequence[dict[str, Any]], title: str) -> None:
     """Write the picture of some rounds' `summary`. One point a round; a trace has its own rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rates = [_rate(found) for found in rounds]
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, key, name in ((axes[0], "ttft_ms", "time to first token, ms"), (axes[1], "tpot_ms", "time a token, ms")):
         for share, style in (("p50", "-o"), ("p95", "--s"), ("p99", ":^")):
             axis.plot(rates, [found[key][share] for found in rounds], style, label=share)
@@ -46,12 +27,7 @@ def plot(path: Path, rounds: Sequence[dict[str, Any]], title: str) -> None:
         axis.set_xlabel("requests a second")
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ParameterError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path, 150)
 
 
 def _rate(found: dict[str, Any]) -> float:

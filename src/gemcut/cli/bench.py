@@ -83,7 +83,7 @@ def serve(
     from gemcut.bench.client import Asker
     from gemcut.bench.figures import Limits
     from gemcut.bench.http import Address, Client
-    from gemcut.bench.plot import check_plot
+    from gemcut.picture import check_plot
 
     made = {"rate": rate, "requests": requests, "prompt-tokens": prompt_tokens, "output-tokens": output_tokens}
     if trace is not None and (given := [name for name, value in made.items() if value is not None]):

@@ -189,8 +189,9 @@ def show_report(
     debug: Debug = False,
 ) -> None:
     """What a finished run kept and dropped, and its alarms."""
-    from gemcut.data.plots import check_plot, write_plot
+    from gemcut.data.plots import write_plot
     from gemcut.data.report import read_report
+    from gemcut.picture import check_plot
 
     if plot is not None:
         check_plot(plot)

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemcut.errors import ParameterError, UnsupportedError
+from gemcut.picture import check_plot, pyplot, save_figure
 
-KINDS = (".png", ".svg", ".pdf")
 KEPT = "kept"
 #: Kept, then steps in their order (Okabe and Ito's colours, which colour-blind people tell apart; then lighter ones).
 COLOURS = (
@@ -67,32 +66,15 @@ def svg(report: Mapping[str, Any]) -> str:
     return f"<svg width=960 height={height} role=img aria-label='MB kept of MB read'>{''.join(parts)}</svg>"
 
 
-def check_plot(path: Path) -> None:
-    """Raise what would keep a picture from being written."""
-    if path.suffix.lower() not in KINDS:
-        raise ParameterError(f"--plot is {str(path)!r}; expected a name that ends in {', '.join(KINDS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnsupportedError(
-            "--plot needs matplotlib: pip install 'gemcut[plot]' (in the clone: pip install -e '.[plot]')"
-        ) from None
-
-
 def write_plot(report: Mapping[str, Any], path: Path) -> None:
     """Write a picture of a report: MB of each source on the left, on the right the same as shares.
 
     Raises ParameterError for another kind of file or one that cannot be written, UnsupportedError without matplotlib.
     """
     check_plot(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     table, paint = fates(report), colours(report)
     names = list(table)
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         1, 2, figsize=(13, 1.9 + 0.27 * len(names)), sharey=True, layout="constrained", width_ratios=(1, 1)
     )
     wholes = [sum(table[source].values()) or 1 for source in names]
@@ -116,9 +98,4 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ParameterError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path, 120)
