@@ -59,8 +59,7 @@ def attention_alone(engine: Engine, count: int) -> float:
     tables = [engine.scheduler.tables[sequence.id] for sequence in running]
     spans = [Span(row, 1, sequence.computed) for row, sequence in enumerate(running)]
     kv = PagedKeyValues(model.config, engine.cache, tables, spans)
-    width = model.layer_list[0].attention
-    spec = width.decode_spec
+    spec = model.layer_list[0].attention.decode_spec
     values = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     qkv = torch.randn(count, values, device=engine.device).bfloat16()
     ops = model.ops

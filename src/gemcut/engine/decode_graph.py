@@ -238,19 +238,26 @@ class _Flight:
 
     Attributes:
         graph: whose.
-        inputs: of each sequence in it, by id: its row, the token that it reads, that one's position.
+        inputs: of each sequence in it, by id: its row, the token that it reads, that one's position, its blocks.
         drawn: whether tokens are drawn, so that some may not be right.
     """
 
     graph: DecodeGraph
-    inputs: dict[int, tuple[int, int, int]]
+    inputs: dict[int, tuple[int, int, int, Tables]]
     drawn: bool
 
-    def rows(self, sequences: Sequence[tuple[int, int, int]]) -> list[int] | None:
-        """The rows of sequences, each given as (id, last token, its position); None where one is not in it."""
-        found = [self.inputs.get(identity, (-1, -1, -1)) for identity, _, _ in sequences]
-        known = all(own[1:] == asked[1:] for own, asked in zip(found, sequences, strict=True))
-        return [row for row, _, _ in found] if known else None
+    def rows(self, sequences: Sequence[tuple[int, int, int]], tables: Sequence[Tables]) -> list[int] | None:
+        """The rows of sequences, each given as (id, last token, its position); None where one is not in it.
+
+        ``tables``: theirs. One that starts gets new ones, so it is not taken for an older one of its id.
+        """
+        rows = []
+        for (identity, token, position), table in zip(sequences, tables, strict=True):
+            own = self.inputs.get(identity)
+            if own is None or own[1:3] != (token, position) or own[3] is not table:
+                return None
+            rows.append(own[0])
+        return rows
 
     def take(self, rows: Sequence[int]) -> tuple[list[int | None], list[bool]]:
         """Wait for it: of each row its token, None where its logits are not finite; whether it is right."""
@@ -295,7 +302,7 @@ class DecodeGraphs:
         """
         flight, self._flight = self._flight, None
         size = _rows_for(len(sequences))
-        rows = None if flight is None else flight.rows(sequences)
+        rows = None if flight is None else flight.rows(sequences, tables)
         if flight is None or rows is None:
             graph = self._graph(len(sequences))
             if graph is None:
@@ -315,14 +322,16 @@ class DecodeGraphs:
             return None
         if graph.ahead:
             inputs = {
-                identity: (row, token, position + 1)
-                for (identity, _, position), row, token in zip(sequences, rows, found, strict=True)
+                identity: (row, token, position + 1, table)
+                for (identity, _, position), row, token, table in zip(sequences, rows, found, tables, strict=True)
                 if token is not None  # one without a token ends here
             }
             self._flight = _Flight(graph, inputs, drawing is not None)
         return found
 
-    def computed_ahead(self, sequences: Sequence[tuple[int, int, int]]) -> dict[int, int | None]:
+    def computed_ahead(
+        self, sequences: Sequence[tuple[int, int, int]], tables: Sequence[Tables]
+    ) -> dict[int, int | None]:
         """The next tokens of those of the ``sequences`` that the step in flight has, by id; it ends with this.
 
         Given as in ``tokens``; None: the logits are not finite.
@@ -330,11 +339,15 @@ class DecodeGraphs:
         flight, self._flight = self._flight, None
         if flight is None:
             return {}
-        there = [sequence for sequence in sequences if flight.rows([sequence]) is not None]
-        if not there:
+        rows = {
+            sequence[0]: found[0]
+            for sequence, table in zip(sequences, tables, strict=True)
+            if (found := flight.rows([sequence], [table])) is not None
+        }
+        if not rows:
             return {}
-        tokens, right = flight.take([flight.inputs[identity][0] for identity, _, _ in there])
-        return {identity: token for (identity, _, _), token, good in zip(there, tokens, right, strict=True) if good}
+        tokens, right = flight.take(list(rows.values()))
+        return {identity: token for identity, token, good in zip(rows, tokens, right, strict=True) if good}
 
     def _have_places(self, sequences: Sequence[tuple[int, int, int]], tables: Sequence[Tables]) -> bool:
         """Whether the step behind the next one can be computed: its places lie in blocks these sequences have."""
@@ -356,7 +369,7 @@ class DecodeGraphs:
         return graph.logits[: len(sequences)]
 
     def forget(self) -> None:
-        """Another kind of step comes between: nothing computed ahead may be taken after it."""
+        """After a step that failed, or where everything starts anew: what was computed ahead is not taken."""
         self._flight = None
 
     def _graph(self, count: int) -> DecodeGraph | None:

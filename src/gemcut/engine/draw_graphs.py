@@ -65,15 +65,18 @@ class DrawGraphs:
         if drawing == "one launch":
             count = len(self.ids)  # one graph for all: what unused rows draw is not looked at
         if (drawing, count) not in self._graphs:
-            kept, stream = self.ids.clone(), self._stream
-            stream.wait_stream(torch.cuda.current_stream(self.ids.device))
+            kept, stream, current = self.ids.clone(), self._stream, torch.cuda.current_stream(self.ids.device)
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 self._draw_rows(drawing, count)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, pool=self._pool, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(current),  # what is current again whatever happens
+                torch.cuda.graph(graph, stream=stream, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 self._draw_rows(drawing, count)
-            torch.cuda.current_stream(self.ids.device).wait_stream(stream)
+            current.wait_stream(stream)
             self.ids.copy_(kept)
             self._graphs[drawing, count] = graph
         return self._graphs[drawing, count]

@@ -28,9 +28,10 @@ from gemcut.engine.cache import (
     shape_for_bytes,
     shape_for_tokens,
 )
-from gemcut.engine.edits import begin_next, was_shortened
+from gemcut.engine.edits import begin_next
+from gemcut.engine.events import event_of, failure_of
 from gemcut.engine.pace import step_budget
-from gemcut.engine.request import FinishReason, Request, RowError, Sequence, Status, TokenEvent, TokenLogprob
+from gemcut.engine.request import Request, RowError, Sequence, Status, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
 from gemcut.engine.sampler import sample
 from gemcut.engine.scheduler import Scheduled, Scheduler, load_of
@@ -233,6 +234,7 @@ class Engine:
         they have; their random numbers stay the same. May itself be interrupted and done again."""
         if self._whole:
             return
+        self.runner.forget()
         for sequence in list(self._sequences.values()):
             if sequence.finished:
                 sequence.status = Status.FINISHED
@@ -286,7 +288,7 @@ class Engine:
                     self._attempt(part)
             else:
                 self._whole = False
-                self._fail(batch[0].sequence, _failure(error, batch[0].length))
+                self._fail(batch[0].sequence, failure_of(error, batch[0].length))
                 self._whole = True
 
     def _run(self, batch: list[Scheduled]) -> None:
@@ -322,7 +324,7 @@ class Engine:
         if tokens is not None:
             return {i: (token, None) for i, token in enumerate(tokens)}
         found: dict[int, tuple[int | RowError, TokenLogprob | None]]
-        found = {i: (token, None) for i, token in self.runner.computed_ahead(batch).items()}
+        found = {i: (token, None) for i, token in self.runner.computed_ahead(batch, tables).items()}
         rest = [i for i in range(len(batch)) if i not in found]
         if rest:
             logits = self.runner.run([batch[i] for i in rest], [tables[i] for i in rest])
@@ -339,7 +341,7 @@ class Engine:
             self._fail(sequence, token)
             return
         try:
-            event = _event(sequence, token, logprob)
+            event = event_of(sequence, token, logprob)
         except Exception as error:  # of its text sink, its stop rule or its parameters
             self._fail(sequence, RowError.of(error))
         else:
@@ -426,32 +428,3 @@ class Engine:
                 f"kv_memory of {self.config.kv_memory} bytes holds no sequence; at least {least} bytes are needed"
             )
         return shape
-
-
-def _failure(error: Exception, tokens: int) -> RowError:
-    """What to say of an exception of the network, which ran with ``tokens`` tokens of one request alone."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        advice = "free some memory, or load the model with a smaller kv_memory or max_batch_tokens"
-        return RowError(f"memory ran out while {tokens} tokens of this request were computed alone: {advice}", error)
-    return RowError.of(error)
-
-
-def _event(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
-    """The event of a sampled token, which its text sink is given. The sequence itself is not changed."""
-    request, sink = sequence.request, sequence.sink
-    reason: FinishReason | None = None
-    stop: int | str | None = None
-    text = ""
-    if token in request.stop_ids and not request.params.ignore_eos:
-        reason, stop = "length" if was_shortened(sequence) else "stop", token
-    else:
-        text = sink.push(token) if sink is not None else ""
-        if sink is not None and sink.stopped is not None:
-            reason, stop = "stop", sink.stopped
-        elif sequence.output_length + 1 >= request.params.max_new_tokens:
-            reason = "length"
-    if reason is not None and sink is not None and not isinstance(stop, str):
-        text += sink.finish()
-        if isinstance(sink.stopped, str):  # completed only by the text held back till now
-            reason, stop = "stop", sink.stopped
-    return TokenEvent(sequence.id, token, text, logprob, reason, stop)

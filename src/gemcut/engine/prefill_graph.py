@@ -7,7 +7,8 @@ for the same rows, bit for bit; elsewhere another number of rows may take anothe
 is where the engine without a graph asks behind the last attention for a prompt's last row only.
 
 In a mixed step the sequences with one new token come first, and have rows and block tables of their own, as in a decode
-graph: their attention is the decode kernel's.
+graph: their attention is the decode kernel's. That kernel splits the keys by the number of rows, which a graph rounds
+up, so a mixed step's results are those of launches but for rounding.
 
 A size's first batch runs as it is, since most sizes are needed once only; the second is captured. Of many sizes those
 are kept that were needed last.
@@ -36,7 +37,7 @@ from gemcut.kernels.attention.varlen_hopper import hopper_varlen
 from gemcut.model import Model
 from gemcut.model.key_values import KeyValues, Pages, Part, Span
 
-#: Rows a graph has: where a product's tiles end (kernels/linear/gemm.py), so that its kernel is the batch's own.
+#: Rows a graph has for prompts. A packed GEMM has tiles of 16, 32, 64, 96, 128, 192 and 256 rows (linear/gemm.py).
 SIZES = (16, 32, 64, 96, 128, 192, 256, 288, 384, 512)
 #: Tokens of older context, the batch's own included, that a graph has room to gather; 0: a batch without any.
 CONTEXTS = (0, 512, 1024, 2048, 4096, 8192)
@@ -64,10 +65,10 @@ class GraphSize:
     """What a graph has room for.
 
     Attributes:
-        rows: tokens of prompts.
-        context: older tokens of theirs, and those themselves; 0: there are no older ones.
+        rows: new tokens of prompts.
+        context: all tokens of prompts, where some are in the cache already; 0: none is.
         answers: sequences of one new token.
-        table: blocks that each of these has.
+        table: blocks of each answer's table.
     """
 
     rows: int
@@ -79,8 +80,8 @@ class GraphSize:
 def input_sizes(size: GraphSize, blocks: int, tiles: int) -> dict[str, int]:
     """How many int64 each of a graph's inputs takes, in the order in which they stand in one buffer.
 
-    A tile is 16 bytes, which kernels read at once: tiles stand first, where they begin at multiples of 16. What answers
-    have is int32.
+    A tile is 16 bytes, which kernels read at once: tiles stand first, where they begin at multiples of 16. Positions
+    and tables of answers are int32, two in each int64.
     """
     whole = size.answers + size.rows
     sizes = {f"{group} tiles": 2 * tiles for group in _GROUPS} | {"ids": whole, "positions": whole}
@@ -131,7 +132,10 @@ class _KeyValues(KeyValues):
 
 
 class _Mixed(KeyValues):
-    """Those of ``answers`` sequences with one new token, and behind them prompts'."""
+    """Keys and values of a mixed step: first the answers, which have one new token each, then the prompts.
+
+    For one forward: its parts keep what the layers share.
+    """
 
     def __init__(self, answers: DecodeKeyValues, prompts: _KeyValues, size: GraphSize) -> None:
         self.spans = ()
@@ -162,7 +166,8 @@ class _Graph:
         names = list(sizes)
         self._written = dict(zip(names, torch.split(self._host, list(sizes.values())), strict=True))
         self._inputs = dict(zip(names, torch.split(self._device, list(sizes.values())), strict=True))
-        self._kv: KeyValues = _KeyValues(shared.cache, size.rows, self._inputs)
+        self._prompts = _KeyValues(shared.cache, size.rows, self._inputs)
+        self._answers: DecodeKeyValues | None = None
         if size.answers:
             positions = self._inputs["answers' positions"].view(torch.int32)[: size.answers]
             full, sliding = (
@@ -171,8 +176,7 @@ class _Graph:
                 .view(-1, size.table)
                 for group in _GROUPS
             )
-            answers = DecodeKeyValues(shared.cache, positions, full, sliding)
-            self._kv = _Mixed(answers, self._kv, size)
+            self._answers = DecodeKeyValues(shared.cache, positions, full, sliding)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
@@ -240,7 +244,8 @@ class _Graph:
         self._copied.record()
 
     def _forward(self) -> Tensor:
-        hidden: Tensor = self._shared.model(self._inputs["ids"], self._inputs["positions"], self._kv)
+        kv = self._prompts if self._answers is None else _Mixed(self._answers, self._prompts, self.size)
+        hidden: Tensor = self._shared.model(self._inputs["ids"], self._inputs["positions"], kv)
         return hidden
 
     def _alone(self) -> Tensor:
@@ -321,7 +326,7 @@ class PrefillGraphs:
         return hidden[indices(rows, self._shared.device)]
 
     def _size_of(self, answers: int, spans: Sequence[Span]) -> GraphSize | None:
-        """That of the smallest graph for a batch whose first ``answers`` sequences are no prompts."""
+        """The smallest size that holds a batch whose first ``answers`` sequences are no prompts; None: none does."""
         block, prompts = self._shared.cache.block_size, spans[answers:]
         rest = [Span(span.start - answers, span.length, span.context_length) for span in prompts]
         context = 0

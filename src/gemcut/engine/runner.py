@@ -65,12 +65,14 @@ class Runner:
             return None
         return [RowError(self.explain()) if token is None else token for token in tokens]
 
-    def computed_ahead(self, batch: list[Scheduled]) -> dict[int, int | RowError]:
+    def computed_ahead(self, batch: list[Scheduled], tables: list[Tables]) -> dict[int, int | RowError]:
         """The next tokens, by place in the batch, of those that the last step has begun to compute; asked once."""
         if self._graphs is None:
             return {}
         places = {s.sequence.id: i for i, s in enumerate(batch) if s.length == 1 and s.samples and _wants_tokens(s)}
-        found = self._graphs.computed_ahead([_last(batch[i]) for i in places.values()])
+        found = self._graphs.computed_ahead(
+            [_last(batch[i]) for i in places.values()], [tables[i] for i in places.values()]
+        )
         return {
             places[identity]: RowError(self.explain()) if token is None else token for identity, token in found.items()
         }

@@ -111,7 +111,7 @@ class KeyValues:
 
     @property
     def parts(self) -> Sequence[Part]:
-        """Where some sequences of a paged cache have one new token and others several: those and these; else empty."""
+        """The sequences with one new token, and those with several, where a paged batch has both kinds; else empty."""
         return ()
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:

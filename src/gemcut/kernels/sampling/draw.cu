@@ -4,10 +4,11 @@
 // Schedule: one launch; bitonic sort of parts (Batcher 1968), a row's last block merges and samples by prefix sums
 // Invariants: draws what gemcut.engine.draw draws; exact = 0 where logits are not numbers: the token is then any
 //
-// Each row has its own temperature and filters. With a filter each block passes on a list of its LIST likeliest tokens. The row's last block sorts the beginnings of those lists,
-// or all of them. A token that a part does not pass on is no likelier than the last one taken of its list. So every token that is
-// at least as likely as the likeliest of these last ones is there, but for ties: their number is `complete`. top_p and min_p
-// without a top_k compare with the mass of the whole row; where they keep more tokens than are complete, the draw is not exact.
+// Each row has its own temperature and filters. With a filter each block passes on a list of its LIST likeliest tokens. The row's
+// last block sorts the beginnings of those lists, or all of them. A token that a part does not pass on is no likelier than the last
+// one taken of its list. So every token that is at least as likely as the likeliest of these last ones is there, but for ties: their
+// number is `complete`. top_p and min_p without a top_k compare with the mass of the whole row; where they keep more tokens than
+// are complete, the draw is not exact.
 
 constexpr int THREADS = 1024, PART = 2 * THREADS, LIST = 64, MOST_PARTS = 128, CANDIDATES = MOST_PARTS * LIST, EACH = CANDIDATES / THREADS;
 
