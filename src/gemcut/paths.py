@@ -14,6 +14,22 @@ def expand(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+#: Names the folder of benchmark data.
+BENCHMARKS = "GEMCUT_BENCHMARKS"
+
+
+def benchmark_folder(given: str | Path | None = None, *, beside_clone: bool = False) -> Path | None:
+    """The folder of benchmark data, a folder a set: the one given, else the one that ``GEMCUT_BENCHMARKS`` names.
+
+    ``beside_clone``: else shared/data/benchmarks beside a clone of gemcut, where that exists. None where there is none;
+    whether the folder exists is for the caller to see.
+    """
+    if named := str(given or "") or os.environ.get(BENCHMARKS, ""):
+        return expand(named)
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
+    return beside if beside_clone and beside.is_dir() else None
+
+
 def cache_folder(kind: Literal["models", "tokenizers", "kernels", "packages"]) -> Path:
     """Where gemcut keeps what it can make again: ``GEMCUT_CACHE``, else gemcut's folder in the user's cache.
 

@@ -12,7 +12,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from gemcut.data.dedup.arrays import load, save
 from gemcut.data.document import Document, Dropped
 from gemcut.data.steps import BaseStep, batches
 from gemcut.errors import ParameterError
+from gemcut.paths import BENCHMARKS, benchmark_folder
 from gemcut.text.measures import Batch, Column, ngrams_by_place
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 LONG, SHORT = 13, 8
 MUCH, STRIDE = 20, 4
 _KINDS = ("hashes", "sets")
-VARIABLE = "GEMCUT_BENCHMARKS"
 #: What describes a benchmark is none of its questions.
 _NO_DATA = ("LICENSE", "LICENCE", "SOURCE", "README", "NOTICE")
 MOST = 32  # benchmarks: a bit each
@@ -55,17 +54,19 @@ class Decontaminate(BaseStep):
     optional: bool = False
 
     def __post_init__(self) -> None:
-        folder = self.benchmarks or os.environ.get(VARIABLE, "")
-        if not folder and not self.optional:
-            raise ParameterError(f"benchmarks is not given and {VARIABLE} is not set; expected a folder of benchmarks")
-        if folder and not os.path.isdir(folder):
+        folder = benchmark_folder(self.benchmarks)
+        if folder is None and not self.optional:
+            raise ParameterError(
+                f"benchmarks is not given and {BENCHMARKS} is not set; expected a folder of benchmarks"
+            )
+        if folder is not None and not folder.is_dir():
             raise ParameterError(f"benchmarks: there is no folder {folder}")
-        self._folder = Path(folder) if folder else None
+        self._folder = folder
         self._index: Index | None = None
 
     @property
     def alarm(self) -> str:
-        return "" if self._folder else f"compared with no benchmark, since {VARIABLE} is not set"
+        return "" if self._folder else f"compared with no benchmark, since {BENCHMARKS} is not set"
 
     def files(self) -> Sequence[str]:
         if self._folder is None:
