@@ -181,6 +181,7 @@ class Plain:
     def __init__(self, tokens: int) -> None:
         self.tokens, self.waiting = tokens, []  # type: tuple[int, list[asyncio.Future[None]]]
         self.chunk = b"data: " + b"x" * 240 + b'"delta":{"content"\n\n'
+        self.whole = b'{"x":{"x":{"x":"' + b"x" * 600 + b'"}}}'
         listener = run.open_port("127.0.0.1", 0)
         self.port: int = listener.getsockname()[1]
         self.server = uvicorn.Server(
@@ -192,8 +193,15 @@ class Plain:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.loop = asyncio.get_running_loop()
-        while (await receive()).get("more_body"):
-            pass
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        if b'"stream": false' in body:
+            head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.whole))]
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            await send({"type": "http.response.body", "body": self.whole})
+            return
         head = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         for _ in range(self.tokens):
@@ -229,6 +237,20 @@ class Plain:
         assert clients.stdout is not None
         clients.stdout.close()
         return (found[-1] - found[0]) / (self.tokens - 1) / connections * 1e6
+
+    def request(self, requests: int) -> float:
+        """µs of the server's thread a JSON request on 16 connections."""
+        words = [str(value) for value in (self.port, 16, requests // 16, 1, 0)]
+        before = self.cpu()
+        subprocess.run([sys.executable, CLIENT, *words], capture_output=True, check=True)
+        return (self.cpu() - before) / (requests // 16 * 16) * 1e6
+
+    def cpu(self) -> float:
+        """CPU seconds of the server's thread up to now."""
+        found: queue.SimpleQueue[float] = queue.SimpleQueue()
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(lambda: found.put(time.thread_time()))
+        return found.get()
 
     def close(self) -> None:
         self.server.should_exit = True
@@ -286,7 +308,9 @@ def main() -> None:
         versions["uvloop"] = "none"
     print(f"device: {_processor()}; Python {platform.python_version()}; {versions}")
     print(f"{options.repetitions} repetitions; median (least to most); µs of CPU of one core")
-    host = Host(new_gemma(resolve(options.model, weights=True).tokenizer()))
+    tokenizer = resolve(options.model, weights=True).tokenizer()
+    tokenizer.prepare()  # as the server's start does
+    host = Host(new_gemma(tokenizer))
     plain = Plain(options.tokens)
     load(host, 4, 20, 4, False)  # warms up
     load(host, 8, 1, 50, True)
@@ -303,8 +327,12 @@ def main() -> None:
         show("  chunks a second of the server's thread", [1e6 / one[0] for one in ours], "chunks/s")
     for bare in (False, True):
         undo = without_text(host.state.gemma) if bare and host.state.gemma is not None else lambda: None
-        runs = [load(host, 16, options.requests // 16, 1, False) for _ in range(options.repetitions)]
+        floor, runs = [], []
+        for _ in range(options.repetitions):  # in turns
+            floor.append(plain.request(options.requests))
+            runs.append(load(host, 16, options.requests // 16, 1, False))
         undo()
+        show("a JSON request of plain ASGI on uvicorn, nothing else", floor, "µs")
         name = "a JSON request of one token" + (", without template and tokenizer" if bare else ", all of it")
         count = options.requests // 16 * 16
         show(name, [(one["server"] + one["engine"]) / count * 1e6 for one in runs], "µs")

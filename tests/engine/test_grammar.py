@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import wait
 from typing import Any
@@ -364,19 +365,41 @@ def test_what_contradicts_a_grammar(gemma: Gemma) -> None:
             make("")
 
 
-def test_an_explosive_schema_is_refused_within_its_time(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["TIME_LIMIT", "WAIT_LIMIT"])
+def test_an_explosive_schema_is_refused_within_its_time(
+    gemma: Gemma, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Where its worker computes for too long, and where nothing is heard of it."""
     inner = constrain._compile
     release = threading.Event()
 
     def slow(*args: Any) -> Any:
-        release.wait(10)
+        if limit == "WAIT_LIMIT":
+            release.wait(10)
+        while not release.is_set():
+            pass
         return inner(*args)
 
     monkeypatch.setattr(constrain, "_compile", slow)
-    monkeypatch.setattr(constrain, "TIME_LIMIT", 0.05)
-    with pytest.raises(ParameterError, match=r"longer than 0\.05 s to compile"):
-        gemma.generate("x", grammar={"enum": ["slow"]})
-    release.set()
+    monkeypatch.setattr(constrain, limit, 0.05)
+    try:
+        with pytest.raises(ParameterError, match=r"longer than .* s to compile"):
+            gemma.generate("x", grammar={"enum": [limit]})
+    finally:
+        release.set()
+
+
+def test_a_busy_machine_refuses_no_grammar(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds in which the worker did not get a processor do not count."""
+    inner = constrain._compile
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return inner(*args)
+
+    monkeypatch.setattr(constrain, "_compile", slow)
+    monkeypatch.setattr(constrain, "TIME_LIMIT", 0.2)
+    assert gemma.grammars.compile(Grammar.regex("(busy|idle)")).shortest
 
 
 def test_without_llguidance_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_unknown_parameter_is_named_with_those_known() -> None:
 
 
 def test_contradictions() -> None:
-    with pytest.raises(ParameterError, match="min_new_tokens 5 is larger than max_new_tokens 4"):
+    with pytest.raises(ParameterError, match="min_new_tokens is 5, more than max_new_tokens, which is 4"):
         SamplingParams(min_new_tokens=5, max_new_tokens=4)
     with pytest.raises(ParameterError, match="do_sample=True contradicts temperature=0"):
         SamplingParams(do_sample=True, temperature=0)

@@ -46,6 +46,21 @@ def test_text(served: Served) -> None:
     assert len(answer.choices[0].text) > 0
 
 
+@pytest.mark.parametrize(
+    ("fields", "count", "reason"),
+    [({}, 1, "stop"), ({"min_tokens": 4}, 4, "stop"), ({"ignore_eos": True}, 6, "length")],
+)
+def test_an_answer_that_wants_to_end(
+    served: Served, tokenizer: Tokenizer, fields: dict[str, Any], count: int, reason: str
+) -> None:
+    """By a bias each token is the end: at once, where it first may come, or never."""
+    bias = {str(tokenizer.eos_id): 100}
+    answer = served.complete(prompt=TEXT, max_tokens=6, temperature=0, logit_bias=bias, **fields).json()
+    assert answer["choices"][0]["finish_reason"] == reason
+    # The end itself is a token, too.
+    assert answer["usage"]["completion_tokens"] == (count + 1 if fields.get("min_tokens") else count)
+
+
 def test_bos_is_there_once(served: Served, tokenizer: Tokenizer) -> None:
     """Whatever the form, the network sees the same ids."""
     bare = tokenizer.encode(TEXT, add_bos=False)

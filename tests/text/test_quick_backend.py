@@ -126,3 +126,15 @@ def test_info_needs_neither_torch_nor_a_tokenizer() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Gemma 3 (text)" in done.stdout
+
+
+@pytest.mark.slow
+def test_prepared_it_has_the_real_backend(gemma3_vocab: Vocabulary, gemma3: Tokenizer) -> None:
+    tokenizer = Tokenizer.quick_from_gguf_vocab(*gemma3_vocab)
+    assert is_quick(tokenizer)
+    tokenizer.prepare()
+    assert not is_quick(tokenizer)
+    assert tokenizer.encode("Hello <end_of_turn>", parse_special=False) == gemma3.encode(
+        "Hello <end_of_turn>", parse_special=False
+    )
+    gemma3.prepare()  # nothing is left to do

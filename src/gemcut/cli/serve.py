@@ -43,6 +43,14 @@ def serve(
     drain_timeout: Annotated[
         float | None, option("What answers under way have left after SIGTERM. Else 30.", metavar="SECONDS")
     ] = None,
+    step_seconds: Annotated[
+        float | None,
+        option(
+            "How long a step may take in which answers wait for a token: prompts beside them are cut. 0: as long as it "
+            "takes. Else 0.5 on a CPU, 0 on a GPU.",
+            metavar="SECONDS",
+        ),
+    ] = None,
     allow_unknown: Annotated[bool, flag("Ignore unknown fields of requests, and say so.", "--allow-unknown")] = False,
     debug: Debug = False,
     access: AccessOptions,
@@ -71,6 +79,8 @@ def serve(
         raise UnsupportedError(
             f"gemcut serve needs {error.name}: pip install 'gemcut[serve]' (in the clone: pip install -e '.[serve]')"
         ) from None
+    if step_seconds is not None and not 0 <= step_seconds <= 3600:
+        raise ParameterError(f"--step-seconds is {step_seconds:g}; expected seconds from 0 to 3600")
     fields, levels = sampling.fields(), sampling.levels()
     from gemcut.server import run
     from gemcut.server.state import ServerSettings, ServerState
@@ -102,7 +112,7 @@ def serve(
                 if bar is not None:
                     bar(done, total)
 
-            gemma = load.load(name, progress=tell, step_seconds="auto")
+            gemma = load.load(name, progress=tell, step_seconds="auto" if step_seconds is None else step_seconds)
         gemma.sampling_levels[:0] = [("command line", fields), *levels]
         speeds.append(measured_speed(gemma))
         return gemma

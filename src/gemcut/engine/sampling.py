@@ -74,7 +74,7 @@ class SamplingParams:
         _range(self, "frequency_penalty", -2.0, 2.0)
         if self.min_new_tokens > self.max_new_tokens:
             raise ParameterError(
-                f"min_new_tokens {self.min_new_tokens} is larger than max_new_tokens {self.max_new_tokens}"
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, which is {self.max_new_tokens}"
             )
         if self.seed is not None:
             _whole(self, "seed", -(2**63), 2**64 - 1)

@@ -30,6 +30,7 @@ _COPIED = (
     "seed",
     "logit_bias",
     "stop",
+    "ignore_eos",
 )
 
 
@@ -38,6 +39,8 @@ def sampling_fields(body: Sampling) -> dict[str, Any]:
     fields = {name: value for name in _COPIED if (value := getattr(body, name)) is not None}
     if body.top_k is not None:
         fields["top_k"] = max(0, body.top_k)  # -1 says "all", as 0 does
+    if body.min_tokens is not None:
+        fields["min_new_tokens"] = body.min_tokens
     if body.stream_options is not None and not body.stream:
         raise ParameterError("stream_options is for streams; set stream to true, or leave it out")
     return fields

@@ -30,7 +30,7 @@ _TYPES = {
 }
 #: The words of SamplingParams for what OpenAI's API calls otherwise.
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-_FIRST_WORD = re.compile(r"([a-z_]+)\b(?:\[\d+\])? (?:is|has|holds|maps|of) ")
+_FIRST_WORD = re.compile(r"([a-z_]+)\b(?:\[\d+\])? (?:is|has|holds|maps|of|contradicts) ")
 
 
 #: Characters of an error's sentence.

@@ -22,6 +22,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=1, le=16)]
 MaxTokens = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 MaxTokensOrNone = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+MinTokens = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=1_000_000)]
@@ -66,6 +67,8 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     repetition_penalty: RepetitionPenalty | None = None
     seed: Seed | None = None
     stop: Stop | Stops | None = None
+    min_tokens: MinTokens | None = None
+    ignore_eos: bool | None = None
     logit_bias: Bias | None = None
     user: Label | None = None
     safety_identifier: Label | None = None

@@ -150,7 +150,9 @@ class Server(uvicorn.Server):
         assert self._loop is not None
         try:
             gemma = self._load(self._report)
-            # It holds Python's lock for seconds, so that no answer may be under way.
+            # These hold Python's lock for seconds, so that no answer may be under way.
+            with contextlib.suppress(GemcutError):  # and one that needs a tokenizer
+                gemma.tokenizer.prepare()
             with contextlib.suppress(GemcutError):  # a request that asks for a grammar is told why there is none
                 gemma.grammars.prepare()
             import torch
