@@ -84,9 +84,9 @@ def load_rensa() -> Any:
     return rensa
 
 
-def band_keys(found: U32, band: int, rows: int) -> U64:
-    """One hash a document of the signature's values in a band."""
+def band_keys(found: U32, first: int, rows: int) -> U64:
+    """One hash a document of ``rows`` values of its signature, from the ``first`` on."""
     keys = np.zeros(len(found), np.uint64)
-    for column in range(band * rows, (band + 1) * rows):
+    for column in range(first, first + rows):
         keys = mix(keys + found[:, column].astype(np.uint64) + np.uint64(column + 1))
     return keys

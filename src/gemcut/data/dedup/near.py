@@ -22,7 +22,10 @@ from gemcut.errors import DataError, ParameterError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BANDS, ROWS = 14, 8
+#: A band is 8 of the 112 values. 14 bands that lie side by side miss a pair of similarity 0.8 with probability 7.7 %,
+#: and two kinds of signatures miss other pairs; with bands that overlap by half, 27 of them, it is 2.1 % (0.2 % at 0.85).
+ROWS = 8
+BANDS = range(0, minhash.PERMUTATIONS - ROWS + 1, ROWS // 2)
 #: Documents of one bucket that a new one is compared with, at most: the first of each group that was found there.
 GROUPS = 32
 
@@ -55,8 +58,8 @@ class NearDuplicates(Barrier):
         library = Library([path for path in collected if path is not None])
         clusters = Clusters(len(library), self.max_cluster)
         notes = {"documents": len(library), "compared": 0, "pairs": 0, "left by the cap": 0}
-        for band in range(BANDS):
-            for bucket in buckets(library.keys(band)):
+        for first in BANDS:
+            for bucket in buckets(library.keys(first)):
                 _join(bucket, library, clusters, self.min_jaccard, notes)
         removed = clusters.later()
         notes["clusters"] = int((clusters.sizes() > 1).sum())
@@ -118,7 +121,7 @@ class Library:
         return int(self._first[-1])
 
     def keys(self, band: int) -> NDArray[np.uint64]:
-        """The band's key of every document; 0 for documents without n-grams."""
+        """The key of every document in the band that begins with value ``band``; 0 for documents without n-grams."""
         out = np.zeros(len(self), np.uint64)
         for first, found, begin in zip(self._first[:-1].tolist(), self._signatures, self._begin, strict=True):
             keys = minhash.band_keys(found, band, ROWS)
