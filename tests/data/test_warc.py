@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hmac
 import io
 import os
 import subprocess
@@ -15,9 +16,11 @@ import zstandard
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
 import support
+from gemcut.data.readers import warc
+from gemcut.data.readers.html import extract
 from gemcut.data.readers.warc import WarcReader
 
-from .corpus import sentences
+from .corpus import run, sentences, write_recipe
 from .test_readers import read
 
 
@@ -164,3 +167,60 @@ def test_large_records_take_no_memory(tmp_path: Path) -> None:
     ).stdout.rpartition(" ")
     assert found == "['WARC record longer than 64 MB', 'page larger than 64 MB', 'kept']"
     assert int(megabytes) < 260  # 64 MB of a page, twice, and the interpreter
+
+
+RECIPE = '[[source]]\nname = "a"\nreader = "warc"\npaths = ["a.warc"]\n'
+URL_BLOCK = '[[step]]\nuse = "url-block"\nlists = ["blocked.txt"]\n'
+CHILD_SAFETY = '[[step]]\nuse = "child-safety"\nlists = ["list"]\nkey_file = "key"\n'
+
+
+@pytest.mark.parametrize(
+    ("steps", "made"),
+    [
+        (URL_BLOCK, {"two2", "the3"}),
+        (URL_BLOCK + CHILD_SAFETY, {"the3"}),
+        (CHILD_SAFETY, {"one1", "the3"}),
+        # What is blocked must still be looked at for what must be reported.
+        (CHILD_SAFETY + URL_BLOCK, {"one1", "the3"}),
+        ('[[step]]\nuse = "exact-paragraphs"\n' + URL_BLOCK, {"one1", "two2", "the3"}),
+    ],
+)
+def test_of_a_refused_address_no_text_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str, made: set[str]
+) -> None:
+    names = {sentences(i).replace("\n", " ").split(".")[0]: name for i, name in enumerate(("one1", "two2", "the3"))}
+    bodies = [page(sentences(i).replace("\n", " ")).encode() for i in range(3)]
+    hosts = ("blocked.example", "listed.example", "good.example")
+    (tmp_path / "a.warc").write_bytes(
+        b"".join(
+            record(f"http://{host}/{name}", answer(body))
+            for host, name, body in zip(hosts, names.values(), bodies, strict=True)
+        )
+    )
+    (tmp_path / "blocked.txt").write_text("blocked.example\n")
+    (tmp_path / "key").write_bytes(b"0123456789abcdef0123456789abcdef")
+    (tmp_path / "key").chmod(0o600)
+    name = hmac.digest(b"0123456789abcdef0123456789abcdef", b"listed.example", "sha256").hex()
+    (tmp_path / "list").write_text(f"url:{name}\n")
+    seen = set()
+
+    def spy(data: bytes, *more: object) -> str | None:
+        text = extract(data, *more)  # type: ignore[arg-type]
+        assert text is not None
+        seen.add(names[text.split(".")[0]])
+        return text
+
+    monkeypatch.setattr(warc, "extract", spy)
+    report = run(write_recipe(tmp_path, RECIPE + steps), tmp_path / "out")
+    assert seen == made
+    dropped = {
+        (step["name"], reason): counts["documents"]
+        for step in report["steps"]
+        for reason, counts in step["sources"]["a"]["dropped"].items()
+    }
+    expected = {}
+    if "url-block" in steps:
+        expected["url-block", "url: domain is blocked"] = 1
+    if "child-safety" in steps:
+        expected["child-safety", "child safety: address"] = 1
+    assert dropped == expected

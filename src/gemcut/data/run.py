@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gemcut.data.folder import run_folder
 from gemcut.data.parts import Part, divide
 from gemcut.data.readers.base import File, Reader
 from gemcut.data.recipe import Recipe, StepSpec, read_recipe
-from gemcut.data.steps import Barrier, Flow, batches, run_step
+from gemcut.data.steps import Barrier, BaseStep, Flow, batches, run_step
 from gemcut.data.store import DocumentWriter, read_documents, write_json
 from gemcut.data.tokens.pack import write_shards
 from gemcut.errors import DataError
@@ -213,11 +213,12 @@ def run_part(job: Job, progress: Progress) -> tuple[int, int, int]:
             totals[2] += 1
             rejects.add(step, item, may_write)
 
-        documents = _watched(_input(job, recipe, stage, flows, dropped), totals, progress)
         for spec in steps:
             spec.step.notes.clear()
             if _prepared(job.out, spec).exists():
                 spec.step.use(_prepared(job.out, spec))
+        documents = _watched(_input(job, recipe, stage, steps, flows, dropped), totals, progress)
+        for spec in steps:
             flow = flows[spec.name] = Flow()
             documents = run_step(spec.step, spec.name, documents, part.number, job.parts, flow, dropped)
         last = job.stage == len(chain) - 1
@@ -250,17 +251,24 @@ def run_part(job: Job, progress: Progress) -> tuple[int, int, int]:
 
 
 def _input(
-    job: Job, recipe: Recipe, stage: Stage, flows: dict[str, Flow], dropped: Callable[[str, Dropped, bool], None]
+    job: Job,
+    recipe: Recipe,
+    stage: Stage,
+    steps: list[StepSpec],
+    flows: dict[str, Flow],
+    dropped: Callable[[str, Dropped, bool], None],
 ) -> Iterator[Document]:
     """The documents that a stage begins with: read from the source, or what its barrier lets through."""
     part = job.part
     if job.stage == 0:
         source = recipe.source(part.source)
+        first = _before_texts(steps)
+        reader = source.reader.skipping(lambda url: any(step.refuses(url) for step in first))
         flow = flows[READ] = Flow()
 
         def read(documents: Iterator[Document], rank: int, world_size: int) -> Iterator[Document | Dropped]:
             for file in part.files:
-                for item in _read_file(source.reader, file, source.name, source.licence):
+                for item in _read_file(reader, file, source.name, source.licence):
                     flow.taken.add(item if isinstance(item, Document) else item.document)
                     yield item
 
@@ -278,6 +286,17 @@ def _input(
         yield from barrier.apply(documents, rank, _decision(job.out, job.stage - 1))
 
     return run_step(apply, opening.name, documents, part.number, job.parts, flow, dropped)
+
+
+def _before_texts(steps: Sequence[StepSpec]) -> list[BaseStep]:
+    """The steps that are asked for an address before a text is made: down to the first one that reads texts."""
+    found: list[BaseStep] = []
+    for spec in steps:
+        if isinstance(spec.step, BaseStep):
+            found.append(spec.step)
+        if not isinstance(spec.step, BaseStep) or spec.step.READS_TEXTS:
+            break
+    return found
 
 
 def _read_file(reader: Reader, file: File, source: str, licence: str) -> Iterator[Document | Dropped]:

@@ -36,6 +36,8 @@ class BaseStep:
     NAME: ClassVar[str]
     #: False: what it drops is never written anywhere (child safety).
     KEEPS_REJECTS: ClassVar[bool] = True
+    #: False: it looks at addresses alone.
+    READS_TEXTS: ClassVar[bool] = True
 
     def __call__(self, documents: Iterator[Document], rank: int, world_size: int) -> Iterator[Document | Dropped]:
         raise NotImplementedError
@@ -49,6 +51,11 @@ class BaseStep:
     def files(self) -> Sequence[str]:
         """Files whose content decides what the step does."""
         return ()
+
+    def refuses(self, url: str) -> bool:
+        """Whether the step drops every document of this address, whatever its text. Steps before the first that reads
+        texts, and that one, are asked before a page's text is made."""
+        return False
 
     @property
     def alarm(self) -> str:

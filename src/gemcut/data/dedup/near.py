@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: A band is 8 of the 112 values. 14 bands that lie side by side miss a pair of similarity 0.8 with probability 7.7 %,
-#: and two kinds of signatures miss other pairs; with bands that overlap by half, 27 of them, it is 2.1 % (0.2 % at 0.85).
+#: and two kinds of signatures miss other pairs. With bands that overlap by half, 27 of them, it is 2.1 % (0.2 % at
+#: 0.85).
 ROWS = 8
 BANDS = range(0, minhash.PERMUTATIONS - ROWS + 1, ROWS // 2)
 #: Documents of one bucket that a new one is compared with, at most: the first of each group that was found there.

@@ -48,6 +48,9 @@ class ChildSafetyStep(Filter):
     def files(self) -> Sequence[str]:
         return (*self.lists, self.key_file, *([self._code] if self.classifier else []))
 
+    def refuses(self, url: str) -> bool:
+        return self._matcher.match_url(url)
+
     def judge(self, documents: Sequence[Document]) -> list[str | None]:
         reasons: list[str | None] = []
         for document in documents:

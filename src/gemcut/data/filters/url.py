@@ -30,6 +30,7 @@ class UrlBlock(Filter):
     """
 
     NAME: ClassVar[str] = "url-block"
+    READS_TEXTS: ClassVar[bool] = False
 
     lists: tuple[str, ...] = field(metadata={"path": True})
 
@@ -45,12 +46,18 @@ class UrlBlock(Filter):
     def use(self, folder: Path) -> None:
         self._hashes = load(folder, "hashes")
 
-    def judge(self, documents: Sequence[Document]) -> list[str | None]:
+    def refuses(self, url: str) -> bool:
+        return bool(url) and bool(contains(self._table(), hash_keys(keys_of(url))).any())
+
+    def _table(self) -> NDArray[np.uint64]:
         if self._hashes is None:
             self._hashes = read_lists(self.lists)
+        return self._hashes
+
+    def judge(self, documents: Sequence[Document]) -> list[str | None]:
         reasons: list[str | None] = [None] * len(documents)
         keys = [(i, key) for i, document in enumerate(documents) if document.url for key in keys_of(document.url)]
-        found = contains(self._hashes, hash_keys(key for _, key in keys))
+        found = contains(self._table(), hash_keys(key for _, key in keys))
         for (i, key), blocked in zip(keys, found.tolist(), strict=True):
             if blocked and reasons[i] is None:
                 reasons[i] = "url: address is blocked" if "/" in key else "url: domain is blocked"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, cast
 
@@ -38,13 +39,29 @@ class Reader:
     #: Where a path of the recipe is a folder, files with these endings are read.
     ENDINGS: ClassVar[tuple[str, ...]] = ()
 
+    #: Whether a step drops documents of an address. No key of a recipe; see `skipping`.
+    refused: Callable[[str], bool] = field(default_factory=lambda: _nothing, init=False, repr=False, compare=False)
+
     def read(self, file: File, source: str, licence: str) -> Iterator[Item]:
         """The documents of one file. What is no document is a Dropped whose document has no text."""
         raise NotImplementedError
 
+    def skipping(self, refused: Callable[[str], bool]) -> Reader:
+        """A reader that gives a document whose address is refused without its text, where getting that would take work.
+
+        The step that refuses it drops it behind the reader, and counts it.
+        """
+        other = copy.copy(self)
+        object.__setattr__(other, "refused", refused)
+        return other
+
     def wants(self, name: str) -> bool:
         """Whether a file that lies in a folder of the recipe is read."""
         return name.lower().endswith(self.ENDINGS)
+
+
+def _nothing(url: str) -> bool:
+    return False
 
 
 def bad(source: str, id: str, reason: str) -> Dropped:

@@ -30,13 +30,20 @@ class HtmlReader(WholeFileReader):
     main_content: bool = True
     url: str = ""
 
+    def read(self, file: File, source: str, licence: str) -> Iterator[Item]:
+        if self.refused(url := self._address(file)):  # the file is not even opened
+            return iter([Document(file.name, source, "", licence=licence, url=url)])
+        return super().read(file, source, licence)
+
     def items(self, data: bytes, file: File, source: str, licence: str) -> Iterator[Item]:
         text = extract(data, self.main_content)
         if text is None:
             yield bad(source, file.name, "not HTML")
             return
-        url = f"{self.url.rstrip('/')}/{file.name}" if self.url else ""
-        yield checked(Document(file.name, source, text, licence=licence, url=url))
+        yield checked(Document(file.name, source, text, licence=licence, url=self._address(file)))
+
+    def _address(self, file: File) -> str:
+        return f"{self.url.rstrip('/')}/{file.name}" if self.url else ""
 
 
 def extract(data: bytes, main_content: bool = True, charset: str = "") -> str | None:

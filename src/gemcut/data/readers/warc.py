@@ -57,7 +57,12 @@ class WarcReader(Reader):
                     yield bad(source, place, found)
                     continue
                 fields, whole = found
-                if fields.get("warc-type") in _KINDS:
+                if fields.get("warc-type") not in _KINDS:
+                    continue
+                url = fields.get("warc-target-uri", "").strip("<>")
+                if self.refused(url):
+                    yield Document(_id(fields, place), source, "", licence=licence, url=url)
+                else:
                     yield self._document(fields, whole, place, iterator, source, licence)
 
     def _document(
@@ -92,8 +97,12 @@ class WarcReader(Reader):
             return bad(source, place, "not HTML")
         if text is None:
             return bad(source, place, "not HTML")
-        id = fields.get("warc-record-id", "").strip("<>") or place
-        return checked(Document(id, source, text, licence=licence, url=fields.get("warc-target-uri", "").strip("<>")))
+        url = fields.get("warc-target-uri", "").strip("<>")
+        return checked(Document(_id(fields, place), source, text, licence=licence, url=url))
+
+
+def _id(fields: dict[str, str], place: str) -> str:
+    return fields.get("warc-record-id", "").strip("<>") or place
 
 
 def _content_type(value: str) -> tuple[str, str]:
