@@ -193,8 +193,9 @@ class Tokenizer:
 
         One that encodes thousands of texts (a server) calls it before the first. It holds Python's lock for a second.
         """
-        if isinstance(self.backend, QuickBackend):
-            self.backend.real()
+        backend: object = self.backend
+        if isinstance(backend, QuickBackend):
+            backend.real()
 
     @classmethod
     def from_gguf_cache(cls, cache_key: str) -> Tokenizer | None:
