@@ -147,11 +147,12 @@ class TokenModel:
         prompt_logprobs_from: int | None = None,
         edit: LogitsEdit | None = None,
         embed_from: int | None = None,
+        logprobs_of: tuple[int, ...] = (),
         cache_salt: bytes = b"",
     ) -> TextStream:
         """A request that is checked and not started (`start_together` starts several). Every front door ends here.
 
-        ``edit``, ``embed_from`` and ``cache_salt`` are those of `gemcut.engine.Request`.
+        ``edit``, ``embed_from``, ``logprobs_of`` and ``cache_salt`` are those of `gemcut.engine.Request`.
         """
         ids = token_ids(ids)
         if not isinstance(params, SamplingParams):
@@ -174,6 +175,7 @@ class TokenModel:
             prompt_logprobs_from=prompt_logprobs_from,
             edit=edit,
             embed_from=embed_from,
+            logprobs_of=logprobs_of,
             cache_salt=cache_salt,
         )
         return TextStream(self.loop, self.loop.prepare(request))

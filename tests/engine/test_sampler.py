@@ -29,6 +29,7 @@ from gemcut.engine.draw import SORT_FIRST, DrawMode, DrawParams, draw
 from gemcut.engine.edits import change_logits
 from gemcut.engine.request import Sequence
 from gemcut.engine.sampler import candidates, sample
+from gemcut.errors import ParameterError
 
 VOCABULARY = 40
 
@@ -367,6 +368,29 @@ def test_logprobs_through_the_engine() -> None:
         assert event.logprob.logprob == pytest.approx(expected[2 + place, event.token_id].item(), abs=1e-4)
         assert [i for i, _ in event.logprob.top] == ids.tolist()
         assert [v for _, v in event.logprob.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_logprobs_of_named_tokens() -> None:
+    """Beside those of the likeliest ones, each row's own, in its order; without logprobs it is refused."""
+    model, reference = twins()
+    engine = Recording(model)
+    named = [(7, 300, 7), (), (0,)]
+    params = SamplingParams(temperature=0, logprobs=2, max_new_tokens=2)
+    sequences = [
+        engine.submit(Request(prompt_ids=(4, 5, 6 + i), params=params, logprobs_of=ids)) for i, ids in enumerate(named)
+    ]
+    engine.finish()
+    for ids, sequence in zip(named, sequences, strict=True):
+        with torch.no_grad():
+            expected = reference(torch.tensor([sequence.tokens])).logits[0].log_softmax(-1)
+        for place, event in enumerate(sequence.events):
+            assert event.logprob is not None
+            assert event.logprob.asked == pytest.approx(expected[2 + place, list(ids)].tolist(), abs=1e-4)
+            assert len(event.logprob.top) == 2
+    with pytest.raises(ParameterError, match="logprobs_of needs logprobs"):
+        engine.submit(Request(prompt_ids=(4,), params=SamplingParams(), logprobs_of=(1,)))
+    with pytest.raises(ParameterError, match="logprobs_of has token id 320"):
+        engine.submit(Request(prompt_ids=(4,), params=params, logprobs_of=(320,)))
 
 
 EXTREMES = {

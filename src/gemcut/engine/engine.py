@@ -377,7 +377,8 @@ class Engine:
         if prompt == 0:
             raise ParameterError("the prompt is empty; expected at least one token (<bos> counts)")
         vocabulary = self.model.config.vocab_size
-        for name, ids in (("prompt", request.prompt_ids), ("logit_bias", request.params.logit_bias)):
+        named = {"prompt": request.prompt_ids, "logit_bias": request.params.logit_bias}
+        for name, ids in (*named.items(), ("logprobs_of", request.logprobs_of)):
             bad = next((i for i in ids if type(i) is not int or not 0 <= i < vocabulary), None)
             if bad is not None:
                 raise ParameterError(f"{name} has token id {bad!r}; this model's ids go from 0 to {vocabulary - 1}")
@@ -392,6 +393,8 @@ class Engine:
             raise ParameterError(
                 f"embed_from is {start!r}; expected a place from 0 (the first token) to {prompt - 1}, the prompt's last"
             )
+        if request.logprobs_of and request.params.logprobs is None:
+            raise ParameterError("logprobs_of needs logprobs, a number of likeliest tokens (0 will do)")
         if request.params.stop and request.text is None:
             raise ParameterError("stop texts are found in decoded text only; give the request a text (a Detokenizer)")
         if prompt + new > self.max_context:

@@ -20,16 +20,25 @@ SCORED_ROWS = 64
 TILED_ROWS, TILE, WIDEST = 512, 1 << 21, 8192
 
 
-def token_logprobs(logits: Tensor, tokens: Many[int | RowError], wanted: Many[int | None]) -> list[TokenLogprob | None]:
+def token_logprobs(
+    logits: Tensor,
+    tokens: Many[int | RowError],
+    wanted: Many[int | None],
+    asked: Many[tuple[int, ...]] | None = None,
+) -> list[TokenLogprob | None]:
     """Log-probability of each row's token under softmax of ``logits`` [n, V], with its likeliest alternatives.
 
     ``wanted[i]`` is how many alternatives row i asks for; None asks for nothing, as a row without a token must.
+    ``asked[i]`` are tokens whose log-probabilities it wants beside them.
     """
     results: list[TokenLogprob | None] = [None] * len(tokens)
     rows = [i for i, count in enumerate(wanted) if count is not None]
     if not rows:
         return results
     most = min(max(wanted[i] or 0 for i in rows), logits.shape[-1])
+    named = [asked[i] if asked is not None else () for i in rows]
+    columns = max(map(len, named))
+    filled = [(*ids, *[0] * (columns - len(ids))) for ids in named]
     chosen = [token for token in (tokens[i] for i in rows) if not isinstance(token, RowError)]
     found: list[Tensor] = []
     step = rows_at_once(logits)
@@ -37,11 +46,16 @@ def token_logprobs(logits: Tensor, tokens: Many[int | RowError], wanted: Many[in
         logprobs = logits[indices(rows[first : first + step], logits.device)].log_softmax(dim=-1)
         own = logprobs.gather(1, indices(chosen[first : first + step], logits.device)[:, None])
         values, ids = logprobs.topk(most, dim=-1)
-        found.append(torch.cat((own.double(), values.double(), ids.double()), dim=1))
-    for i, token, numbers in zip(rows, chosen, torch.cat(found).tolist(), strict=True):
+        numbered = [own.double(), values.double(), ids.double()]
+        if columns:
+            flat = [id_ for each in filled[first : first + step] for id_ in each]
+            numbered.append(logprobs.gather(1, indices(flat, logits.device).view(-1, columns)).double())
+        found.append(torch.cat(numbered, dim=1))
+    for i, token, ids_asked, numbers in zip(rows, chosen, named, torch.cat(found).tolist(), strict=True):
         count = min(wanted[i] or 0, most)
         ids_of_row = map(int, numbers[1 + most : 1 + most + count])
-        results[i] = TokenLogprob(token, numbers[0], tuple(zip(ids_of_row, numbers[1 : 1 + count], strict=True)))
+        top = tuple(zip(ids_of_row, numbers[1 : 1 + count], strict=True))
+        results[i] = TokenLogprob(token, numbers[0], top, tuple(numbers[1 + 2 * most :][: len(ids_asked)]))
     return results
 
 

@@ -54,6 +54,8 @@ class Request:
             token, the first one that has any before it. None: none of them.
         embed_from: also give the mean of the hidden states behind the final norm, of the prompt's tokens from this
             place on; 0 is the first token. None: not wanted.
+        logprobs_of: token ids whose log-probabilities as each next token are wanted too (``TokenLogprob.asked``); needs
+            ``params.logprobs``, which may be 0.
         cache_salt: requests share what they have in common with those of the same salt alone, b"" too.
         edit: asked before each choice what to change of the logits; None: nothing.
         request_id: unique while the request lives.
@@ -65,6 +67,7 @@ class Request:
     text: Callable[[], TextSink] | None = None
     prompt_logprobs_from: int | None = None
     embed_from: int | None = None
+    logprobs_of: tuple[int, ...] = ()
     cache_salt: bytes = b""
     edit: LogitsEdit | None = None
     request_id: int = field(default_factory=lambda: next(_ids))
@@ -72,11 +75,15 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a token under the model (before penalties and temperature), with the likeliest others."""
+    """Log-probability of a token under the model (before penalties and temperature), with the likeliest others.
+
+    ``asked``: those of the tokens that the request names (``Request.logprobs_of``), in that order.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    asked: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

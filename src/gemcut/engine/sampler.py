@@ -94,7 +94,8 @@ def sample(
         tokens[index] = token
     for index, failure in errors.items():
         tokens[index], wanted[index] = failure, None
-    return tokens, token_logprobs(logits, tokens, wanted)
+    asked = [sequence.request.logprobs_of for sequence in sequences]
+    return tokens, token_logprobs(logits, tokens, wanted, asked)
 
 
 class _Rows:
