@@ -13,6 +13,7 @@ import pytest
 from gemcut.errors import DataError, ParameterError
 from gemcut.evaluation import CARD, Answer, Choices, DataFolder, Item, Records, Setup, find_rows, row
 from gemcut.evaluation.registry import all_rows
+from gemcut.evaluation.row import _code
 from gemcut.evaluation.scoring import choice_score
 from gemcut.paths import benchmark_folder
 
@@ -55,6 +56,8 @@ def test_a_recipe_changes_with_code_and_setup_alone() -> None:
     assert len({recipe, mmlu.recipe(Setup(shots=4)), replace(mmlu, version=2).recipe(Setup())}) == 3
     one, two, three = (replace(mmlu, build=b()).recipe(Setup()) for b in (plain, documented, other))
     assert one == two != three
+    assert "Choose from the following options" in _code(row("agieval").build)  # what it calls counts
+    assert "re.compile('#### " in _code(row("gsm8k").score)
 
 
 def test_data_folder_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

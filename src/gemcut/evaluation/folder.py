@@ -28,7 +28,7 @@ class SetOfData:
 
     Attributes:
         name: its folder.
-        files: those that must be there.
+        files: those that must be there; "a|b": one of the two.
         source: repository and path, or another address where a person finds them.
         licence: as the source states it.
         count: how many items the row has in full; 0 where that is not fixed.
@@ -74,16 +74,15 @@ class DataFolder:
 
     def missing(self, wanted: SetOfData) -> list[str]:
         """Which of a set's files are not there."""
-        return [name for name in wanted.files if not (self.root / wanted.name / name).exists()]
+        here = self.root / wanted.name
+        return [name for name in wanted.files if not any((here / one).exists() for one in name.split("|"))]
 
     def require(self, wanted: SetOfData) -> None:
         """Raise DataError where a file of a set is missing, with how to get it."""
         if missing := self.missing(wanted):
-            how = f"gemcut eval fetch {wanted.name} --data {self.root}, or " if wanted.fetch else ""
-            raise DataError(
-                f"{self.root / wanted.name / missing[0]} is missing: get it with {how}by hand from {wanted.source} "
-                f"(licence: {wanted.licence})"
-            )
+            how = f"with gemcut eval fetch {wanted.name} --data {self.root}, or " if wanted.fetch else ""
+            path = self.root / wanted.name / missing[0].split("|")[0]
+            raise DataError(f"{path} is missing: get it {how}by hand from {wanted.source} (licence: {wanted.licence})")
 
     def path(self, name: str) -> Path:
         """A file by its path below the folder ("piqa/valid.jsonl")."""

@@ -7,9 +7,11 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, Protocol
 
 from gemcut.evaluation.folder import DataFolder, SetOfData
@@ -184,15 +186,36 @@ class Row:
         return hashlib.sha256(json.dumps([said, code]).encode()).hexdigest()[:12]
 
 
-def _code(function: Any) -> str:
-    """A function's code without comments and documentation; of a partial with its arguments."""
+def _code(function: Any, seen: set[Any] | None = None) -> str:
+    """A function's code without comments and documentation, and that of the package's functions that it calls.
+
+    Constants that it names count by value; of a partial and of a closure what they hold.
+    """
+    seen = set() if seen is None else seen
     if isinstance(function, functools.partial):
-        return f"{_code(function.func)} {function.args!r} {sorted(function.keywords.items())!r}"
+        return f"{_code(function.func, seen)} {function.args!r} {sorted(function.keywords.items())!r}"
     function = inspect.unwrap(function)
-    if not inspect.isroutine(function) and not inspect.isclass(function):  # an object that is called
-        return f"{_code(type(function))} {function!r}"
+    if function in seen:
+        return ""
+    seen.add(function)
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    parts = [ast.unparse(tree)]
+    if not inspect.isfunction(function):
+        return parts[0]
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    named = [function.__globals__.get(name) for name in sorted(_names(function.__code__))]
+    for value in (*held, *named):
+        if inspect.isfunction(value) and value.__module__.startswith(__package__ or ""):
+            parts.append(_code(value, seen))
+        elif isinstance(value, str | int | float | tuple | re.Pattern):
+            parts.append(repr(value))
+    return "\n".join(parts)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Global names that a function uses, those of functions within it too."""
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
