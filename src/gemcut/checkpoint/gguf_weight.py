@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,6 +66,14 @@ class GgufWeight(StoredWeight):
             piece = room[: min(values, total - start)]
             self._fill(piece, start)
             yield piece
+
+    def rows(self, start: int, stop: int) -> GgufWeight:
+        """Rows ``start`` to ``stop``, which begin and end with blocks; no other is read."""
+        tensor = self._tensor
+        offset = tensor.offset + start * tensor.shape[1] // tensor.type.block * tensor.type.nbytes
+        nbytes = tensor.nbytes * (stop - start) // tensor.shape[0]
+        part = replace(tensor, offset=offset, shape=(stop - start, tensor.shape[1]), nbytes=nbytes)
+        return GgufWeight(part, self.dtype, self._pool, self._dequantize)
 
     def _fill(self, out: Tensor, start: int) -> None:
         """``out`` with the values from ``start`` on, both at borders of blocks."""

@@ -142,6 +142,10 @@ class StoredWeight(ABC):
         """The values in order, ``values`` at a time (a whole number of rows, or of 256 values; fewer at the end), each
         a flat tensor in ``dtype`` of which only the last one is valid."""
 
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> StoredWeight:
+        """Rows ``start`` to ``stop`` of a matrix; no other is read."""
+
 
 #: A weight on its way from a file to a layer.
 Incoming = CheckpointWeight | StoredWeight

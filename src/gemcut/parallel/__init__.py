@@ -1,0 +1,1 @@
+"""Tensor parallelism: one network over several devices of one host."""
