@@ -11,16 +11,16 @@ Lines are only ever added; a last line without its end (a full disk, a killed pr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from gemcut.errors import DataError
 from gemcut.evaluation.requests import Answer, Choices, Generate, Letters, Message, Pair, Request, Rolling
@@ -99,12 +99,13 @@ class LogWriter:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self._prefixes: set[str] = set()
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
 
     def __enter__(self) -> LogWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")
-        end = self._file.tell()
+        # Without a buffer: what could not be written must not be tried again at the end.
+        self._file = open(self.path, "ab", buffering=0)
+        end = os.fstat(self._file.fileno()).st_size
         if end:
             data = self.path.read_bytes()
             whole = data.rfind(b"\n") + 1
@@ -122,15 +123,12 @@ class LogWriter:
         """One line. Raises OSError with the file's name where it cannot be written (a full disk)."""
         assert self._file is not None
         line = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
-        before = self._file.tell()
+        before, left = os.fstat(self._file.fileno()).st_size, memoryview(line)
         try:
-            self._file.write(line)
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
-            file, self._file = self._file, None
             os.truncate(self.path, before)
-            with contextlib.suppress(OSError):
-                file.close()
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def add_answer(self, row: str, item: Item, answer: Answer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,13 +120,14 @@ def run_rows(
             if refused is None:
                 raise
             refused(row, error)
-    said = {
+    said: dict[str, Any] = {
         "format": FORMAT,
         "gemcut": gemcut.__version__,
         "model": model_description(gemma),
         "seed": options.setup.seed,
         "limit": options.limit,
     }
+    said = json.loads(json.dumps(said))  # as a log has it
     before = read_log(out) if (out / "log.jsonl").exists() else None
     if before is not None:
         _check_same(out, before.run, said)

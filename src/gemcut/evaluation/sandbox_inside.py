@@ -140,4 +140,5 @@ def main() -> NoReturn:
     os._exit(0 if status == 0 else 1)
 
 
-main()
+if __name__ == "__main__":
+    main()
