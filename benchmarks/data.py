@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -122,6 +123,38 @@ def ours(texts: list[str], benchmarks: str | None, tokenizer: str | None) -> dic
     }
 
 
+STEPS = ("language", "gopher-repetition", "gopher-quality", "fineweb", "pii", "exact-duplicates", "near-duplicates")
+
+
+def whole(texts: list[str], benchmarks: str | None, tokenizer: str | None) -> float:
+    """CPU seconds of a recipe from JSONL to documents, or to shards where there is a tokenizer; its children's too."""
+    from gemcut.data.recipe import read_recipe
+    from gemcut.data.run import run_recipe
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = (json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
+        (folder / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+        text = '[[source]]\nname = "a"\nreader = "jsonl"\npaths = ["a.jsonl"]\n'
+        text += "".join(f'[[step]]\nuse = "{step}"\n' for step in STEPS)
+        text += '[[step]]\nuse = "c4"\nterminal_punctuation = false\ncurly = false\n'
+        if benchmarks:
+            text += f'[[step]]\nuse = "decontaminate"\nbenchmarks = "{Path(benchmarks).resolve()}"\n'
+        if tokenizer:
+            text += f'[tokens]\ntokenizer = "{Path(tokenizer).resolve()}"\n'
+        (folder / "recipe.toml").write_text(text, encoding="utf-8")
+        start = sum(os.times()[:4])
+        run_recipe(read_recipe(folder / "recipe.toml"), folder / "out")
+        return sum(os.times()[:4]) - start
+
+
+def whole_speed(texts: list[str], benchmarks: str | None, tokenizer: str | None) -> float:
+    """MB a CPU second of the recipe. What it takes whatever the size (indices, the tokenizer) falls out."""
+    few = texts[: len(texts) // 4]
+    size = sum(len(text.encode()) for text in texts[len(few) :]) / 1e6
+    return size / (whole(texts, benchmarks, tokenizer) - whole(few, benchmarks, tokenizer))
+
+
 def peers(texts: list[str]) -> dict[str, Callable[[], object]]:
     """The same of datatrove, each filter on every document."""
     from datatrove.data import Document
@@ -221,6 +254,10 @@ def main() -> None:
                 answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             for name, speed in json.loads(answer.splitlines()[-1]).items():
                 beside.setdefault(name, []).append(speed)
+    for title, own in (("to documents", None), ("to shards", options.tokenizer)):
+        if title == "to documents" or own:
+            name = f"the whole chain from JSONL {title}"
+            found[name] = [whole_speed(texts, options.benchmarks, own) for _ in range(options.repetitions)]
     print(f"{len(texts):,} documents, {size:.1f} MB; median of {options.repetitions}, Python {sys.version.split()[0]}")
     for name, speeds in found.items():
         peer = f"   datatrove {statistics.median(beside[name]):6.2f}" if name in beside else ""

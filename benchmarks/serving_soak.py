@@ -185,7 +185,20 @@ async def scrape(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in rows}
 
 
+async def ready(port: int) -> None:
+    """Return when requests are answered: before that they get 503, as they should."""
+    while True:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        answer = await reader.read(-1)
+        writer.close()
+        if answer.startswith(b"HTTP/1.1 200"):
+            return
+        await asyncio.sleep(0.2)
+
+
 async def soak(port: int, pid: int, options: argparse.Namespace) -> bool:
+    await ready(port)
     clients = [Client(port, seed) for seed in range(options.clients)]
     odd = [asyncio.create_task(odd_reader(port, n % 2)) for n in range(options.odd)]
     left, memory, begin = options.requests, [(0, megabytes(pid))], time.perf_counter()
@@ -215,7 +228,7 @@ async def soak(port: int, pid: int, options: argparse.Namespace) -> bool:
     times = sorted(second for client in clients for second in client.seconds)
     server = Counter[str]()
     for name, value in found.items():
-        if name.startswith("gemcut:http_requests_total"):
+        if name.startswith("gemcut:http_requests_total") and '"/ready"' not in name:
             server[name.split('status="')[1][:3]] += int(value)
     quarter = [size for done, size in memory if done >= asked // 4]
     growth = quarter[-1] - quarter[0]

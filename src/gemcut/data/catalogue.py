@@ -26,6 +26,7 @@ STEPS: Mapping[str, str] = {
     "code-quality": "gemcut.data.filters.code:CodeQuality",
     "mathematics-quality": "gemcut.data.filters.mathematics:MathematicsQuality",
     "pii": "gemcut.data.filters.safety:Pii",
+    "names": "gemcut.data.filters.names:Names",
     "lexicon": "gemcut.data.filters.safety:LexiconStep",
     "linear": "gemcut.data.filters.safety:LinearStep",
     "exact-duplicates": "gemcut.data.dedup.exact:ExactDuplicates",
