@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 
-import support
-
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install -e '.[eval]'")
 
 import lm_eval
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma2ForCausalLM
 
 from gemcut import Gemma
 from gemcut.errors import ChatTemplateError, ParameterError
@@ -31,30 +29,14 @@ CONTEXT = 96
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    values = support.tiny_config(
-        vocab_size=256_000, hidden_size=16, intermediate_size=24, max_position_embeddings=CONTEXT, num_hidden_layers=2
-    )
-    model = support.hf_model(values, seed=5)
-    return support.save_checkpoint(tmp_path_factory.mktemp("tiny"), model, tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def pair(folder: Path) -> tuple[GemcutLM, HFLM]:
+def pair(narrow: Path) -> tuple[GemcutLM, HFLM]:
     ours = get_model("gemcut").create_from_arg_obj(
-        {"pretrained": str(folder), "progress": False}, {"batch_size": 1, "max_batch_size": None, "device": "cpu"}
+        {"pretrained": str(narrow), "max_length": CONTEXT, "progress": False},
+        {"batch_size": 1, "max_batch_size": None, "device": "cpu"},
     )
-    theirs = support.hf_model(
-        support.tiny_config(
-            vocab_size=256_000,
-            hidden_size=16,
-            intermediate_size=24,
-            max_position_embeddings=CONTEXT,
-            num_hidden_layers=2,
-        ),
-        seed=5,
-    )
-    return ours, HFLM(pretrained=theirs, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4, device="cpu")
+    theirs = Gemma2ForCausalLM.from_pretrained(narrow, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(narrow)
+    return ours, HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=4, max_length=CONTEXT, device="cpu")
 
 
 def asked(*args: Any) -> Any:
@@ -119,9 +101,9 @@ def test_a_long_prompt_keeps_bos_and_its_end(pair: tuple[GemcutLM, HFLM], capsys
     assert "lose their beginnings" in capsys.readouterr().err
 
 
-def test_a_system_message_is_folded_never_dropped(pair: tuple[GemcutLM, HFLM], folder: Path, tmp_path: Path) -> None:
+def test_a_system_message_is_folded_never_dropped(pair: tuple[GemcutLM, HFLM], narrow: Path) -> None:
     ours, _ = pair
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(narrow)
     chat = [
         {"role": "system", "content": "Answer with one word."},
         {"role": "user", "content": "Two and two?"},
@@ -137,12 +119,12 @@ def test_a_system_message_is_folded_never_dropped(pair: tuple[GemcutLM, HFLM], f
     assert ours.chat_template(True) == tokenizer.chat_template
 
 
-def test_wrong_arguments_are_refused_by_name(pair: tuple[GemcutLM, HFLM], folder: Path) -> None:
+def test_wrong_arguments_are_refused_by_name(pair: tuple[GemcutLM, HFLM], narrow: Path) -> None:
     ours, _ = pair
     with pytest.raises(ParameterError, match="unknown model argument 'parallelize'"):
-        GemcutLM(str(folder), parallelize=True)
+        GemcutLM(str(narrow), parallelize=True)
     with pytest.raises(ParameterError, match="batch_size is 'many'"):
-        GemcutLM(str(folder), batch_size="many")
+        GemcutLM(str(narrow), batch_size="many")
     with pytest.raises(ParameterError, match="drop dtype"):
         GemcutLM(ours.gemma, dtype="float32")
     with pytest.raises(ParameterError, match="gen_kwargs has 'num_beams'"):

@@ -160,6 +160,24 @@ def train(
     return LinearJudge([policy], weights[None].astype(np.float32), np.array([bias], np.float32))
 
 
+def train_on_scores(
+    texts: Sequence[str], scores: Sequence[float], policy: str, options: Training | None = None
+) -> LinearJudge:
+    """A model that gives each text about the score that somebody else gave it, 0 to 1.
+
+    Raises ParameterError where there is no text, or a score is no such number.
+    """
+    options = options or Training()
+    target = np.asarray(scores, np.float64)
+    if not texts or len(texts) != len(target):
+        raise ParameterError(f"{len(texts)} texts and {len(target)} scores; expected some, a score for each text")
+    if not ((target >= 0) & (target <= 1)).all():
+        raise ParameterError("a score is no number from 0 to 1")
+    found = features([Document("", "", text) for text in texts], options.bits)
+    weights, bias = _fit(found, target, np.ones(len(target)), options, None)
+    return LinearJudge([policy], weights[None].astype(np.float32), np.array([bias], np.float32))
+
+
 def _fit(
     found: Features,
     target: NDArray[np.float64],
@@ -179,7 +197,8 @@ def _fit(
             rows = order[start : start + options.batch]
             some = _rows(found, rows)
             score = _probability(_sums(weights, some) * scale[rows] + bias)
-            loss -= float((weight[rows] * np.log(np.where(target[rows] > 0, score, 1 - score) + 1e-12)).sum())
+            logs = target[rows] * np.log(score + 1e-12) + (1 - target[rows]) * np.log(1 - score + 1e-12)
+            loss -= float((weight[rows] * logs).sum())
             error = weight[rows] * (score - target[rows])
             each = np.repeat(error * scale[rows], np.diff(some.begin)) / len(rows)
             touched, inverse = np.unique(some.index, return_inverse=True)
