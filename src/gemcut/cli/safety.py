@@ -1,4 +1,4 @@
-"""``gemcut safety``: train the one model of texts that gemcut trains itself."""
+"""``gemcut safety``: judges of texts, their policies and thresholds; train the one model that gemcut trains itself."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import typer
 
 from gemcut.cli import output
 from gemcut.cli.options import Debug, option
+from gemcut.cli.safety_judges import calibrate, policies
 from gemcut.errors import ParameterError
 
 app = typer.Typer(
     name="safety",
-    help="Judges of texts: train a linear model.",
+    help="Judges of texts, their policies and thresholds.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -22,7 +23,11 @@ app = typer.Typer(
 
 @app.callback()
 def safety() -> None:
-    """Judges of texts: train a linear model."""
+    """Judges of texts, their policies and thresholds."""
+
+
+app.command()(calibrate)
+app.command()(policies)
 
 
 @app.command()
