@@ -19,6 +19,7 @@ from gemcut.kernels.cpu.dequantize import dequantize
 from gemcut.kernels.cpu.memory import huge_empty
 from gemcut.model import Model
 from gemcut.model.bind import bind_kernels
+from gemcut.model.linear import dense_embedding, dense_linear
 from gemcut.model.quantized import (
     Int8Embedding,
     QuantizedLinear,
@@ -26,6 +27,8 @@ from gemcut.model.quantized import (
     quantized_embedding,
     quantized_linear,
 )
+from gemcut.parallel.shards import cut_before, cut_behind, cut_stream, local_config
+from gemcut.parallel.split import Split
 from gemcut.progress import Report
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
@@ -42,6 +45,7 @@ def load_network(
     attention: str = "auto",
     kernels: str = "auto",
     progress: Report | None = None,
+    split: Split | None = None,
 ) -> Model:
     """The network of a checkpoint on ``device``.
 
@@ -53,20 +57,33 @@ def load_network(
         attention: an attention implementation's name, or "auto".
         kernels: "auto", or "plain" for plain PyTorch everywhere.
         progress: hears (bytes done, bytes in all) of the checkpoint.
+        split: the rank's place where it is one of several; of the weights its part alone is loaded.
 
     Raises CheckpointError, UnsupportedError.
     """
     process.enter()
     spec = effective_quantization(source, quantization)
-    model = build_network(source.config(), dtype=dtype, device=device, quantization=spec, attention=attention)
+    model = build_network(
+        source.config(), dtype=dtype, device=device, quantization=spec, attention=attention, split=split
+    )
     tensors: Iterator[tuple[str, Incoming]]
     if source.quantization is not None:
         tensors = source.tensors(dtype=dtype)
+        if split is not None:
+            tensors = cut_stream(tensors, split.config, split.share)
         tensors = quantize_table(tensors, dtype=dtype) if spec is not None and spec.head else tensors
     else:
         tensors = source.incoming(dtype=dtype, dequantize=None if kernels == "plain" else dequantize)
+        if split is not None:
+            tensors = (
+                cut_stream(tensors, split.config, split.share)
+                if spec is None
+                else cut_before(tensors, split.config, split.share, spec)
+            )
         if spec is not None:
             tensors = quantize_tensors(tensors, spec, module_name=hf_module, dtype=dtype)
+        if split is not None and spec is not None:
+            tensors = cut_behind(tensors, split.config, split.share, spec)
     load_model_weights(
         model,
         tensors,
@@ -90,18 +107,27 @@ def build_network(
     device: torch.device,
     quantization: Quantization | None = None,
     attention: str = "auto",
+    split: Split | None = None,
 ) -> Model:
-    """A network without weights, on the meta device, whose layers hold what ``quantization`` makes of them."""
+    """A network without weights, on the meta device, whose layers hold what ``quantization`` makes of them.
+
+    With ``split`` it is one rank's, of the rank's own shape.
+    """
+    if quantization is None:
+        linear, embedding = dense_linear(dtype), dense_embedding(dtype)
+    else:
+        linear, embedding = quantized_linear(quantization, dtype), quantized_embedding(quantization, dtype)
+    if split is not None:
+        config = local_config(config, split.share.size)
+        linear, embedding = split.linear(linear), split.embedding(embedding)
     with torch.device("meta"):
-        if quantization is None:
-            return Model(config, dtype=dtype, attention=attention, device=device)
         return Model(
             config,
             dtype=dtype,
             attention=attention,
             device=device,
-            linear=quantized_linear(quantization, dtype),
-            embedding=quantized_embedding(quantization, dtype),
+            linear=linear,
+            embedding=embedding,
             quantization=quantization,
         )
 

@@ -158,6 +158,14 @@ def test_counts_that_do_not_divide_are_refused_with_the_reason(
     assert "expected 1" in str(caught.value)
 
 
+def test_arithmetic_that_needs_whole_rows_is_refused_by_name() -> None:
+    with pytest.raises(ParameterError, match="float16 is not supported over 2 devices"):
+        check_split(tiny(), 2, None, torch.float16)
+    with pytest.raises(ParameterError, match="activation_threshold"):
+        check_split(tiny(), 2, Quantization("int8", activation_threshold=6.0))
+    check_split(tiny(), 1, None, torch.float16)
+
+
 @pytest.mark.parametrize("spec", [None, *(Quantization(f, double_quant=d) for f, d in
                                          [("int8", False), ("nf4", False), ("nf4", True)])])  # fmt: skip
 @pytest.mark.parametrize("size", [2, 4])

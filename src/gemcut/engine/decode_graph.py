@@ -48,6 +48,8 @@ def refusal(model: Model, block_size: int, device: torch.device) -> str | None:
     gpu = gpu_at(device)
     if gpu is None:
         return NEEDS_GPU
+    if model.embed.part is not None:
+        return "the network is split over several GPUs"
     if model.kernels not in ("auto", "cuda"):
         return f"kernels={model.kernels!r} was asked for"
     if model.asked_attention == "eager":

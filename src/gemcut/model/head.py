@@ -13,12 +13,14 @@ from gemcut.quantization.weights import Int8Weight
 
 
 def head_part(model: Model, tokens: slice | Tensor) -> LinearKernel | None:
-    """The product of the head's rows of ``tokens`` alone, before the final soft-cap; None where its weight has no rows.
+    """The product of the head's rows of ``tokens`` alone, before the final soft-cap; None where it has none here.
 
     Args:
         model: whose head it is.
         tokens: a range of ids, whose rows are not copied, or ids as int64 [m].
     """
+    if model.embed.part is not None:  # the rows are with several ranks
+        return None
     case = model.embed.case
     (weight,) = case.weights
     if isinstance(weight, Tensor):

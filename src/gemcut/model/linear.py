@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from gemcut.kernels.linear.dispatch import LinearCase, LinearKernel
 from gemcut.kernels.linear.plain import dense_matmul
 from gemcut.quantization.weights import CheckpointWeight, Weight, unpacked
+
+if TYPE_CHECKING:
+    from gemcut.parallel.communicator import Communicator
+    from gemcut.parallel.split import VocabularyPart
 
 
 class WeightOwner(nn.Module):
@@ -50,12 +55,22 @@ class WeightOwner(nn.Module):
 
 
 class LinearLayer(WeightOwner):
-    """A linear layer of the network: called with ``x`` [T, in] it gives [T, out]."""
+    """A linear layer of the network: called with ``x`` [T, in] it gives [T, out].
+
+    Attributes:
+        communicator: sums the results of all ranks where each holds a part of the inputs; None: the result is whole.
+    """
+
+    communicator: Communicator | None = None
 
     @property
     def role(self) -> str:
         """Its name within a layer, the same in all layers: "attention.o_proj"."""
         return self.name.split(".", 2)[-1]
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The layer's result from this rank's product ``y`` [T, out]."""
+        return y if self.communicator is None else self.communicator.sum(y)
 
 
 class Linear(LinearLayer):
@@ -77,14 +92,32 @@ class Linear(LinearLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, in] -> [T, out]."""
-        return dense_matmul(x, self.weight) if self.kernel is None else self.kernel(x)
+        return self.finish(dense_matmul(x, self.weight) if self.kernel is None else self.kernel(x))
 
 
 class TokenTable(WeightOwner):
-    """The table of token vectors; it is also the output head's matrix (tied)."""
+    """The table of token vectors; it is also the output head's matrix (tied).
+
+    Attributes:
+        part: which tokens it holds where each of several ranks holds some; None: all.
+    """
+
+    part: VocabularyPart | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``ids`` int64 [T] -> [T, hidden]."""
+        return self.vectors(ids) if self.part is None else self.part.look_up(ids, self.vectors)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [n, hidden] in the compute dtype -> fp32 [n, vocab], before the final soft-cap."""
+        return self.product(hidden) if self.part is None else self.part.logits(hidden, self.product)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """[T, hidden] of ``ids`` int64 [T], counted from the first token that it holds."""
+        raise NotImplementedError
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """fp32 [n, tokens that it holds] of ``hidden`` [n, hidden] in the compute dtype."""
         raise NotImplementedError
 
 
@@ -105,12 +138,12 @@ class Embedding(TokenTable):
         """What a kernel must compute for the head."""
         return LinearCase(self.weights, self.weight.dtype, torch.float32)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """``ids`` int64 [T] -> [T, hidden]."""
+    def vectors(self, ids: Tensor) -> Tensor:
+        """[T, hidden] of ``ids`` int64 [T]."""
         return F.embedding(ids, self.weight)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden`` [n, hidden] in the compute dtype -> fp32 [n, vocab], before the final soft-cap."""
+    def product(self, hidden: Tensor) -> Tensor:
+        """fp32 [n, tokens] of ``hidden`` [n, hidden] in the compute dtype."""
         return dense_matmul(hidden, self.weight, torch.float32) if self.kernel is None else self.kernel(hidden)
 
 

@@ -81,7 +81,7 @@ class QuantizedLinear(QuantizedOwner, LinearLayer):
         """``x`` [T, in] -> [T, out]."""
         if self.compute_dtype != torch.float16:  # fp16 ends at 65,504: the product itself sees to what is beyond
             x = x.to(self.compute_dtype)
-        return plain_linear(self.case, x) if self.kernel is None else self.kernel(x)
+        return self.finish(plain_linear(self.case, x) if self.kernel is None else self.kernel(x))
 
 
 class Int8Embedding(QuantizedOwner, TokenTable):
@@ -102,13 +102,13 @@ class Int8Embedding(QuantizedOwner, TokenTable):
         assert isinstance(table, Int8Weight)
         return table
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """``ids`` int64 [T] -> [T, hidden]."""
+    def vectors(self, ids: Tensor) -> Tensor:
+        """[T, hidden] of ``ids`` int64 [T]."""
         table = self.table
         return dequantize_int8(Int8Weight(table.codes[ids], table.absmax[ids], self.dtype))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden`` [n, hidden] in the compute dtype -> fp32 [n, vocab], before the final soft-cap."""
+    def product(self, hidden: Tensor) -> Tensor:
+        """fp32 [n, tokens] of ``hidden`` [n, hidden] in the compute dtype."""
         return plain_linear(self.case, hidden) if self.kernel is None else self.kernel(hidden)
 
 

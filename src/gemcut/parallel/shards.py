@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from gemcut.checkpoint.names import split_layer
@@ -81,11 +82,23 @@ def refusal(config: GemmaConfig, size: int, quantization: Quantization | None = 
     return None
 
 
-def check_split(config: GemmaConfig, size: int, quantization: Quantization | None = None) -> None:
+def check_split(
+    config: GemmaConfig, size: int, quantization: Quantization | None = None, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Raise ParameterError where the network cannot be split over ``size`` devices; it names counts that it can."""
     if size < 1:
         raise ParameterError(f"gpus is {size}; expected at least 1")
-    if size == 1 or (reason := refusal(config, size, quantization)) is None:
+    if size == 1:
+        return
+    if dtype == torch.float16:
+        # Rows that are too large for fp16 are scaled by factors that each rank would find for itself.
+        raise ParameterError(f"dtype float16 is not supported over {size} devices; use bfloat16 or float32")
+    if quantization is not None and quantization.activation_threshold is not None:
+        raise ParameterError(
+            f"LLM.int8()'s arithmetic (activation_threshold) looks at whole rows of activations, of which each of "
+            f"{size} devices has a part; leave it out (int8 weights alone work)"
+        )
+    if (reason := refusal(config, size, quantization)) is None:
         return
     good = [str(n) for n in range(1, 17) if n == 1 or refusal(config, n, quantization) is None]
     raise ParameterError(f"this model cannot be split over {size} devices: {reason}; expected {' or '.join(good)}")

@@ -86,8 +86,8 @@ def quantize_tensors(
 
 
 def quantize_table(
-    stream: Iterable[tuple[str, CheckpointWeight]], *, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, CheckpointWeight]]:
+    stream: Iterable[tuple[str, Incoming]], *, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Incoming]]:
     """Cut the embedding of ``stream`` to 8 bits and pass all else, for a checkpoint whose layers are cut already."""
     for name, weight in stream:
         if name == EMBEDDING and isinstance(weight, Tensor):

@@ -148,6 +148,8 @@ def _refusal(layers: Sequence[Layer]) -> str | None:
     """None, or why these layers cannot run in one call."""
     for layer in layers:
         kernels = _kernels(layer)
+        if any(linear.communicator is not None for linear in _linears(layer)):
+            return "a linear layer's result is summed over several processes"
         if len(kernels) != len(_linears(layer)):
             return "a linear layer has another kernel"
         if any({kernel.case.compute_dtype, kernel.case.out_dtype} != {torch.bfloat16} for kernel in kernels):

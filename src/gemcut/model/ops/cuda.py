@@ -63,6 +63,9 @@ class CudaOps:
     def embed(
         self, ids: Tensor, table: TokenTable, scale: float, norm: RMSNorm, reader: LinearLayer
     ) -> tuple[Tensor, Activations]:
+        if table.part is not None:  # each of several GPUs has some of the vectors
+            residual: Tensor = table(ids.long()).float() * scale
+            return residual, norm(residual).to(torch.bfloat16)
         rows, absmax = table_of(table)
         return norms.norm_embed(ids.int(), rows, absmax, scale, norm.scale, norm.eps, groups_of(reader, len(ids)))
 
@@ -172,7 +175,7 @@ def apply_linear(linear: LinearLayer, x: Activations) -> Tensor:
     """A linear layer's result, also of rows in order where ``groups_of`` asked for them."""
     if isinstance(x, Ordered):
         assert isinstance(linear.kernel, FewRows)
-        return linear.kernel(x)
+        return linear.finish(linear.kernel(x))
     out: Tensor = linear(x)
     return out
 

@@ -28,6 +28,8 @@ def decode_megakernel(model: Model, batch: DecodeBatch, ids: Tensor, tables: tup
         tables: the block tables int32 [1, most blocks] of full and of sliding layers.
     """
     config, layers = model.config, model.layer_list
+    if model.embed.part is not None:
+        return "one launch a step takes a network that is whole on its GPU"
     weights = [_weights_of(layer) for layer in layers]
     if any(matrices is None for matrices in weights):
         return "one launch a step takes packed weights or unquantized ones that their own kernels read"
