@@ -97,6 +97,10 @@ class CapacityError(GemcutError):
         return f": {what}; `gemcut plan` shows what fits"
 
 
+class CommunicationError(GemcutError):
+    """One of several devices, or the process that works for it, is gone or broken; the message says which and why."""
+
+
 class RecipeError(GemcutError, ValueError):
     """A recipe for data is missing, no TOML, or asks for what there is not; the message names file and key."""
 

@@ -25,7 +25,10 @@ from gemcut.engine.pace import step_budget
 from gemcut.engine.results import Completion, TextStream, run_together, run_together_async
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.loading import effective_quantization, load_network
+from gemcut.parallel.load import load_team
+from gemcut.parallel.shards import check_split
 from gemcut.placement.devices import parse_device, parse_dtype
+from gemcut.placement.gpus import check_gpus
 from gemcut.placement.memory import cache_bytes, check_memory
 from gemcut.placement.plan import CHUNK
 from gemcut.progress import LoadProgress, Report
@@ -69,6 +72,7 @@ class Gemma(TokenModel):
         max_batch_tokens: int | None = None,
         step_seconds: float | Literal["auto"] | None = None,
         kv_memory: int | None = None,
+        gpus: int | None = None,
         progress: bool | Report = True,
     ) -> Gemma:
         """Load a checkpoint. One without tokenizer files takes token ids alone; see `tokenizer`.
@@ -91,7 +95,9 @@ class Gemma(TokenModel):
             step_seconds: how long a step may take in which answers get their next tokens, by cutting the prompts beside
                 them smaller; "auto": 0.5 on a CPU, no bound on a GPU; None or 0: no bound. With a bound an answer's
                 last bits depend on the time that steps took.
-            kv_memory: bytes for keys and values; None decides from the memory there is.
+            kv_memory: bytes for keys and values, on each GPU; None decides from the memory there is.
+            gpus: split every layer over so many GPUs, the first ones (with device="cpu": over so many processes). None
+                and 1: one device.
             progress: show a bar (on a terminal), or a function called with (bytes done, bytes in all).
 
         Raises:
@@ -101,6 +107,7 @@ class Gemma(TokenModel):
         started = time.perf_counter()
         where = parse_device(device)
         step_budget(step_seconds, where)  # what is wrong is said before gigabytes are read
+        count = check_gpus(gpus, device, where)
         find = partial(resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         # Configuration first: what cannot fit is refused before gigabytes are downloaded.
         with LoadProgress(progress, f"downloading {name}") as report:
@@ -109,7 +116,8 @@ class Gemma(TokenModel):
         compute = parse_dtype(dtype, parse_dtype(config.torch_dtype, torch.bfloat16))
         chunk = max_batch_tokens or CHUNK[where.type]
         spec = effective_quantization(config_source, parse_quantization(quantization))
-        check_memory(config_source, compute, where, spec)
+        check_split(config, count, spec, compute)
+        check_memory(config_source, compute, where, spec, devices=count)
         source = config_source  # a GGUF file here is whole, and its header of 500,000 texts is read once
         if source.kind == "folder" or not source.has_weights:
             with LoadProgress(progress, f"downloading {source.name}") as report:
@@ -118,7 +126,8 @@ class Gemma(TokenModel):
             # While the weights are read, which needs Python's lock little.
             tokenizer = beside.submit(_tokenizer_of, source)
             with LoadProgress(progress, f"loading {source.name}") as report:
-                model = load_network(
+                load = partial(
+                    load_network,
                     source,
                     dtype=compute,
                     device=where,
@@ -127,12 +136,15 @@ class Gemma(TokenModel):
                     kernels=kernels,
                     progress=report,
                 )
+                model, team, free = load_team(source, count, load) if count > 1 else (load(), None, None)
         engine = EngineConfig(
             max_context=max_context,
             max_batch_size=max_batch_size,
             max_batch_tokens=chunk,
             step_seconds=step_seconds,
-            kv_memory=kv_memory if kv_memory is not None else cache_bytes(model, where, max_context, chunk),
+            kv_memory=kv_memory
+            if kv_memory is not None
+            else cache_bytes(model, where, max_context, chunk, devices=count, others=free),
         )
         gemma = cls(
             model,
@@ -141,6 +153,7 @@ class Gemma(TokenModel):
             engine=engine,
             generation_config=source.generation_config(),
             source=source,
+            team=team,
         )
         gemma.load_seconds = time.perf_counter() - started
         return gemma

@@ -13,7 +13,7 @@ from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.names import FUSED, export_tensors, hf_module, split_layer
 from gemcut.checkpoint.source import Source
 from gemcut.config import GemmaConfig
-from gemcut.errors import CheckpointError
+from gemcut.errors import CheckpointError, UnsupportedError
 from gemcut.kernels.cpu import library
 from gemcut.kernels.cpu.dequantize import dequantize
 from gemcut.kernels.cpu.memory import huge_empty
@@ -133,7 +133,11 @@ def build_network(
 
 
 def move_network(model: Model, device: torch.device, kernels: str = "auto") -> Model:
-    """The same network on another device, its weights copied one at a time."""
+    """The same network on another device, its weights copied one at a time.
+
+    Raises UnsupportedError for one device's part of a network.
+    """
+    _require_whole(model, "moved")
     moved = build_network(
         model.config,
         dtype=model.dtype,
@@ -154,7 +158,9 @@ def export_network(model: Model) -> Iterator[tuple[str, CheckpointWeight]]:
     """A network's weights under Hugging Face names, cut ones as they are; a table in 8 bits is dequantized.
 
     bitsandbytes has no stored form for a cut table; dequantized to bf16 or fp32 it gives the same 8-bit codes again.
+    Raises UnsupportedError for one device's part of a network.
     """
+    _require_whole(model, "saved or read")
     packed: dict[str, Callable[[], CheckpointWeight]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Int8Embedding):
@@ -164,6 +170,13 @@ def export_network(model: Model) -> Iterator[tuple[str, CheckpointWeight]]:
             for index, part in enumerate(FUSED.get(inner, (inner,))):
                 packed[prefix + part] = partial(_matrix, module, index)
     return export_tensors(dict(model.named_parameters()), model.config, packed=packed)
+
+
+def _require_whole(model: Model, what: str) -> None:
+    if model.embed.part is not None:
+        raise UnsupportedError(
+            f"the weights of a model that is split over several devices cannot be {what}; load it on one device first"
+        )
 
 
 def _dequantized(embedding: Int8Embedding, dtype: torch.dtype) -> CheckpointWeight:

@@ -15,6 +15,7 @@ from gemcut.engine.constrain import Grammars, Vocabulary, make_vocabulary
 from gemcut.engine.results import Completion, TextStream, run_together
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.model import Model
+from gemcut.parallel.team import Team
 from gemcut.prompts import Prompt, sampling_for_each, split_prompts, token_ids
 from gemcut.sampling_defaults import GIVEN, Level, ResolvedSampling, checkpoint_level, left_out, resolve_sampling
 from gemcut.text import Detokenizer, Tokenizer, stop_ids
@@ -36,10 +37,14 @@ class TokenModel:
         engine: EngineConfig | None = None,
         generation_config: Mapping[str, Any] | None = None,
         source: Source | None = None,
+        team: Team | None = None,
     ) -> None:
-        """``tokenizer`` None: the model takes token ids alone, and whatever needs texts raises TokenizerError."""
-        self.model, self._tokenizer, self.device = model, tokenizer, device
-        self.config, self.dtype = model.config, model.dtype
+        """``tokenizer`` None: the model takes token ids alone, and whatever needs texts raises TokenizerError.
+
+        ``team``: the processes that hold the rest of a network of which ``model`` is one device's part.
+        """
+        self.model, self._tokenizer, self.device, self.team = model, tokenizer, device, team
+        self.config, self.dtype = model.config if team is None else team.config, model.dtype
         self.generation_config = dict(generation_config or {})
         self.source = source
         #: Where a call's sampling parameters come from beside the call itself, from the highest level to the lowest.
@@ -47,7 +52,7 @@ class TokenModel:
         self.sampling_levels: list[Level] = [checkpoint_level(self.generation_config)]
         self._told_left_out = False
         self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
-        self.loop = EngineLoop(Engine(model, device, engine))
+        self.loop = EngineLoop(Engine(model, device, engine, team))
         self.load_seconds = 0.0
 
     @property

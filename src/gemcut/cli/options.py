@@ -144,6 +144,7 @@ class LoadOptions(QuantizationOptions, HubOptions):
 
     dtype: Annotated[str, _model("auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto"
     device: Annotated[str, _model("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
+    gpus: Annotated[int | None, _model("Split the model over N GPUs (--device cpu: processes).", metavar="N")] = None
     attn_implementation: Annotated[str, _model("auto, or an attention's name.", metavar="NAME")] = "auto"
     max_context: Annotated[int | None, _model("Most tokens, prompt and answer together.", metavar="N")] = None
     threads: Annotated[int | None, _model("CPU threads to compute with.", metavar="N")] = None
@@ -165,9 +166,10 @@ class LoadOptions(QuantizationOptions, HubOptions):
 
         from gemcut.gemma import Gemma
         from gemcut.placement.devices import parse_device, parse_dtype
+        from gemcut.placement.gpus import check_gpus
 
         parse_dtype(self.dtype, torch.bfloat16)  # before anything is looked for or downloaded
-        parse_device(self.device)
+        check_gpus(self.gpus, self.device, parse_device(self.device))
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -180,6 +182,7 @@ class LoadOptions(QuantizationOptions, HubOptions):
             token=self.token,
             cache_dir=self.cache_dir,
             local_files_only=self.local_files_only,
+            gpus=self.gpus,
             attn_implementation=self.attn_implementation,
             max_context=self.max_context,
             step_seconds=step_seconds,

@@ -30,6 +30,7 @@ from gemcut.engine.cache import (
 )
 from gemcut.engine.edits import begin_next
 from gemcut.engine.events import event_of, failure_of
+from gemcut.engine.followers import Followers
 from gemcut.engine.pace import step_budget
 from gemcut.engine.request import Request, RowError, Sequence, Status, TokenEvent, TokenLogprob
 from gemcut.engine.runner import Runner
@@ -68,7 +69,14 @@ class EngineConfig:
 class Engine:
     """Continuous batching of any number of requests over one model."""
 
-    def __init__(self, model: Model, device: torch.device, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: torch.device,
+        config: EngineConfig | None = None,
+        followers: Followers | None = None,
+    ) -> None:
+        """``followers``: the processes that hold the rest of a network of which ``model`` is a part."""
         process.enter()
         config = config or EngineConfig()
         most = config.max_batch_size
@@ -94,7 +102,7 @@ class Engine:
         )
         #: What the steps' times are measured with, in seconds.
         self.clock = time.perf_counter
-        self.runner = Runner(model, self.cache, device)
+        self.runner = Runner(model, self.cache, device, followers)
         if self.runner.graph_refusal is None:
             self.scheduler.most_ahead = self.max_context
         # The living requests in order of submission.
@@ -280,6 +288,7 @@ class Engine:
         except Exception as error:
             if not self._whole:  # amid our own changes
                 raise
+            error = self.runner.cause(error)
             self.runner.forget()
             # The request keeps the error. The failed call's local variables must go: tensors are among them.
             traceback.clear_frames(error.__traceback__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from gemcut.engine.diagnosis import explain_bad_logits
 from gemcut.engine.draw import DrawParams
 from gemcut.engine.draw_graphs import drawing_of
 from gemcut.engine.edits import changes_logits
+from gemcut.engine.followers import Followers
 from gemcut.engine.logprobs import prompt_scores
 from gemcut.engine.paged import PagedKeyValues
 from gemcut.engine.request import RowError
@@ -27,8 +29,13 @@ from gemcut.model.key_values import Span
 class Runner:
     """Owns the model on its device; turns scheduled tokens into logits."""
 
-    def __init__(self, model: Model, cache: PagedCache, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, cache: PagedCache, device: torch.device, followers: Followers | None = None
+    ) -> None:
         self.model, self.cache, self.device = model, cache, device
+        self.followers = followers
+        if followers is not None:
+            followers.open(cache.shape)
         #: Why steps of single tokens do not run as CUDA graphs; None: they do.
         self.graph_refusal = decode_graph.refusal(model, cache.block_size, device)
         #: Whether a single sequence's layers run in one launch where they can; set it before the first step.
@@ -173,15 +180,23 @@ class Runner:
                 return hidden
         kv = PagedKeyValues(self.model.config, self.cache, tables, spans)
         every = None if wanted == list(range(len(ids))) else indices(wanted, self.device)
-        rows: Tensor = self.model(
-            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv, every
-        )
+        led = nullcontext() if self.followers is None else self.followers.step(ids, positions, spans, tables, wanted)
+        with led:
+            rows: Tensor = self.model(
+                torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), kv, every
+            )
         return rows
 
     def forget(self) -> None:
         """After a step that failed: take nothing over that it has begun."""
         if self._graphs is not None:
             self._graphs.forget()
+        if self.followers is not None:
+            self.followers.forget()
+
+    def cause(self, error: Exception) -> Exception:
+        """What to say of an exception of a step: that of another process, where it is the cause."""
+        return error if self.followers is None else self.followers.explain(error)
 
     def explain(self) -> str:
         """Why logits are not finite, in one line; weights do not change, so they are searched once."""

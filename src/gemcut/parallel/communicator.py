@@ -8,6 +8,7 @@ promise an order; what is used of the libraries here only moves bytes. Our own k
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gemcut.errors import UnsupportedError
+from gemcut.errors import CommunicationError, UnsupportedError
+
+_c10d: Any = dist  # its stubs lack what is used here
 
 #: Bytes up to which each rank gets all parts and adds them itself; above, each adds a part and hands it out.
 ONE_SHOT_BYTES = {"cpu": 1 << 20, "cuda": 256 << 10}
@@ -50,6 +53,10 @@ class GroupCommunicator:
 
     def __init__(self, group: Any, rank: int, size: int) -> None:
         self._group, self.rank, self.size = group, rank, size
+        #: Asked before each exchange; raises where there must be none.
+        self.check: Callable[[], None] | None = None
+        #: Makes of an exchange's failure the exception to raise; None: PeerLostError.
+        self.explain: Callable[[Exception], Exception] | None = None
 
     def sum(self, x: Tensor) -> Tensor:
         """See Communicator."""
@@ -61,7 +68,7 @@ class GroupCommunicator:
             flat, (0, step * self.size - flat.numel())
         )  # fmt: skip
         parts = torch.empty_like(padded)
-        self._group.alltoall_base(_bytes(parts), _bytes(padded.contiguous()), [], []).wait()
+        self._exchange(lambda: self._group.alltoall_base(_bytes(parts), _bytes(padded.contiguous()), [], []))
         own = in_rank_order(parts.view(self.size, step)).to(x.dtype)
         return self.gather(own).view(-1)[: x.numel()].view(x.shape)
 
@@ -69,17 +76,43 @@ class GroupCommunicator:
         """See Communicator."""
         own = x.contiguous()
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        self._group.allgather([[_bytes(part) for part in out]], [_bytes(own)]).wait()
+        self._exchange(lambda: self._group.allgather([[_bytes(part) for part in out]], [_bytes(own)]))
         return out
 
     def broadcast(self, x: Tensor) -> None:
         """See Communicator."""
-        self._group.broadcast([_bytes(x)], dist.BroadcastOptions()).wait()
+        self._exchange(lambda: self._group.broadcast([_bytes(x)], _c10d.BroadcastOptions()))
 
     def abort(self) -> None:
         """See Communicator."""
         with contextlib.suppress(Exception):
             self._group.abort()
+
+    def verify(self, device: torch.device) -> None:
+        """Exchange patterns and compare what comes. Raises CommunicationError where it is not what was sent."""
+        places = torch.arange(1 << 12, dtype=torch.float32, device=device)
+        expected = torch.stack([places * 3 + rank for rank in range(self.size)])
+        large = torch.ones(ONE_SHOT_BYTES[device.type] // 4 + self.size, device=device) * (self.rank + 1)
+        right = torch.equal(self.gather(places * 3 + self.rank), expected)
+        right &= torch.equal(self.sum(places + self.rank), in_rank_order(expected - places * 2))
+        right &= bool((self.sum(large) == self.size * (self.size + 1) / 2).all())
+        if not right:
+            raise CommunicationError(
+                f"what device {self.rank} of {self.size} gets from the others is not what they send: peer access "
+                "between them is broken (an IOMMU or a virtual machine may be the reason); use one GPU"
+            )
+
+    def _exchange(self, start: Callable[[], Any]) -> None:
+        if self.check is not None:
+            self.check()
+        try:
+            start().wait()
+        except RuntimeError as error:
+            raise (PeerLostError(str(error)) if self.explain is None else self.explain(error)) from error
+
+
+class PeerLostError(Exception):
+    """An exchange failed since another rank is gone; why that one is, it says itself."""
 
 
 def in_rank_order(parts: Tensor) -> Tensor:
@@ -105,18 +138,18 @@ def connect(backend: str, folder: Path, rank: int, size: int, device: torch.devi
 
     Raises UnsupportedError where PyTorch was built without the backend.
     """
-    store = dist.FileStore(str(folder / "meeting"), size)
+    store = _c10d.FileStore(str(folder / "meeting"), size)
     if backend == "gloo":
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options = _c10d.ProcessGroupGloo._Options()
+        options._devices = [_c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout, options._threads = _TIMEOUT, 1
-        return GroupCommunicator(dist.ProcessGroupGloo(store, rank, size, options), rank, size)
+        return GroupCommunicator(_c10d.ProcessGroupGloo(store, rank, size, options), rank, size)
     if backend != "nccl" or not dist.is_nccl_available():
         raise UnsupportedError(f"this PyTorch has no {backend}, which several GPUs exchange their results with")
     torch.cuda.set_device(device)
-    options = dist.ProcessGroupNCCL.Options()
+    options = _c10d.ProcessGroupNCCL.Options()
     options._timeout = _TIMEOUT
-    return GroupCommunicator(dist.ProcessGroupNCCL(store, rank, size, options), rank, size)
+    return GroupCommunicator(_c10d.ProcessGroupNCCL(store, rank, size, options), rank, size)
 
 
 def _bytes(x: Tensor) -> Tensor:

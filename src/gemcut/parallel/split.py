@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -22,13 +23,13 @@ class Split:
         config: the whole network's shape.
         share: which rank of how many.
         communicator: the way to the others.
-        before_head: called before the head's product with its rows [n, hidden]: rank 0 tells the others of it.
+        head: rank 0's: has the others compute the head of these rows [n, hidden] while it does, within the context.
     """
 
     config: GemmaConfig
     share: Share
     communicator: Communicator
-    before_head: Callable[[Tensor], None] | None = field(default=None)
+    head: Callable[[Tensor], AbstractContextManager[None]] = field(default=lambda hidden: nullcontext())
 
     def linear(self, make: LinearFactory) -> LinearFactory:
         """``make``'s layers; those that hold a part of the inputs sum their results over the ranks."""
@@ -58,6 +59,7 @@ class VocabularyPart:
 
     def __init__(self, split: Split, start: int, stop: int, total: int) -> None:
         self._split, self.start, self.stop, self.total = split, start, stop, total
+        self.communicator = split.communicator
 
     def look_up(self, ids: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:
         """Vectors [T, hidden] of ``ids`` int64 [T]: each rank gives those of its tokens, ``table`` of local ids."""
@@ -68,10 +70,10 @@ class VocabularyPart:
 
     def logits(self, hidden: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         """fp32 [n, total] of ``hidden`` [n, hidden], from each rank's ``product`` [n, its tokens]."""
-        if self._split.before_head is not None:
-            self._split.before_head(hidden)
-        own, widest = product(hidden), -(-self.total // self._split.share.size)
-        if own.shape[1] < widest:
-            own = torch.nn.functional.pad(own, (0, widest - own.shape[1]))
-        parts = self._split.communicator.gather(own)  # [ranks, n, widest]
+        widest = -(-self.total // self._split.share.size)
+        with self._split.head(hidden):
+            own = product(hidden)
+            if own.shape[1] < widest:
+                own = torch.nn.functional.pad(own, (0, widest - own.shape[1]))
+            parts = self._split.communicator.gather(own)  # [ranks, n, widest]
         return parts.transpose(0, 1).reshape(len(hidden), -1)[:, : self.total].contiguous()

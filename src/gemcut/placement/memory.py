@@ -18,7 +18,13 @@ CACHE_SHARE = 0.8
 
 
 def check_memory(
-    source: Source, dtype: torch.dtype, device: torch.device, spec: Quantization | None, *, allowed: int | None = None
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: Quantization | None,
+    *,
+    allowed: int | None = None,
+    devices: int = 1,
 ) -> None:
     """Refuse before loading what cannot fit. Raises CapacityError.
 
@@ -28,14 +34,17 @@ def check_memory(
         device: where the weights will be.
         spec: what they are cut to.
         allowed: bytes that they may take there; None: what is free.
+        devices: how many share the weights evenly. On a CPU they share its memory, too.
     """
     plan = MemoryPlan.make(source.config(), dtype=str(dtype).removeprefix("torch."), context=1, quantization=spec)
     available = free_memory(device) if allowed is None else allowed
-    if available is not None and plan.weights > available:
+    needed = plan.weights if device.type == "cpu" else -(-plan.weights // devices)
+    if available is not None and needed > available:
         kind = plan.dtype if spec is None else spec.format
         there = f"are free on {device}" if allowed is None else f"are allowed on {device} (max_memory)"
+        each = f" on each of {devices} GPUs" if needed != plan.weights else ""
         raise CapacityError(
-            f"the weights of {source.name} need {_size(plan.weights)} in {kind}; {_size(available)} {there}",
+            f"the weights of {source.name} need {_size(needed)}{each} in {kind}; {_size(available)} {there}",
             options=_smaller(source, plan, spec, available),
         )
 
@@ -51,8 +60,20 @@ def _smaller(source: Source, plan: MemoryPlan, spec: Quantization | None, availa
     return tuple(option for option in found if option.nbytes < plan.weights)
 
 
-def cache_bytes(model: Model, device: torch.device, max_context: int | None, chunk: int) -> int:
-    """Bytes of cache for a few whole contexts, as far as a share of the memory left after loading allows."""
+def cache_bytes(
+    model: Model,
+    device: torch.device,
+    max_context: int | None,
+    chunk: int,
+    *,
+    devices: int = 1,
+    others: int | None = None,
+) -> int:
+    """Bytes of cache for a few whole contexts, as far as a share of the memory left after loading allows.
+
+    Of several ``devices`` each has so much; ``others``: the least memory that another one has left. Processes on a CPU
+    share its memory.
+    """
     config, size = model.config, EngineConfig.block_size
     context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
     sequences = 8 if device.type == "cuda" else 2
@@ -60,6 +81,10 @@ def cache_bytes(model: Model, device: torch.device, max_context: int | None, chu
     full, sliding = bytes_per_block(config, model.dtype, size)
     wanted = shape.full_blocks * full + shape.sliding_blocks * sliding
     available = free_memory(device)
+    if available is not None and device.type == "cpu":
+        available //= devices
+    elif available is not None and others is not None:
+        available = min(available, others)
     return wanted if available is None else min(wanted, int(available * CACHE_SHARE))
 
 
