@@ -37,6 +37,7 @@ REASONS = {
     "gemcut serve": "runs until it is stopped; tests/server/test_readme.py types it",
     "gemcut safety": "needs texts of two kinds; tests/data/test_documents.py trains on some",
     "gemcut data": "needs a recipe; tests/data/test_documents.py runs the one of docs/data.md",
+    "gemcut score": "takes half a minute; tests/evaluation/test_texts.py scores texts",
     "gemcut eval": "needs sets of benchmarks; tests/cli/test_eval.py runs these commands",
     "GEMCUT_MODEL=": "needs Ray",
     "gemcut bench serve": "needs a server; tests/bench/test_real_server.py gives it one",

@@ -115,3 +115,31 @@ def test_fetch_turns_the_hubs_files_into_json_lines(
         "cannot fetch lighteval/siqa from the hub: no network"
         in cli("eval", "fetch", "social_iqa", "--data", data).error
     )
+
+
+def test_texts_that_cannot_be_scored(cli: Cli, tmp_path: Path) -> None:
+    score = ("score", "-m", "gemma-3-270m")
+    assert "pass --perplexity FILE" in cli(*score).error
+    assert "cannot read" in cli(*score, "--perplexity", tmp_path / "none").error
+    (tmp_path / "bad").write_bytes(b"\xff")
+    assert "is not UTF-8" in cli(*score, "--perplexity", tmp_path / "bad").error
+    (tmp_path / "empty").write_bytes(b"")
+    assert "is empty" in cli(*score, "--perplexity", tmp_path / "empty").error
+    assert "is a folder" in cli(*score, "--perplexity", tmp_path).error
+    needle = ("eval", "needle", "-m", "gemma-3-270m")
+    assert "--lengths is 'a'" in cli(*needle, "--lengths", "a").error
+    assert "--trials is 0" in cli(*needle, "--trials", "0").error
+
+
+@pytest.mark.slow
+def test_perplexity_and_needle_of_a_checkpoint(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Some words of a text. " * 20)
+    found = cli("score", "-m", tiny, "--perplexity", tmp_path / "text", "--window", "64", "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["window"] == 64
+    assert "bits a byte" in cli("score", "-m", tiny, "--perplexity", tmp_path / "text").out
+    needle = ("eval", "needle", "-m", tiny, "--lengths", "160", "--depths", "0,1", "--trials", "1")
+    found = cli(*needle, "--text", tmp_path / "text", "--plot", tmp_path / "n.png")
+    assert found.code == 0, found.err
+    assert found.out.split()[:2] == ["depth", "160"]
+    assert (tmp_path / "n.png").stat().st_size > 1000

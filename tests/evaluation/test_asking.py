@@ -32,7 +32,7 @@ class Bytes:
     chat_templates: dict[str, str] = {}  # noqa: RUF012
     special_ids = frozenset({0, 1, 2})
     vocab_size = 320
-    pieces = ("\n\n", " A", " B", " yes", " no", "Answer", "Question")
+    pieces = ("\n\n", " A", " B", " C", " D", " yes", " no", "Answer", "Question")
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = True) -> list[int]:
         ids, data = [], text.encode()

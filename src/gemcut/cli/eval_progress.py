@@ -39,13 +39,17 @@ class RowProgress:
         return self
 
     def __call__(self, row: Row, done: int, total: int) -> None:
+        self.count(row.id, done, total)
+
+    def count(self, name: str, done: int, total: int) -> None:
+        """The same for anything with a name."""
         if self._bar is None:
             return
-        if self._task is None or row.id != self._row:
+        if self._task is None or name != self._row:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             # What an earlier run had answered is no part of this one's speed.
-            self._task, self._row = self._bar.add_task(row.id, total=total, completed=done), row.id
+            self._task, self._row = self._bar.add_task(name, total=total, completed=done), name
         self._bar.update(self._task, completed=done)
 
     def __exit__(

@@ -1,18 +1,21 @@
-"""``gemcut eval view`` and ``compare``: looking at runs. Needs no model."""
+"""``gemcut eval view`` and ``compare``, which look at runs, and ``needle``."""
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gemcut.cli import output
-from gemcut.cli.eval import AsJson, RunFolder, scored, write_text
+from gemcut.cli.eval import AsJson, Model, RunFolder, Seed, scored, write_text
 from gemcut.cli.eval import app as eval_app
-from gemcut.cli.options import Debug, option
+from gemcut.cli.eval_progress import RowProgress
+from gemcut.cli.options import Debug, LoadOptions, need_model, option, with_options
 from gemcut.errors import ParameterError
 
 __all__ = ["eval_app"]
@@ -97,3 +100,75 @@ def compare(
     for second in found[1:]:
         print(output.safe(f"\n{found[0][0].name} and {second[0].name}"))
         print(output.safe("\n".join(aligned(room.comparison_lines(found[0], second), numbers=range(1, 9)))))
+
+
+@eval_app.command()
+@with_options
+def needle(
+    *,
+    model: Model = None,
+    lengths: Annotated[
+        str, option("Tokens of texts, with commas. Else 512 to 8192.", "--lengths", metavar="N,N")
+    ] = "512,1024,2048,4096,8192",
+    depths: Annotated[str, option("Depths from 0 to 1. Else 0,0.25,0.5,0.75,1.", "--depths", metavar="D,D")] = (
+        "0,0.25,0.5,0.75,1"
+    ),
+    trials: Annotated[int, option("Texts of each length and depth. Else 5.", "--trials", metavar="N")] = 5,
+    text: Annotated[Path | None, option("A long text for the position curve.", "--text", metavar="FILE")] = None,
+    seed: Seed = 0,
+    plot: Annotated[Path | None, option("Write a picture (needs matplotlib).", "--plot", metavar="FILE.png")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+    load: LoadOptions,
+) -> None:
+    """How far back a model finds a sentence, by the text's length and the sentence's depth.
+
+    Ten numbers are offered, one of which stands in the text: chance is 10 %.
+    --text adds what tokens cost at each place of a text of your own.
+    """
+    import dataclasses
+
+    from gemcut.cli.score import read_text
+    from gemcut.picture import check_plot
+
+    name = need_model(model, "--model NAME")
+    sizes = _numbers(lengths, int, "--lengths")
+    places = _numbers(depths, float, "--depths")
+    if trials < 1:
+        raise ParameterError(f"--trials is {trials}; expected at least 1")
+    if plot is not None:
+        check_plot(plot)
+    long = read_text(text) if text is not None else None
+    gemma = load.load(name)
+    from gemcut.evaluation import needle as room
+    from gemcut.evaluation.tables import aligned
+
+    with RowProgress() as bar:
+        progress = functools.partial(bar.count, "needle")
+        cells = room.measure_needle(gemma, lengths=sizes, depths=places, trials=trials, seed=seed, progress=progress)
+    curve = room.position_curve(gemma, long, max(sizes)) if long is not None else []
+    if plot is not None:
+        room.plot(plot, cells, curve, name)
+    if as_json:
+        output.print_json(
+            {"cells": [dataclasses.asdict(cell) for cell in cells], "curve": [list(point) for point in curve]}
+        )
+        return
+    table = [["depth", *(f"{size:,}" for size in sizes)]]
+    for depth in places:
+        own = {cell.length: f"{cell.found / cell.trials:.0%}" for cell in cells if cell.depth == depth}
+        table.append([f"{depth:.0%}", *(own[size] for size in sizes)])
+    print("\n".join(aligned(table, numbers=range(len(sizes) + 1))))
+    if curve:
+        print()
+        print(
+            "\n".join(aligned([["place", "nats"], *([f"{p:,}", f"{cost:.3f}"] for p, cost in curve)], numbers=(0, 1)))
+        )
+
+
+def _numbers(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ParameterError(f"{name} is {text!r}; expected numbers with commas between") from None
+    return list(dict.fromkeys(found))

@@ -26,6 +26,7 @@ from gemcut.cli.options import DEBUG_HELP, flag
 from gemcut.cli.plan import plan
 from gemcut.cli.quantize import quantize
 from gemcut.cli.safety import app as safety_app
+from gemcut.cli.score import score
 from gemcut.cli.serve import serve
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
+app.command()(score)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)
