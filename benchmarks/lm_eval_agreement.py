@@ -52,7 +52,7 @@ def main() -> None:
         theirs = HFLM(
             pretrained=their_gemma3().to(options.device),
             tokenizer=AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name),
-            batch_size=16 if options.device == "cpu" else 64,
+            batch_size=2 if options.device == "cpu" else 64,
             max_length=4096,
             device=options.device,
         )

@@ -17,7 +17,7 @@ from gemcut.cli.bench import app as bench_app
 from gemcut.cli.chat import chat
 from gemcut.cli.config import app as config_app
 from gemcut.cli.data import app as data_app
-from gemcut.cli.eval_show import eval_app
+from gemcut.cli.eval_memorize import eval_app
 from gemcut.cli.failures import explain, one_line
 from gemcut.cli.generate import generate
 from gemcut.cli.info import info
