@@ -49,6 +49,7 @@ def info(
         str | None, option("With --gpu: weights in nf4, fp4, int8 or bf16.", "--format", metavar="FORMAT")
     ] = None,
     rows: Annotated[int | None, option("With --gpu: so many rows (tokens) at once.", "--rows", metavar="N")] = None,
+    cite: Annotated[bool, flag("How to cite gemcut and Gemma, as BibTeX.", "--cite")] = False,
     as_json: Annotated[bool, flag("One JSON object.", "--json")] = False,
     debug: Debug = False,
     hub: HubOptions,
@@ -59,6 +60,13 @@ def info(
 
     Of a hub model only configuration and tokenizer are fetched. --kernels without MODEL describes Gemma 2 27B's shape.
     """
+    if cite:
+        if model is not None or kernels or gpu is not None or as_json:
+            raise ParameterError("--cite stands alone, as in: gemcut info --cite")
+        from gemcut.citation import bibtex
+
+        print(bibtex(), end="")
+        return
     if gpu is not None and not kernels:
         raise ParameterError("--gpu needs --kernels, as in: gemcut info --kernels --gpu a100")
     if gpu is None and (weights is not None or rows is not None):

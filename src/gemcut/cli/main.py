@@ -14,6 +14,7 @@ import typer
 
 import gemcut
 from gemcut.cli.bench import app as bench_app
+from gemcut.cli.card import card
 from gemcut.cli.chat import chat
 from gemcut.cli.config import app as config_app
 from gemcut.cli.data import app as data_app
@@ -49,6 +50,7 @@ app.command()(score)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)
+app.command()(card)
 app.add_typer(config_app)
 app.add_typer(data_app)
 app.add_typer(eval_app)
