@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import gemcut
+from gemcut.cli.batch import batch
 from gemcut.cli.bench import app as bench_app
 from gemcut.cli.card import card
 from gemcut.cli.chat import chat
@@ -47,6 +48,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(score)
+app.command()(batch)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)
