@@ -128,7 +128,7 @@ async def run_batch(
         numbered = _numbered(lines)
         seen = _resume(numbered, answers, names, totals, source, target)
         waiting: deque[tuple[int, asyncio.Task[_Answer]]] = deque()
-        ahead = _AHEAD * gemma.engine.config.max_batch_size
+        ahead = _AHEAD * (gemma.engine.config.max_batch_size or 64)
         more = True
         try:
             while more or waiting:
@@ -180,7 +180,8 @@ async def _answer(state: ServerState, line: bytes, names: tuple[str, ...], seen:
     except ApiError as error:
         detail = error.body["error"]
         outcome: dict[str, Any] = {"response": None, "error": {"code": detail["code"], "message": detail["message"]}}
-        said, tokens = error.message, 0
+        said: str | None = error.message
+        tokens = 0
     else:
         value = msgspec.json.decode(body)
         outcome = {"response": {"status_code": status, "request_id": request_id, "body": value}, "error": None}
