@@ -21,6 +21,7 @@ class Prompts:
     def __init__(self, gemma: Gemma) -> None:
         self.gemma = gemma
         self._known: dict[str, list[int]] = {}
+        self._context: tuple[tuple[str, str], list[int]] = (("", ""), [])
 
     @cached_property
     def may_be_cut(self) -> bool:
@@ -46,7 +47,9 @@ class Prompts:
         the seam, it counts as the continuation's.
         """
         bare = context.rstrip(" ")
-        whole, before = self.text(context + continuation, prefix), self.text(bare, prefix)
+        if self._context[0] != (prefix, bare):  # all choices of a question have the same
+            self._context = (prefix, bare), self.text(bare, prefix)
+        whole, before = self.text(context + continuation, prefix), self._context[1]
         start = len(before)
         while start > 1 and whole[:start] != before[:start]:
             start -= 1
