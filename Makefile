@@ -8,7 +8,7 @@ KERNELS := src/gemcut/kernels/cpu/build.py $(shell find src/gemcut/kernels/cpu/s
 # Processes that tests run in: a processor each, four at most, since each may hold a real model.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 
-.PHONY: demo check test test-gpu lint bench-cpu bench-gpu clean
+.PHONY: demo check test test-gpu test-gpus lint bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -27,6 +27,10 @@ test: $(VENV)/dev.stamp
 
 test-gpu: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m gpu
+
+# What needs several GPUs of one machine.
+test-gpus: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m gpus
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check src tests benchmarks recipes

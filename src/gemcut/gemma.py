@@ -26,7 +26,7 @@ from gemcut.engine.results import Completion, TextStream, run_together, run_toge
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.loading import effective_quantization, load_network
 from gemcut.parallel.load import load_team
-from gemcut.parallel.shards import check_split
+from gemcut.parallel.shape import check_split
 from gemcut.placement.devices import parse_device, parse_dtype
 from gemcut.placement.gpus import check_gpus
 from gemcut.placement.memory import cache_bytes, check_memory

@@ -27,7 +27,8 @@ from gemcut.model.quantized import (
     quantized_embedding,
     quantized_linear,
 )
-from gemcut.parallel.shards import cut_before, cut_behind, cut_stream, local_config
+from gemcut.parallel.shape import local_config
+from gemcut.parallel.shards import cut_before, cut_behind, cut_stream
 from gemcut.parallel.split import Split
 from gemcut.progress import Report
 from gemcut.quantization.dequantize import dequantize_weight

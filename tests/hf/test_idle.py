@@ -185,8 +185,8 @@ def test_spellings_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placement("auto", {0: 0, 1: "2GB", "cpu": "9GB"}) == (other, 2 * 10**9)
     assert placement("auto", {5: "1GB", "cpu": "9GB"}) == (cpu, 9 * 10**9)
     assert placement(0, {1: "2GB"}) == (gpu, None)
-    for several in ("balanced", "balanced_low_0", "sequential", "disk", {"a": 0, "b": 1}, {"a": 0, "b": "disk"}):
-        with pytest.raises(UnsupportedError, match=r'device_map.*use "auto", "cpu", "cuda", "cuda:N"'):
+    for several in ("balanced_low_0", "disk", {"a": 0, "b": 1}, {"a": 0, "b": "disk"}):
+        with pytest.raises(UnsupportedError, match=r'device_map.*use "auto", "balanced", "cpu", "cuda", "cuda:N"'):
             placement(several)
 
 

@@ -64,7 +64,7 @@ def test_a_gpu_that_is_not_there_warns_once(folder: Path) -> None:
         ({"attn_implementation": {"": "eager"}}, ParameterError, "attn_implementation"),
         ({"use_auth_token": "x"}, UnsupportedError, "use token="),
         ({"device_map": {"model.layers.0": 0, "model.layers.1": 1}}, UnsupportedError, "device_map with keys"),
-        ({"device_map": "balanced"}, UnsupportedError, "device_map='balanced'"),
+        ({"device_map": "balanced_low_0"}, UnsupportedError, "device_map='balanced_low_0'"),
         ({"device_map": "everywhere"}, ParameterError, "device_map.*everywhere"),
         ({"devicemap": "auto"}, ParameterError, "no argument 'devicemap'"),
     ],

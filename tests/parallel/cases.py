@@ -14,7 +14,7 @@ from gemcut.checkpoint.resolve import resolve
 from gemcut.loading import load_network
 from gemcut.model import Model
 from gemcut.parallel.communicator import GroupCommunicator, connect
-from gemcut.parallel.shards import Share
+from gemcut.parallel.shape import Share
 from gemcut.parallel.split import Split
 from gemcut.quantization.spec import Quantization
 from support import hf_model, save_checkpoint, tiny_config

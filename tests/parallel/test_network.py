@@ -95,7 +95,7 @@ def test_sums_are_those_of_fp32_in_rank_order(monkeypatch: pytest.MonkeyPatch, d
 
 def test_bf16_kernels_of_the_cpu_sum_too(folder: Path) -> None:
     def work(communicator: GroupCommunicator | None) -> Tensor:
-        from gemcut.parallel.shards import Share
+        from gemcut.parallel.shape import Share
         from gemcut.parallel.split import Split
 
         source = resolve(str(folder))

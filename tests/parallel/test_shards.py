@@ -12,7 +12,8 @@ from gemcut.checkpoint.names import expected_shapes
 from gemcut.config import FAMILY, GemmaConfig
 from gemcut.errors import ParameterError
 from gemcut.parallel import shards
-from gemcut.parallel.shards import Share, Slice, check_split, cut_weight, local_config, refusal, slice_of
+from gemcut.parallel.shape import Share, Slice, check_split, local_config, refusal, slice_of
+from gemcut.parallel.shards import cut_weight
 from gemcut.quantization.dequantize import dequantize_weight
 from gemcut.quantization.spec import Quantization
 from gemcut.quantization.stream import quantize_tensors

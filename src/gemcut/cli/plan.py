@@ -44,6 +44,9 @@ def plan(
         int | None, typer.Option(metavar="N", help="Tokens of one request; the model's limit if not given.")
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Requests at the same time.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(metavar="N", help="Split every layer over N GPUs, each with so much memory.")
+    ] = 1,
     as_json: Annotated[bool, flag("One JSON object.", "--json")] = False,
     debug: Debug = False,
     cut: QuantizationOptions,
@@ -69,7 +72,9 @@ def plan(
                 "it without --quantization, or for the whole weights"
             )
         formats = [(formats[0][0] if dtype else "bfloat16", stored.replace(head=cut.head or stored.head))]
-    plans = [
+    if gpus < 1:
+        raise ParameterError(f"--gpus is {gpus}; expected a whole number from 1 on")
+    whole = [
         MemoryPlan.make(
             config,
             dtype=each,
@@ -81,10 +86,12 @@ def plan(
         )
         for each, spec in formats
     ]
+    plans = whole if gpus == 1 else _of_one(whole, gpus)
+    held = None if gpus == 1 else _held(config, gpus)
     if as_json:
-        output.print_json(
-            {"model": label, "config_from": source, "device": limit.kind, "plans": [_report(each) for each in plans]}
-        )
+        several = {} if held is None else {"gpus": gpus, "each_gpu_holds": held}
+        reports = [_report(each, config) for each in plans]
+        output.print_json({"model": label, "config_from": source, "device": limit.kind, **several, "plans": reports})
         return
     from rich.markup import escape
 
@@ -100,10 +107,44 @@ def plan(
             f"[dim]Its {_join(expanded)} weights are expanded to one of these formats while they are read.[/]",
             soft_wrap=True,
         )
+    if held is not None:
+        console.print(f"Each of {gpus} GPUs holds {held}; the table is of one of them.", soft_wrap=True)
     for part in _beside(plans, console.width, limit):
         console.print(_table(part, limit))
-    for line in _verdict(plans, limit):
+    for line in _verdict(plans, limit, gpus):
         console.print(line, soft_wrap=True)
+
+
+def _of_one(plans: list[MemoryPlan], gpus: int) -> list[MemoryPlan]:
+    """The same plans for one of several GPUs; those formats that cannot be split so are left out.
+
+    Raises ParameterError where none can be.
+    """
+    from gemcut.parallel.shape import check_split, refusal
+    from gemcut.placement.split_plan import rank_plan
+
+    found = [rank_plan(plan, gpus) for plan in plans if refusal(plan.config, gpus, plan.quantization) is None]
+    if not found:
+        check_split(plans[0].config, gpus, plans[0].quantization)
+    return found
+
+
+def _held(config: GemmaConfig, gpus: int) -> str:
+    from gemcut.placement.split_plan import holds
+
+    return holds(config, gpus)
+
+
+def _over_several(plan: MemoryPlan) -> str | None:
+    """The fewest GPUs of this size over which ``plan`` fits, in words; None: 8 are too few, or none divide it."""
+    from gemcut.placement.split_plan import place
+
+    for count in range(2, 9):
+        found = place(plan, [plan.memory or 0] * count, 0)
+        if found is not None and found.kind == "tensor":
+            size = output.gigabytes(max(found.bytes_by_device.values()))
+            return f"Split over {count} such GPUs it fits, with {size} on each: --gpus {count}."
+    return None
 
 
 def _formats(dtype: str | None, asked: Quantization | None) -> list[tuple[str, Quantization | None]]:
@@ -215,7 +256,7 @@ def _table(plans: list[MemoryPlan], limit: Limit) -> Table:
     return table
 
 
-def _verdict(plans: list[MemoryPlan], limit: Limit) -> list[str]:
+def _verdict(plans: list[MemoryPlan], limit: Limit, gpus: int = 1) -> list[str]:
     """The answer in words, and the nearest thing that does fit where this does not."""
     first = plans[0]
     if first.memory is None:
@@ -223,7 +264,8 @@ def _verdict(plans: list[MemoryPlan], limit: Limit) -> list[str]:
     wish = f"{first.batch} × {first.context} tokens" if first.batch > 1 else f"{first.context} tokens"
     fitting = [plan.label for plan in plans if plan.fits]
     if fitting:
-        return [f"[green]Fits:[/] {wish} in {_join(fitting)}, in {limit.size}{limit.whose}."]
+        each = f" on each of {gpus} GPUs" if gpus > 1 else ""
+        return [f"[green]Fits:[/] {wish} in {_join(fitting)}, in {limit.size}{limit.whose}{each}."]
     best = min(plans, key=lambda plan: plan.total)
     lines = [
         f"[red]Does not fit:[/] {wish} in {best.label} take {output.gigabytes(best.total)}, there is "
@@ -233,8 +275,10 @@ def _verdict(plans: list[MemoryPlan], limit: Limit) -> list[str]:
         lines.append(f"What fits: {_requests(best.largest_batch)} of {best.context:,} tokens at a time.")
     elif best.largest_context:
         lines.append(f"What fits: one request of up to {best.largest_context:,} tokens.")
-    elif smaller := _smaller(best):
+    elif gpus == 1 and (smaller := _smaller(best)):
         lines.append(f"What fits: {smaller} in {best.label}.")
+    if gpus == 1 and limit.kind == "cuda" and (several := _over_several(best)):
+        lines.append(several)
     return lines
 
 
@@ -261,11 +305,11 @@ def _smaller(plan: MemoryPlan) -> str | None:
     return None
 
 
-def _report(plan: MemoryPlan) -> dict[str, Any]:
+def _report(plan: MemoryPlan, config: GemmaConfig) -> dict[str, Any]:
     return {
         "dtype": plan.dtype,
         "quantization": _describe(plan.quantization),
-        "parameters": plan.config.num_parameters(),
+        "parameters": config.num_parameters(),
         "context": plan.context,
         "batch": plan.batch,
         "weights_bytes": plan.weights,

@@ -1,7 +1,7 @@
 """Other processes that compute parts of the network beside this one, as the engine sees them.
 
 The engine's process leads: it alone schedules, chooses tokens and talks to callers, and tells the others of each batch
-what to compute. See docs/notes/tensor-parallel.md for why.
+what to compute. See docs/tensor-parallel.md for why.
 """
 
 from __future__ import annotations

@@ -14,16 +14,19 @@ from gemcut.hf.common import CODE_IDLE, NO_CODE, Refusal, refuse, usable_revisio
 from gemcut.hf.loading import LOAD, LOAD_IDLE, wanted_dtype
 from gemcut.hf.model import GemmaForCausalLM
 from gemcut.hf.options import GenerationConfig
-from gemcut.hf.placement import placement
+from gemcut.hf.placement import SEVERAL, gpu_rooms, gpus_for, placement
 from gemcut.hf.quantization_config import BitsAndBytesConfig, read_quantization_config
 from gemcut.hf.tokenizer import GemmaTokenizer
 from gemcut.loading import effective_quantization
 from gemcut.paths import expand
 from gemcut.placement.devices import parse_dtype
 from gemcut.placement.memory import check_memory
+from gemcut.placement.plan import MemoryPlan
 from gemcut.text import Tokenizer
 from gemcut.text import files as text_files
 
+#: Tokens of a request for which there must be room beside the weights where "auto" chooses GPUs.
+_CONTEXT = 1024
 _TOKENIZER: dict[str, Refusal] = {
     "force_download": ((False,), "delete the cached files instead"),
     "subfolder": (("",), "give the folder's own path"),
@@ -139,11 +142,12 @@ class AutoModelForCausalLM:
 
         Args:
             pretrained_model_name_or_path: the checkpoint.
-            device_map: "auto" takes the GPU if there is one; "cuda", "cuda:N", a number, "cpu" or {"": device} that
-                device; None the CPU, as in transformers. A GPU that the machine does not have is replaced by the CPU,
-                with one warning.
-            max_memory: bytes by device, as in {0: "20GB", "cpu": "30GB"}. The model is whole on one device: where its
-                weights need more than is allowed there, it is refused before anything is loaded.
+            device_map: "auto" takes one GPU if the model fits there, else splits every layer over the fewest that it
+                fits on; "balanced" over as many as divide it; "sequential" takes the first GPU alone. "cuda",
+                "cuda:N", a number, "cpu" or {"": device} take that device; None the CPU, as in transformers. A GPU
+                that the machine does not have is replaced by the CPU, with one warning.
+            max_memory: bytes by device, as in {0: "20GB", "cpu": "30GB"}. Where the weights need more than is allowed,
+                the model is refused before anything is loaded.
             torch_dtype, dtype: compute dtype under either name; "auto" is the checkpoint's own. Skipped, it is
                 float32, as the Gemma 2 model card says (transformers 5 takes the checkpoint's own); for a quantized
                 model it is the checkpoint's own.
@@ -178,28 +182,49 @@ class AutoModelForCausalLM:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
+        count = 1
+        several = (
+            isinstance(device_map, str)
+            and device_map in SEVERAL
+            and device.type == "cuda"
+            and torch.cuda.device_count() > 1
+        )
         try:
-            if own_code is not None or allowed is not None:
+            if own_code is not None or allowed is not None or several:
                 source = resolve(pretrained_model_name_or_path, weights=False, **where)
                 if own_code is not None:
                     _check_code(own_code, source.path / "config.json", cls.__name__)
-                if allowed is not None:
-                    stored = parse_dtype(source.config().torch_dtype, torch.bfloat16)
-                    cut = effective_quantization(source, spec)
-                    check_memory(source, parse_dtype(compute, stored), device, cut, allowed=allowed)
+                stored = parse_dtype(source.config().torch_dtype, torch.bfloat16)
+                kind, cut = parse_dtype(compute, stored), effective_quantization(source, spec)
+                if several:
+                    plan = MemoryPlan.make(
+                        source.config(),
+                        dtype=str(kind).removeprefix("torch."),
+                        quantization=cut,
+                        context=min(_CONTEXT, source.config().max_position_embeddings),
+                    )
+                    first, count = gpus_for(device_map, plan, gpu_rooms(max_memory), kind)
+                    device = torch.device("cuda", first)
+                if allowed is not None and count == 1:
+                    check_memory(source, kind, device, cut, allowed=allowed)
             gemma = Gemma.load(
                 pretrained_model_name_or_path,
                 dtype=compute,
                 quantization=spec,
                 device=device,
+                gpus=count,
                 attn_implementation=attention,
                 **where,
             )
         except CapacityError as error:
             raise error.at("facade") from None
-        if max_memory:
+        if max_memory and count == 1:
             warn_once("max_memory changes nothing: the whole model fits its one device", key="max_memory")
-        return GemmaForCausalLM(gemma, str(pretrained_model_name_or_path), generation_config)
+        model = GemmaForCausalLM(gemma, str(pretrained_model_name_or_path), generation_config)
+        if device_map is not None:
+            model.hf_device_map = {"": list(range(count)) if count > 1 else device.index if device.index is not None
+                                   else device.type}  # fmt: skip
+        return model
 
 
 def _check_code(trust: object, file: Path, name: str) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.hf.common import find_device
+from gemcut.parallel.shape import check_split
+from gemcut.placement.devices import free_memory
+from gemcut.placement.plan import MemoryPlan
 from gemcut.placement.sizes import parse_size
+from gemcut.placement.split_plan import place
 
-_ONE = "a model is on one device in this version"
-_WORKS = 'use "auto", "cpu", "cuda", "cuda:N", a number or {"": device}'
+_ONE = "whole layers are all on one device in this version"
+_WORKS = 'use "auto", "balanced", "cpu", "cuda", "cuda:N", a number or {"": device}'
 #: Values of device_map that spread a model by themselves.
-_SPREAD = ("balanced", "balanced_low_0", "sequential", "disk")
+_SPREAD = ("balanced_low_0", "disk")
+#: Those that may take several GPUs, every layer split over them.
+SEVERAL = ("auto", "balanced", "sequential")
 
 
 def byte_size(name: str, size: object) -> int:
@@ -43,12 +49,67 @@ def placement(device_map: Any, max_memory: Any = None) -> tuple[torch.device, in
         if isinstance(device_map, str) and device_map in _SPREAD:
             raise UnsupportedError(f"device_map={device_map!r} is not supported: {_ONE}; {_WORKS}")
         try:
-            device = find_device(device_map)
+            device = find_device("auto" if isinstance(device_map, str) and device_map in SEVERAL else device_map)
         except ParameterError as error:
             raise ParameterError(f"device_map: {error}") from None
-        if device_map == "auto" and limits and not limits.get(device):
+        if isinstance(device_map, str) and device_map in SEVERAL and limits and not limits.get(device):
             device = next((one for one, size in limits.items() if size and _there(one)), device)
     return device, limits.get(device)
+
+
+def gpu_rooms(max_memory: Any = None) -> list[int]:
+    """Bytes that each GPU of this machine has room for: what is free, and what ``max_memory`` allows.
+
+    As in transformers, a GPU that ``max_memory`` does not name gets nothing, if it names any.
+    """
+    limits = _limits(max_memory)
+    rooms = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", index)
+        free = free_memory(device) or 0
+        rooms.append(min(free, limits.get(device, 0)) if limits else free)
+    return rooms
+
+
+def gpus_for(device_map: str, plan: MemoryPlan, rooms: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
+    """(the first GPU, how many) that one of ``SEVERAL`` means for a network.
+
+    Args:
+        device_map: "auto": the first GPU with room, else the fewest that have it together; "balanced": as many as
+            divide the network; "sequential": the first one.
+        plan: of the whole network.
+        rooms: bytes that each GPU has room for.
+        dtype: compute dtype.
+
+    Raises UnsupportedError where "sequential" would put layers on a second GPU.
+    """
+    if len(rooms) < 2:
+        return 0, 1
+    if device_map == "sequential":
+        if plan.total > rooms[0]:
+            raise UnsupportedError(
+                f"device_map='sequential' is not supported for a model of {plan.total / 1e9:.1f} GB with "
+                f"{rooms[0] / 1e9:.1f} GB on the first GPU: whole layers on one GPU after the other are not in this "
+                "version; 'auto' splits every layer over several"
+            )
+        return 0, 1
+
+    def splits(count: int) -> bool:
+        try:
+            check_split(plan.config, count, plan.quantization, dtype)
+        except ParameterError:
+            return False
+        return True
+
+    if device_map == "balanced":
+        used = next((index for index, room in enumerate(rooms) if not room), len(rooms))
+        return 0, next((count for count in range(used, 1, -1) if splits(count)), 1)
+    found = place(plan, rooms, 0)
+    if found is not None and found.kind == "one":
+        return int(next(iter(found.layers)).removeprefix("cuda:")), 1
+    if found is not None and found.kind == "tensor" and splits(len(found.layers)):
+        return 0, len(found.layers)
+    return 0, 1
 
 
 def _only(device_map: Mapping[Any, Any]) -> Any:

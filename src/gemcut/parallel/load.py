@@ -11,7 +11,7 @@ from gemcut.checkpoint.source import Source
 from gemcut.errors import ParameterError
 from gemcut.model import Model
 from gemcut.parallel.messages import Job
-from gemcut.parallel.shards import check_split
+from gemcut.parallel.shape import check_split
 from gemcut.parallel.team import Team
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gemcut.config import GemmaConfig
 from gemcut.model.linear import EmbeddingFactory, LinearFactory, LinearLayer, TokenTable
 from gemcut.parallel.communicator import Communicator
-from gemcut.parallel.shards import SPLIT_BY_ROLE, Share, vocabulary_range
+from gemcut.parallel.shape import SPLIT_BY_ROLE, Share, vocabulary_range
 
 
 @dataclass(eq=False)

@@ -45,7 +45,7 @@ from gemcut.parallel.messages import (
     send,
     start,
 )
-from gemcut.parallel.shards import Share
+from gemcut.parallel.shape import Share
 from gemcut.parallel.split import Split
 
 _LOOK_AGAIN = 0.25  # seconds between two looks at processes that say nothing

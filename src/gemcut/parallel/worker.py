@@ -71,7 +71,7 @@ def _follow(connection: Connection, job: Job) -> None:
     from gemcut.checkpoint.source import Source
     from gemcut.loading import load_network
     from gemcut.parallel.communicator import connect
-    from gemcut.parallel.shards import Share
+    from gemcut.parallel.shape import Share
     from gemcut.parallel.split import Split
     from gemcut.placement.devices import free_memory
     from gemcut.quantization.spec import Quantization

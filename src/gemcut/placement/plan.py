@@ -26,11 +26,22 @@ def weight_bytes(config: GemmaConfig, dtype: str, quantization: Quantization | N
         elif quantization is None or stays(hf_module(name)):
             total += shape[0] * shape[1] * DTYPE_BYTES[dtype]
         else:
-            total += _matrix_bytes(shape[0], shape[1], quantization)
+            total += matrix_bytes(shape[0], shape[1], quantization)
     return total
 
 
-def _matrix_bytes(rows: int, columns: int, cut: Quantization) -> int:
+def layer_bytes(config: GemmaConfig, dtype: str, quantization: Quantization | None = None) -> list[int]:
+    """Bytes of each layer's weights."""
+    one, two = (
+        weight_bytes(
+            config.replace(num_hidden_layers=count, layer_types=(config.layer_types * 2)[:count]), dtype, quantization
+        )
+        for count in (1, 2)
+    )
+    return [two - one] * config.num_hidden_layers
+
+
+def matrix_bytes(rows: int, columns: int, cut: Quantization) -> int:
     """Bytes of one cut matrix: codes and statistics."""
     count = rows * columns
     if cut.format == "int8":
