@@ -69,6 +69,26 @@ def test_a_checkpoint_that_is_quantized_already(tmp_path: Path, name: str) -> No
     torch.testing.assert_close(found[1][0], expected, rtol=2e-5, atol=2e-5)
 
 
+def test_the_likeliest_token_is_the_first_of_the_largest_logits(folder: Path) -> None:
+    hidden = torch.randn((5, SHAPE["hidden_size"]), generator=torch.Generator().manual_seed(1))
+    expected = network(folder).embed.logits(hidden)
+
+    def best(communicator: GroupCommunicator, rows: Tensor) -> Tensor:
+        table = network(folder, None, communicator).embed
+        assert table.part is not None
+        return table.part.best(rows, table.product, lambda logits: logits)
+
+    for found in ranks(4, partial(best, rows=hidden)):
+        assert found[:, 0].long().tolist() == expected.argmax(dim=-1).tolist()
+        torch.testing.assert_close(found[:, 1].float(), expected.amax(dim=-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[:, 2].float(), expected.amin(dim=-1), rtol=1e-5, atol=1e-5)
+    zeros = ranks(4, partial(best, rows=torch.zeros_like(hidden)))
+    assert zeros[3][:, 0].tolist() == [0.0] * 5
+    bad = hidden.clone()
+    bad[2, 3] = float("nan")
+    assert ranks(4, partial(best, rows=bad))[0].isfinite().all(dim=-1).tolist() == [True, True, False, True, True]
+
+
 def test_a_rank_holds_its_part_alone(folder: Path) -> None:
     def held(communicator: GroupCommunicator | None) -> int:
         model = network(folder, None, communicator)

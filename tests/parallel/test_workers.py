@@ -89,6 +89,9 @@ def test_greedy_answers_are_those_of_one_process_and_two_runs_are_bit_equal(one:
     same_but_for_ties(two, one)
     first, second = two.complete(PROMPTS, GREEDY), two.complete(PROMPTS, GREEDY)
     assert [each.logprobs for each in first] == [each.logprobs for each in second]
+    # Without log-probabilities the likeliest tokens alone are exchanged, not the logits.
+    plain = SamplingParams(max_new_tokens=GREEDY.max_new_tokens, temperature=0)
+    assert answers(two, plain) == answers(two)
 
 
 @pytest.mark.parametrize(

@@ -336,8 +336,12 @@ class Engine:
         found = {i: (token, None) for i, token in self.runner.computed_ahead(batch, tables).items()}
         rest = [i for i in range(len(batch)) if i not in found]
         if rest:
-            logits = self.runner.run([batch[i] for i in rest], [tables[i] for i in rest])
+            rows, own = [batch[i] for i in rest], [tables[i] for i in rest]
             wants = [i for i in rest if batch[i].samples]
+            likeliest = self.runner.likeliest(rows, own)
+            if likeliest is not None:
+                return found | {i: (token, None) for i, token in zip(wants, likeliest, strict=True)}
+            logits = self.runner.run(rows, own)
             if wants:
                 chosen = sample(logits, [batch[i].sequence for i in wants], self.runner.explain)
                 found |= zip(wants, zip(*chosen, strict=True), strict=True)

@@ -113,6 +113,36 @@ class Runner:
             logits = graphs.logits([(s.sequence.tokens[-1], s.sequence.computed) for s in batch], tables)
             if logits is not None:
                 return self.model.softcap(logits.clone())
+        hidden = self._ends(batch, tables)
+        if hidden is None:
+            return torch.empty((0, self.model.config.vocab_size), device=self.device)
+        return self.model.head(hidden)
+
+    @torch.inference_mode()
+    def likeliest(self, batch: list[Scheduled], tables: list[Tables]) -> list[int | RowError] | None:
+        """Run one step where the head's tokens are on several devices and all that is wanted are greedy choices.
+
+        The token of each sequence that ``samples``, in order; None where this step needs its logits.
+        """
+        part, sampling = self.model.embed.part, [scheduled for scheduled in batch if scheduled.samples]
+        if part is None or not all(_wants_tokens(s) and s.sequence.request.params.greedy for s in sampling):
+            return None
+        hidden = self._ends(batch, tables)
+        if hidden is None:
+            return []
+        x = self.model.norm(hidden).to(self.model.dtype)
+        found = part.best(x, self.model.embed.product, self.model.softcap)
+        finite = found.isfinite().all(dim=-1).tolist()
+        return [
+            int(token) if sound else RowError(self.explain())
+            for (token, _, _), sound in zip(found.tolist(), finite, strict=True)
+        ]
+
+    def _ends(self, batch: list[Scheduled], tables: list[Tables]) -> Tensor | None:
+        """Run one step through the layers: the hidden state of the last token of each sequence that ``samples``.
+
+        fp32 [m, d], before the final norm; None where there is none.
+        """
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -142,12 +172,10 @@ class Runner:
         # The head shows what is not finite in the others.
         others = [i for i, scheduled in enumerate(batch) if not scheduled.samples]
         if not others:
-            return self.model.head(ends)
+            return ends
         self._check_parts([batch[i] for i in others], ends[indices(others, self.device)])
         sampling = [i for i, scheduled in enumerate(batch) if scheduled.samples]
-        if not sampling:
-            return torch.empty((0, self.model.config.vocab_size), device=self.device)
-        return self.model.head(ends[indices(sampling, self.device)])
+        return ends[indices(sampling, self.device)] if sampling else None
 
     def _check_parts(self, batch: list[Scheduled], hidden: Tensor) -> None:
         """End the sequences whose prompt chunk gave NaN or infinity. ``hidden`` fp32 [n, d]: each chunk's last row.

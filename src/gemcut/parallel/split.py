@@ -23,13 +23,14 @@ class Split:
         config: the whole network's shape.
         share: which rank of how many.
         communicator: the way to the others.
-        head: rank 0's: has the others compute the head of these rows [n, hidden] while it does, within the context.
+        head: rank 0's: has the others compute the head of these rows [n, hidden] while it does, within the context; of
+            the likeliest tokens alone where the second argument says so.
     """
 
     config: GemmaConfig
     share: Share
     communicator: Communicator
-    head: Callable[[Tensor], AbstractContextManager[None]] = field(default=lambda hidden: nullcontext())
+    head: Callable[[Tensor, bool], AbstractContextManager[None]] = field(default=lambda hidden, best: nullcontext())
 
     def linear(self, make: LinearFactory) -> LinearFactory:
         """``make``'s layers; those that hold a part of the inputs sum their results over the ranks."""
@@ -71,9 +72,28 @@ class VocabularyPart:
     def logits(self, hidden: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         """fp32 [n, total] of ``hidden`` [n, hidden], from each rank's ``product`` [n, its tokens]."""
         widest = -(-self.total // self._split.share.size)
-        with self._split.head(hidden):
+        with self._split.head(hidden, False):
             own = product(hidden)
             if own.shape[1] < widest:
                 own = torch.nn.functional.pad(own, (0, widest - own.shape[1]))
             parts = self._split.communicator.gather(own)  # [ranks, n, widest]
         return parts.transpose(0, 1).reshape(len(hidden), -1)[:, : self.total].contiguous()
+
+    def best(self, hidden: Tensor, product: Callable[[Tensor], Tensor], softcap: Callable[[Tensor], Tensor]) -> Tensor:
+        """fp64 [n, 3] of ``hidden`` [n, hidden]: the likeliest token (the first of equals), its logit, the least logit.
+
+        Each rank looks at its own tokens; three numbers of each row are exchanged instead of all logits.
+        """
+        with self._split.head(hidden, True):
+            own = softcap(product(hidden))
+            most = own.max(dim=-1)
+            found = torch.stack(
+                ((most.indices + self.start).double(), most.values.double(), own.amin(dim=-1).double()), dim=-1
+            )
+            parts = self.communicator.gather(found)
+        token, value, least = parts[0].unbind(-1)
+        for other in parts[1:]:
+            better = other[:, 1] > value
+            token, value = torch.where(better, other[:, 0], token), torch.where(better, other[:, 1], value)
+            least = torch.minimum(least, other[:, 2])  # NaN comes through
+        return torch.stack((token, value, least), dim=-1)

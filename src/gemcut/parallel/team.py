@@ -152,9 +152,9 @@ class Team:
             yield
 
     @contextlib.contextmanager
-    def head(self, hidden: Tensor) -> Iterator[None]:
+    def head(self, hidden: Tensor, best: bool) -> Iterator[None]:
         """Have the workers compute the head of ``hidden`` [n, hidden] too; within the context this process does."""
-        with self._all_amid(HEAD, *hidden.shape):
+        with self._all_amid(HEAD, *hidden.shape, best):
             assert self.split is not None
             self.split.communicator.broadcast(hidden if hidden.is_contiguous() else hidden.contiguous())
             yield

@@ -125,10 +125,13 @@ class _Follower:
             every = None if wanted == list(range(len(ids))) else indices(wanted, device)
             model(torch.tensor(ids, device=device), torch.tensor(positions, device=device), kv, every)
         elif kind == HEAD:
-            rows, width = values
+            rows, width, best = values
             hidden = torch.empty((rows, width), dtype=model.dtype, device=device)
             model.embed.part.communicator.broadcast(hidden)
-            model.embed.logits(hidden)
+            if best:
+                model.embed.part.best(hidden, model.embed.product, model.softcap)
+            else:
+                model.embed.logits(hidden)
         else:
             raise AssertionError(f"message {kind!r}")
 
