@@ -30,6 +30,7 @@ from gemcut.cli.quantize import quantize
 from gemcut.cli.safety import app as safety_app
 from gemcut.cli.score import score
 from gemcut.cli.serve import serve
+from gemcut.cli.summarize import summarize
 
 app = typer.Typer(
     name="gemcut",
@@ -49,6 +50,7 @@ app.command()(chat)
 app.command()(serve)
 app.command()(score)
 app.command()(batch)
+app.command()(summarize)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)
