@@ -35,6 +35,7 @@ REASONS = {
     "huggingface-cli": "needs an account",
     "python benchmarks/": "measures for many minutes",
     "gemcut serve": "runs until it is stopped; tests/server/test_readme.py types it",
+    "gemcut write": "its answers are long; tests/uses/test_write.py gives it few tokens",
     "gemcut summarize": "needs a file of the reader's; tests/uses/test_summarize.py gives it one",
     "gemcut batch": "needs a file of requests; tests/uses/test_batch.py gives it one",
     "gemcut safety": "needs texts of two kinds; tests/data/test_documents.py trains on some",

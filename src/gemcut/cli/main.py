@@ -31,6 +31,7 @@ from gemcut.cli.safety import app as safety_app
 from gemcut.cli.score import score
 from gemcut.cli.serve import serve
 from gemcut.cli.summarize import summarize
+from gemcut.cli.write import write
 
 app = typer.Typer(
     name="gemcut",
@@ -51,6 +52,7 @@ app.command()(serve)
 app.command()(score)
 app.command()(batch)
 app.command()(summarize)
+app.command()(write)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)

@@ -57,7 +57,9 @@ def _html(data: bytes) -> str:
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
     except ImportError:
         raise UnsupportedError("HTML needs resiliparse: pip install 'gemcut[uses]'") from None
-    found: str = extract_plain_text(bytes_to_str(data, detect_encoding(data) or "utf-8"), main_content=True, alt_texts=False)
+    found: str = extract_plain_text(
+        bytes_to_str(data, detect_encoding(data) or "utf-8"), main_content=True, alt_texts=False
+    )
     return found
 
 
