@@ -15,7 +15,7 @@ from torch import nn
 
 from gemcut.checkpoint.load import load_model_weights
 from gemcut.checkpoint.resolve import resolve
-from gemcut.checkpoint.safetensors_reader import INDEX
+from gemcut.checkpoint.safetensors_header import INDEX
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.model.gemma import Model

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from gemcut.checkpoint.resolve import resolve
-from gemcut.checkpoint.safetensors_reader import INDEX
+from gemcut.checkpoint.safetensors_header import INDEX
 from gemcut.errors import CheckpointError, ConfigError, GemcutError
 from gemcut.loading import load_network
 from gemcut.model.dense import dense_logits

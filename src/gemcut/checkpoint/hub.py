@@ -43,7 +43,7 @@ def download(
     push in between cannot mix two versions. Files already cached are not fetched again, and huggingface_hub resumes a
     file whose connection breaks. Raises CheckpointNotFoundError, GatedRepositoryError or CheckpointError.
     """
-    from gemcut.checkpoint.safetensors_reader import INDEX, weight_files
+    from gemcut.checkpoint.safetensors_header import INDEX, weight_files
 
     hub = _Repository(repo, revision, token, cache_dir, local_files_only, progress)
     folder = hub.fetch(_SMALL_FILES, revision, folders=True)

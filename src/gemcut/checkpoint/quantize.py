@@ -17,7 +17,7 @@ from torch import Tensor
 from gemcut import process
 from gemcut.checkpoint import names
 from gemcut.checkpoint.bnb import config_entries
-from gemcut.checkpoint.safetensors_reader import INDEX
+from gemcut.checkpoint.safetensors_header import INDEX
 from gemcut.checkpoint.shard import ShardWriter
 from gemcut.checkpoint.source import Source
 from gemcut.checkpoint.working import (

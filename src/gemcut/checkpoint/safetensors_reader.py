@@ -1,39 +1,32 @@
-"""Read a Hugging Face folder of safetensors files: headers checked first, then tensors streamed from memory maps.
-
-The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header that gives each
-tensor's dtype, shape and byte range, then the data without holes.
-"""
+"""Read a Hugging Face folder of safetensors files: headers checked first, then tensors streamed from memory maps."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from gemcut.checkpoint import foreign, names
+from gemcut.checkpoint import names
 from gemcut.checkpoint.bnb import companion, stored_quantization
 from gemcut.checkpoint.mapped import MappedFile
+from gemcut.checkpoint.safetensors_header import INDEX, read_header, weight_paths
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
-from gemcut.files import read_json, shown
 from gemcut.progress import Report
 from gemcut.quantization.state import check_statistics, from_stored
 from gemcut.quantization.weights import CheckpointWeight, FourBitWeight, Int8Weight
 
-INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8}
 # What else a safetensors file may hold: read where a tensor is to be skipped, refused where it is a weight.
 _OTHER_DTYPES = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool}
 _OTHER_DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64}
 _OTHER_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-_NAME_OF = {dtype: name for name, dtype in (_DTYPES | _PACKED_DTYPES | _OTHER_DTYPES).items()}
-_MAX_HEADER = 100_000_000
+_TORCH = _DTYPES | _PACKED_DTYPES | _OTHER_DTYPES
+_NAME_OF = {dtype: name for name, dtype in _TORCH.items()}
 _COMPARE_ROWS_BYTES = 64 << 20
 
 
@@ -121,8 +114,10 @@ class SafetensorsFolder:
         self.quantization = stored_quantization(folder / "config.json")
         self._entries: dict[str, Entry | PackedEntry] = {}
         self._companions: dict[str, dict[str, Entry]] = {}
-        for path, wanted in _files(folder):
-            self._add(read_header(path), wanted, path)
+        for path, wanted in weight_paths(folder):
+            places = read_header(path)
+            entries = [Entry(p.name, p.file, p.offset, p.shape, _TORCH[p.dtype]) for p in places]
+            self._add(entries, wanted, path)
         self._pack()
         head = self._entries.pop(names.LM_HEAD, None)
         assert head is None or isinstance(head, Entry)
@@ -243,97 +238,6 @@ class SafetensorsFolder:
                 f"{self.folder}: config.json says {self.quantization.format}, but every tensor is whole; if they are "
                 "meant to be, remove quantization_config from config.json"
             )
-
-
-def weight_files(index: Path) -> dict[str, set[str]]:
-    """File name -> tensor names, from a ``model.safetensors.index.json``. Only plain names inside the folder pass."""
-    try:
-        weight_map = read_json(index)["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{index} is damaged: expected a JSON object with a weight_map") from None
-    files: dict[str, set[str]] = {}
-    for tensor, file in weight_map.items():
-        # A name with a separator could read any file of the machine.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in '/\\:\0\n"'):
-            raise CheckpointError(
-                f"{index} places a tensor in {shown(file)}; expected the plain name of a .safetensors file"
-            )
-        files.setdefault(file, set()).add(tensor)
-    return dict(sorted(files.items()))
-
-
-def read_header(path: Path) -> list[Entry]:
-    """Check a safetensors file against its own header and return where its tensors lie, in file order."""
-    file = MappedFile(path)
-    length = int.from_bytes(file.map[:8], "little")
-    if file.size < 8 or length > min(file.size - 8, _MAX_HEADER):
-        raise CheckpointError(f"{path} is not a safetensors file or is cut short ({file.size:,} bytes); get it again")
-    try:
-        header = json.loads(file.map[8 : 8 + length], object_pairs_hook=_no_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError("not an object")
-        header.pop("__metadata__", None)
-        entries = [_entry(name, value, file, 8 + length) for name, value in header.items()]
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} has a damaged safetensors header; get the file again") from None
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))  # an empty tensor lies before its neighbour
-    end = 8 + length
-    for entry in entries:
-        if entry.offset != end:
-            raise CheckpointError(f"{path} has a damaged safetensors header: holes or overlaps at tensor {entry.name}")
-        end += entry.nbytes
-    if file.size != end:
-        state = "is cut short" if file.size < end else "has bytes too many"
-        raise CheckpointError(f"{path} {state}: {file.size:,} bytes, its header says {end:,}; get the file again")
-    return entries
-
-
-def _entry(name: str, value: dict[str, Any], file: MappedFile, start: int) -> Entry:
-    dtype, known = value["dtype"], _DTYPES | _PACKED_DTYPES | _OTHER_DTYPES
-    if dtype not in known:
-        raise CheckpointError(
-            f"{file.path}: tensor {name[:120]} has dtype {shown(dtype)}; gemcut reads "
-            f"{', '.join(_DTYPES | _PACKED_DTYPES)}"
-        )
-    shape, (begin, end) = value["shape"], value["data_offsets"]
-    if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or not all(type(n) is int for n in (begin, end)):
-        raise ValueError("a size is no whole number from 0 on")
-    entry = Entry(name, file, start + begin, tuple(shape), known[dtype])
-    if begin < 0 or end - begin != entry.nbytes:
-        raise ValueError("byte range and shape disagree")
-    return entry
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("duplicate key")
-    return dict(pairs)
-
-
-def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
-    """The weight files of a folder, each with the tensors an index places in it (None without an index)."""
-    if (folder / "model.safetensors").is_file():
-        return [(folder / "model.safetensors", None)]
-    if (folder / INDEX).is_file():
-        files = [(folder / file, tensors) for file, tensors in weight_files(folder / INDEX).items()]
-        for path, _ in files:
-            if not path.is_file():
-                raise CheckpointError(f"{folder} lacks the shard {path.name} that {INDEX} names; copy or download it")
-        return [*files]
-    found = sorted(path for path in folder.glob("*.safetensors") if path.name not in _NOT_WEIGHTS)
-    if len(found) == 1:
-        return [(found[0], None)]
-    if found:
-        raise CheckpointError(f"{folder} has {len(found)} .safetensors files but no {INDEX} to say what is where")
-    raise CheckpointError(f"{folder} has no model.safetensors{foreign.hint(folder)}")
-
-
-#: Files of an adapter, which are no weights of a whole network.
-_NOT_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 
 
 def _require_tied(head: Entry, embedding: Entry) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemcut.checkpoint.bnb import config_entries
-from gemcut.checkpoint.safetensors_reader import INDEX
+from gemcut.checkpoint.safetensors_header import INDEX
 from gemcut.config import GemmaConfig
 from gemcut.errors import CheckpointError
 from gemcut.quantization.spec import Quantization
