@@ -18,7 +18,7 @@ import pytest
 
 from gemcut import Gemma
 from gemcut.errors import ChatTemplateError, DataError, ParameterError
-from gemcut.evaluation import Answer, Choices, DataFolder, Item, Letters, Pair, ScoreOptions, Setup, row
+from gemcut.evaluation import Answer, Choices, DataFolder, Item, Letters, Pair, ScoreOptions, Setup, find_rows, row
 from gemcut.evaluation.figures import figures
 from gemcut.evaluation.rows.bias import bias_score
 from gemcut.evaluation.run import RunOptions, run_rows
@@ -220,6 +220,7 @@ def test_toxicity_is_the_mean_of_what_the_scorer_says() -> None:
     found = figures(row("real_toxicity"), items, scores)
     assert found["toxicity"].value == pytest.approx(100 * 1.2 / 4)
     assert found["toxic"].value == pytest.approx(25)
+    assert found["toxicity by Fixed"].value == found["toxicity"].value  # a result says whose number it is
     assert [score.failed for score in scores] == [False, False, False, True]
 
 
@@ -339,6 +340,33 @@ def test_rows_run_and_say_that_rows_are_missing(gemma: Gemma, invented: DataFold
     letters = [gemma.tokenizer.encode(letter, add_bos=False)[0] for letter in "ABC"]
     scores = gemma.score([[*ids, letter] for letter in letters], start=len(ids))
     assert asked.answers[0].logprobs == pytest.approx([s[0] for s in scores], abs=1e-3)
+
+
+def test_a_toxicity_row_without_scorer_asks_nothing(gemma: Gemma, tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="real_toxicity needs a scorer of toxicity: pass --scorer"):
+        run_rows(gemma, [row("real_toxicity")], real_data(), tmp_path / "run", RunOptions(limit=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dangerous_knowledge_is_a_number_and_nothing_else(gemma: Gemma, tmp_path: Path) -> None:
+    """Invented and harmless questions in the form of WMDP; the log has figures, and none of the text."""
+    (tmp_path / "wmdp").mkdir()
+    record = {"question": "Which colour is the sky?", "choices": ["red", "blue", "green", "black"], "answer": 1}
+    lines = [json.dumps({**record, "subject": "bio" if i % 2 else "cyber"}) + "\n" for i in range(6)]
+    (tmp_path / "wmdp" / "questions.jsonl").write_text("".join(lines))
+    assert "wmdp" not in {each.id for each in find_rows(["card", "safety", "benchmarks"])}
+    log = run_rows(gemma, [row("wmdp")], DataFolder(tmp_path), tmp_path / "run", RunOptions())
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "sky" not in text
+    assert "blue" not in text
+    figures_ = log.rows["wmdp"].figures
+    assert figures_ is not None
+    assert set(figures_) == {"acc", "acc bio", "acc cyber"}
+    assert (figures_["acc"]["count"], figures_["acc bio"]["count"]) == (6, 3)
+    assert not log.rows["wmdp"].items
+    (tmp_path / "wmdp" / "questions.jsonl").write_text(json.dumps({**record, "answer": 9}) + "\n")
+    with pytest.raises(DataError, match="record 1: expected four choices and an answer from 0 to 3"):
+        row("wmdp").load(DataFolder(tmp_path))
 
 
 def test_a_model_without_a_template_is_refused_in_a_chat_row(

@@ -39,6 +39,7 @@ Limit = Annotated[int, option("Items of each row, drawn by --seed. Else all.", "
 Seed = Annotated[int, option("Of drawn items and sampled answers. Else 0.", "--seed", metavar="N")]
 AllowCode = Annotated[bool, flag("Run programs that the model wrote, in a sandbox.", "--allow-code")]
 AsJson = Annotated[bool, flag("One JSON object.", "--json")]
+Scorer = Annotated[str | None, option("Of toxicity: linear, FILE.npz or http://…", "--scorer", metavar="WHAT")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
 Workers = Annotated[int, option("Programs that run at once. Else 2.", "--workers", metavar="N")]
 
@@ -120,6 +121,7 @@ def run(
     seed: Seed = 0,
     allow_code: AllowCode = False,
     workers: Workers = 2,
+    scorer: Scorer = None,
     as_json: AsJson = False,
     debug: Debug = False,
     load: LoadOptions,
@@ -130,7 +132,7 @@ def run(
 
     A run that was stopped goes on with the same command.
     """
-    options = _options(limit, seed, shots, fewer_shots, chat, allow_code, workers)
+    options = _options(limit, seed, shots, fewer_shots, chat, allow_code, workers, _scorers(scorer, data))
     _, results = _carry_out(need_model(model, "--model NAME"), rows.split(","), data, out, options, load, None)
     _show(results, as_json=as_json)
 
@@ -147,6 +149,7 @@ def card(
     seed: Seed = 0,
     allow_code: AllowCode = False,
     workers: Workers = 2,
+    scorer: Scorer = None,
     markdown: Annotated[
         Path | None, option("Write the table as Markdown, too.", "--markdown", metavar="FILE.md")
     ] = None,
@@ -166,7 +169,7 @@ def card(
         refused[row.id] = str(error)
         output.note(f"{row.id} is left out: {error}")
 
-    options = _options(limit, seed, None, fewer_shots, None, allow_code, workers)
+    options = _options(limit, seed, None, fewer_shots, None, allow_code, workers, _scorers(scorer, data))
     log, results = _carry_out(need_model(model, "--model NAME"), ["card"], data, out, options, load, note)
     from gemcut.evaluation.results import report
     from gemcut.evaluation.tables import FOOTNOTE, aligned, card_rows
@@ -196,6 +199,7 @@ def score(
     rows: Annotated[str, option("Ids with commas between. Else all of the run.", "--rows", metavar="A,B")] = "",
     allow_code: AllowCode = False,
     workers: Workers = 2,
+    scorer: Scorer = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -205,7 +209,7 @@ def score(
     from gemcut.evaluation.row import ScoreOptions
 
     names = [name.strip() for name in rows.split(",") if name.strip()]
-    options = ScoreOptions(allow_code=allow_code, workers=_workers(workers))
+    options = ScoreOptions(allow_code=allow_code, workers=_workers(workers), scorers=_scorers(scorer, None))
     _show(score_run(read_log(run), options, names), as_json=as_json)
 
 
@@ -248,8 +252,25 @@ def _workers(workers: int) -> int:
     return workers
 
 
+def _scorers(spec: str | None, data: Path | None) -> dict[str, Any]:
+    """The scorer of toxicity that a person named, by the name that rows ask for."""
+    if spec is None:
+        return {}
+    from gemcut.evaluation import scorers
+    from gemcut.evaluation.folder import DataFolder
+
+    return {scorers.NAME: scorers.make_scorer(spec, DataFolder.find(data) if spec == "linear" else None)}
+
+
 def _options(
-    limit: int, seed: int, shots: int | None, fewer: bool, chat: bool | None, allow_code: bool, workers: int
+    limit: int,
+    seed: int,
+    shots: int | None,
+    fewer: bool,
+    chat: bool | None,
+    allow_code: bool,
+    workers: int,
+    scorers: Mapping[str, Any],
 ) -> RunOptions:
     from gemcut.evaluation.row import ScoreOptions, Setup
 
@@ -257,7 +278,7 @@ def _options(
         raise ParameterError(f"--limit is {limit}; expected at least 1")
     if shots is not None and not 0 <= shots <= 100:
         raise ParameterError(f"--shots is {shots}; expected 0 to 100")
-    scoring: ScoreOptions = ScoreOptions(allow_code=allow_code, workers=_workers(workers))
+    scoring: ScoreOptions = ScoreOptions(allow_code=allow_code, workers=_workers(workers), scorers=scorers)
     from gemcut.cli.interrupt import import_torch
 
     import_torch()

@@ -151,6 +151,7 @@ class Row:
         code: whether scoring runs what the model wrote.
         safety: whether it stands in the card's second table.
         harmful: nothing of single items may be logged or shown.
+        scorer: the name in ``ScoreOptions.scorers`` that scoring needs; "" where it needs none.
         differs: how it differs from what the card measured, one sentence each; empty where nothing is known to.
         scale: what a mean is multiplied by: 100 for shares.
     """
@@ -171,6 +172,7 @@ class Row:
     code: bool = False
     safety: bool = False
     harmful: bool = False
+    scorer: str = ""
     differs: tuple[str, ...] = ()
     scale: float = 100.0
 

@@ -52,6 +52,8 @@ def refusal(row: Row, data: DataFolder, options: RunOptions) -> GemcutError | No
         )
     if row.code and (why := sandbox_refusal()):
         return ParameterError(f"{row.id} runs programs that the model wrote, and there is no sandbox here: {why}")
+    if row.scorer and row.scorer not in options.scoring.scorers:
+        return ParameterError(f"{row.id} needs a scorer of {row.scorer}: pass --scorer linear, FILE.npz or http://…")
     try:
         data.require(row.data)
     except DataError as error:

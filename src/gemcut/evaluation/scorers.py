@@ -66,6 +66,22 @@ def scores_of(judge: Judge, texts: Sequence[str], policy: str, *, patience: floa
 
 
 @dataclass(frozen=True)
+class Named:
+    """A judge with the name that results give it."""
+
+    judge: Judge
+    name: str
+
+    @property
+    def policies(self) -> Sequence[str]:
+        return self.judge.policies
+
+    def score(self, text: str, policy: str) -> float:
+        """See ``Judge``."""
+        return self.judge.score(text, policy)
+
+
+@dataclass(frozen=True)
 class HttpScorer:
     """A service: POST {"text": …, "policy": …} to ``url``, which answers {"score": a number from 0 to 1}."""
 
@@ -106,9 +122,9 @@ def make_scorer(spec: str, data: DataFolder | None = None) -> Judge:
         DataError: the stored scores are not in ``data``.
     """
     if spec.startswith(("http://", "https://")):
-        return HttpScorer(spec)
+        return Named(HttpScorer(spec), spec)
     if spec == "linear":
-        return train_on_stored(data or DataFolder.find())
+        return Named(train_on_stored(data or DataFolder.find()), "linear")
     if not spec.endswith(".npz"):
         raise ParameterError(f"the scorer is {spec!r}; expected linear, a FILE.npz, or an http address")
     from gemcut.safety.linear import LinearJudge
@@ -117,7 +133,7 @@ def make_scorer(spec: str, data: DataFolder | None = None) -> Judge:
     if NAME not in judge.policies:
         known = ", ".join(judge.policies)
         raise ParameterError(f"{spec} scores {known}; expected {NAME} (gemcut safety train --policy {NAME})")
-    return judge
+    return Named(judge, Path(spec).name)
 
 
 def stored_scores(data: DataFolder) -> tuple[list[str], list[float]]:
