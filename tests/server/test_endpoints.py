@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from gemcut.model.dense import DenseKeyValues
+from gemcut.safety.guard import Guard
+from gemcut.safety.guard_file import GuardFile
+from gemcut.safety.lexicon import Lexicon
 from gemcut.server import openapi
 from gemcut.server.app import all_routes
+from gemcut.server.guards import JudgeDoor
 from gemcut.server.state import ServerState
 from server.host import CHAT, NAME, Served, new_gemma, serving
 
@@ -222,7 +226,10 @@ def test_a_body_is_read_with_the_class_that_is_described(served: Served, monkeyp
             assert read == [openapi.SHAPES[path].body], path
 
 
-def test_answers_have_the_shapes_that_are_described(served: Served) -> None:
+def test_answers_have_the_shapes_that_are_described(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"kind": "http", "url": "http://127.0.0.1:1", "policies": ["hate"]}  # /v1/moderations needs a guard
+    judges = Guard(GuardFile.of({"judge": [spec]}, "guard.toml"), [(Lexicon(["zorble"], "hate"), ["hate"])])
+    monkeypatch.setattr(served.state, "judges", JudgeDoor(judges))
     routes = {path for _, path in all_routes()}
     for path, shape in openapi.SHAPES.items():
         if shape.answer is None or path not in routes:

@@ -51,6 +51,9 @@ def serve(
             metavar="SECONDS",
         ),
     ] = None,
+    guard: Annotated[
+        Path | None, option("A guard file: judges that look at prompts and answers.", "--guard", metavar="FILE")
+    ] = None,
     allow_unknown: Annotated[bool, flag("Ignore unknown fields of requests, and say so.", "--allow-unknown")] = False,
     debug: Debug = False,
     access: AccessOptions,
@@ -95,6 +98,11 @@ def serve(
         drain_timeout=float(chosen.value("drain_timeout", drain_timeout)),
         allow_unknown=allow_unknown,
     )
+    guard_file = None
+    if guard is not None:
+        from gemcut.safety.guard_file import GuardFile
+
+        guard_file = GuardFile.read(guard)
     state = ServerState(settings)
     access.apply(state, chosen)
     listener = run.open_port(host, port)
@@ -114,6 +122,10 @@ def serve(
 
             gemma = load.load(name, progress=tell, step_seconds="auto" if step_seconds is None else step_seconds)
         gemma.sampling_levels[:0] = [("command line", fields), *levels]
+        if guard_file is not None:
+            from gemcut.server.guards import JudgeDoor
+
+            state.judges = JudgeDoor(guard_file.build(gemma))
         speeds.append(measured_speed(gemma))
         return gemma
 
@@ -126,6 +138,8 @@ def serve(
         opened=lambda: print(greeting, file=sys.stderr, flush=True),
         ready=lambda state: print(banner(state, address, speeds[0], access), file=sys.stderr, flush=True),
     )
+    if state.judges is not None:
+        print(state.judges.words(), file=sys.stderr, flush=True)
     if number == signal.SIGINT:
         raise typer.Exit(128 + number)
 
@@ -153,7 +167,17 @@ def banner(state: ServerState, address: str, speed: float, access: AccessOptions
         f"  device {gemma.device}, dtype {kind}, context {gemma.engine.max_context}, "
         f"{gemma.engine.config.max_batch_size} rows a step, about {speed:,.0f} tok/s for one answer\n"
         f"  sampling where a request says nothing: {sampling}\n"
-        f"  {access.words(state)}"
+        f"  {access.words(state)}{_guarded(state)}"
+    )
+
+
+def _guarded(state: ServerState) -> str:
+    if state.judges is None:
+        return ""
+    file = state.judges.judges.file
+    return (
+        f"\n  guard: mode {file.mode}, prompts by {', '.join(file.input) or 'nothing'}, "
+        f"answers by {', '.join(file.output) or 'nothing'}"
     )
 
 

@@ -16,7 +16,7 @@ from gemcut.server.app import Routes
 from gemcut.server.asgi import Request, Send
 from gemcut.server.errors import ApiError
 from gemcut.server.fields import ChatMessage, ChatRequest
-from gemcut.server.guards import check_input
+from gemcut.server.guards import check_input, guards_of
 from gemcut.server.state import ServerState
 from gemcut.server.streaming import Answer
 from gemcut.server.structured import structured_of
@@ -44,11 +44,13 @@ async def chat_completions(state: ServerState, request: Request, send: Send) -> 
     if body.continue_final_message and messages[-1]["role"] not in ("assistant", "model"):
         raise ParameterError("continue_final_message is true, but the last message is not the assistant's")
     ids = await state.encode(characters, lambda: gemma.chat_ids(messages, options))
-    if state.guards:
-        await check_input(state.guards, "\n\n".join(message["content"] for message in messages))
+    asked = None if body.moderation is None else body.moderation.mode
+    guards, judge = guards_of(state.guards, state.judges, request.id, state.log, asked)
+    if guards:
+        await check_input(guards, "\n\n".join(message["content"] or "" for message in messages))
     params = resolve(state, gemma, len(ids), chat_sampling(body) | structured.sampling, chat=True)
     streams = [gemma.prepare_stream(ids, own, cache_salt=request.cache_salt) for own in copies(params, body.n or 1)]
-    answer = ChatAnswer(state, request, gemma, body, streams)
+    answer = ChatAnswer(state, request, gemma, body, streams, guards=guards, judge=judge)
     if structured.tools is not None:
         answer.readers = [CallReader(f"call_{request.id}_{index}") for index in range(len(streams))]
     if removed:
@@ -176,6 +178,14 @@ class ChatAnswer(Answer[ChatRequest]):
             if calls := self.readers[index].calls:
                 message |= {"content": None, "tool_calls": calls}
         return {"index": index, "message": message, "logprobs": self.logprobs(index, sequence.events)}
+
+    def refused_choice(self, index: int, refusal: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "", "refusal": refusal or None}
+        found = {"index": index, "message": message, "logprobs": None}
+        return found | {"finish_reason": "content_filter", "stop_reason": None}
+
+    def refused_part(self, refusal: str) -> bytes:
+        return b'"delta":{"refusal":' + _json(refusal) + b"}" if refusal else b""
 
     def logprobs(self, index: int, events: Many[TokenEvent]) -> dict[str, Any] | None:
         if not self.body.logprobs:

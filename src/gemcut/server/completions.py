@@ -20,7 +20,7 @@ from gemcut.server.answers import check_length, copies, resolve, sampling_fields
 from gemcut.server.app import Routes
 from gemcut.server.asgi import Request, Send
 from gemcut.server.fields import MAX_PROMPTS, CompletionRequest
-from gemcut.server.guards import check_input
+from gemcut.server.guards import Guard, RequestGuard, check_input, guards_of
 from gemcut.server.state import ServerState
 from gemcut.server.streaming import Answer
 from gemcut.text import Tokenizer
@@ -47,11 +47,12 @@ async def completions(state: ServerState, request: Request, send: Send) -> None:
     characters = sum(len(prompt) for prompt in given)
     check_length(gemma, max(len(prompt) for prompt in given), "prompt")
     special = body.add_special_tokens is not False
-    prompts = await state.encode(
-        characters, lambda: [read_prompt(gemma, prompt, special, bool(body.echo)) for prompt in given]
-    )
-    for prompt in prompts if state.guards else ():
-        await check_input(state.guards, prompt.text)
+    asked = None if body.moderation is None else body.moderation.mode
+    guards, judge = guards_of(state.guards, state.judges, request.id, state.log, asked)
+    wanted = bool(body.echo or guards)  # the text of token ids
+    prompts = await state.encode(characters, lambda: [read_prompt(gemma, prompt, special, wanted) for prompt in given])
+    for prompt in prompts if guards else ():
+        await check_input(guards, prompt.text)
     scored = 1 if body.echo and body.logprobs is not None else None
     streams: list[TextStream] = []
     for prompt in prompts:
@@ -60,7 +61,7 @@ async def completions(state: ServerState, request: Request, send: Send) -> None:
             streams.append(
                 gemma.prepare_stream(prompt.ids, own, prompt_logprobs_from=scored, cache_salt=request.cache_salt)
             )
-    await CompletionAnswer(state, request, gemma, body, streams, prompts).send(send)
+    await CompletionAnswer(state, request, gemma, body, streams, prompts, guards, judge).send(send)
 
 
 ROUTES: Routes = {("POST", "/v1/completions"): completions}
@@ -135,8 +136,10 @@ class CompletionAnswer(Answer[CompletionRequest]):
         body: CompletionRequest,
         streams: list[TextStream],
         prompts: list[Prompt],
+        guards: Many[Guard] = (),
+        judge: RequestGuard | None = None,
     ) -> None:
-        super().__init__(state, request, gemma, body, streams, prompts=len(prompts))
+        super().__init__(state, request, gemma, body, streams, prompts=len(prompts), guards=guards, judge=judge)
         each = len(streams) // len(prompts)
         self._prompt_of = [prompt for prompt in prompts for _ in range(each)]
         self._lists = [LogprobLists(gemma.tokenizer) for _ in streams]

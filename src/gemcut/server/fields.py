@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -48,6 +48,12 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     include_usage: bool | None = None
 
 
+class Moderation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """How this request is guarded: "score" or "block". Never less than the server does anyway."""
+
+    mode: Literal["off", "score", "block"]
+
+
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that chat and completions share. None is the same as not given.
 
@@ -73,6 +79,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     user: Label | None = None
     safety_identifier: Label | None = None
     metadata: Labels | None = None
+    moderation: Moderation | None = None
 
 
 class Part(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

@@ -14,6 +14,7 @@ from gemcut.server.asgi import Request, Send, respond_bytes
 from gemcut.server.auth import is_open
 from gemcut.server.embeddings import EmbeddingRequest
 from gemcut.server.fields import ChatRequest, CompletionRequest
+from gemcut.server.moderations import ModerationRequest
 from gemcut.server.state import ServerState
 from gemcut.server.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -46,6 +47,7 @@ SHAPES: Mapping[str, Shape] = {
         example={"prompt": "The sky is", "max_tokens": 4, "logprobs": 1},
     ),
     "/v1/embeddings": Shape(EmbeddingRequest, shapes.EmbeddingAnswer, example={"input": ["The sky is blue."]}),
+    "/v1/moderations": Shape(ModerationRequest, shapes.ModerationAnswer, example={"input": "A fine day."}),
     "/v1/models": Shape(None, shapes.ModelsAnswer),
     "/v1/models/*": Shape(None, shapes.ModelAnswer),
     "/tokenize": Shape(TokenizeRequest, shapes.TokenizeAnswer, example={"prompt": "The sky is"}),

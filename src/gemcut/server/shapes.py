@@ -65,6 +65,7 @@ class _Answer(msgspec.Struct, kw_only=True):
     model: str
     system_fingerprint: str
     usage: Usage
+    moderation: dict[str, Any] | None = None
 
 
 class ChatAnswerMessage(msgspec.Struct, kw_only=True):
@@ -124,6 +125,14 @@ class EmbeddingAnswer(msgspec.Struct, kw_only=True):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
+
+
+class ModerationAnswer(msgspec.Struct, kw_only=True):
+    """What the guard says of each text; a score is null where its judge failed, and ``failed`` says why."""
+
+    id: str
+    model: str
+    results: list[dict[str, Any]]
 
 
 class ModelAnswer(msgspec.Struct, kw_only=True):

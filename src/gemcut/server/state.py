@@ -17,7 +17,7 @@ from gemcut.server.asgi import Request
 from gemcut.server.delivery import Delivery
 from gemcut.server.errors import ApiError, unavailable
 from gemcut.server.fields import decode
-from gemcut.server.guards import Guard
+from gemcut.server.guards import Guard, JudgeDoor
 from gemcut.server.logs import Log
 from gemcut.server.metrics import Metrics
 
@@ -86,6 +86,7 @@ class ServerState:
         draining: the server ends: what is under way is finished, nothing new is begun.
         gates: asked in this order before a route's handler runs.
         guards: asked about prompts and answers.
+        judges: the guard file's judges, asked too; None where there is no guard file.
         rows: answers that are computed or wait.
         log: where lines about requests go.
         aliases: whose names for metrics are given beside gemcut's own.
@@ -99,6 +100,7 @@ class ServerState:
     draining: bool = False
     gates: list[Gate] = field(default_factory=list)
     guards: Sequence[Guard] = ()
+    judges: JudgeDoor | None = None
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)
     aliases: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from gemcut.server.answers import Waiting, checked, usage
 from gemcut.server.asgi import DONE, ClientLeftError, EventStream, Request, Send, event, respond_json
 from gemcut.server.errors import api_error
 from gemcut.server.fields import Sampling
-from gemcut.server.guards import CheckedText
+from gemcut.server.guards import CheckedText, Guard, RequestGuard
 from gemcut.server.state import ServerState
 
 Body = TypeVar("Body", bound=Sampling)
@@ -43,12 +43,18 @@ class Answer(Generic[Body]):
         streams: list[TextStream],
         *,
         prompts: int = 1,
+        guards: Many[Guard] = (),
+        judge: RequestGuard | None = None,
     ) -> None:
-        """``streams``: those of the first prompt, then those of the next one, to ``prompts`` prompts."""
+        """``streams``: those of the first prompt, then those of the next one, to ``prompts`` prompts.
+
+        ``guards`` look at the answers; ``judge`` is the one of them that has something to report.
+        """
         self.state, self.request, self.gemma, self.body = state, request, gemma, body
         self.id, self.created = f"{self.PREFIX}{request.id}", int(time.time())
         self.waiting = Waiting(state, request, streams, each=bool(body.stream))
-        self.texts = [CheckedText(state.guards) for _ in streams] if state.guards else None
+        self.texts = [CheckedText(guards) for _ in streams] if guards else None
+        self._judge = judge
         self.prompts = prompts
         #: What goes with the answer: headers, and members of a whole one's JSON.
         self.headers = ignored_header(request)
@@ -76,6 +82,14 @@ class Answer(Generic[Body]):
         """The log-probabilities of some tokens of a choice; None where nobody asked for them."""
         raise NotImplementedError
 
+    def refused_choice(self, index: int, refusal: str) -> dict[str, Any]:
+        """A whole choice whose text a guard refused; nothing of the text, its tokens or their scores is in it."""
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": "content_filter", "stop_reason": None}
+
+    def refused_part(self, refusal: str) -> bytes:
+        """The inside of the chunk's choice that tells a stream so; b"" for none."""
+        return b""
+
     # ---- the way out ---------------------------------------------------------------------------------------------
 
     async def send(self, send: Send) -> None:
@@ -102,6 +116,8 @@ class Answer(Generic[Body]):
             sequences = waiting.box.sequences
             choices = [await self._choice(index) for index in range(len(sequences))]
             value = self.head(self.KIND) | {"choices": choices, "usage": usage(sequences, prompts=self.prompts)}
+        if self._judge is not None:
+            value["moderation"] = self._judge.report()
         await respond_json(send, value | self.extra, headers=self.headers)
 
     async def _choice(self, index: int) -> dict[str, Any]:
@@ -111,7 +127,8 @@ class Answer(Generic[Body]):
         reason: str | None = end.finish_reason
         if self.texts is not None:
             text = await self.texts[index].push(text, last=True)
-            reason = "content_filter" if self.texts[index].refused else reason
+            if self.texts[index].refused is not None:
+                return self.refused_choice(index, self.texts[index].refusal)
         choice = self.choice(index, text, sequence)
         return choice | {"finish_reason": self.ending(index, reason), "stop_reason": end.stop_reason}
 
@@ -132,9 +149,11 @@ class Answer(Generic[Body]):
                     elif waiting.silent:
                         await out.write(waiting.ping())
                 last = b""
+                if self._judge is not None and self.body.moderation is not None:
+                    last = event(self.head(self.CHUNK) | {"choices": [], "moderation": self._judge.report()})
                 if self.body.stream_options is not None and self.body.stream_options.include_usage:
                     numbers = usage(box.sequences, prompts=self.prompts)
-                    last = event(self.head(self.CHUNK) | {"choices": [], "usage": numbers})
+                    last += event(self.head(self.CHUNK) | {"choices": [], "usage": numbers})
             await out.end(last + DONE)
         except ClientLeftError:
             raise
@@ -224,13 +243,16 @@ class Chunks:
 
 
 class CheckedChunks(Chunks):
-    """The same where guards look at the text first: it comes in whole sentences, and without log-probabilities of
-    what was not let out."""
+    """The same where guards look at the text first: it comes in pieces that they have seen, and a token's
+    log-probability comes behind its text, never before."""
 
     def __init__(self, answer: Answer[Any], texts: list[CheckedText]) -> None:
         super().__init__(answer)
         self._texts = texts
         self._done = [False] * len(texts)
+        #: Of each answer the events whose text is held back, and the characters of the first that are out already.
+        self._held: list[list[TokenEvent]] = [[] for _ in texts]
+        self._ahead = [0] * len(texts)
 
     async def take_checked(self) -> bytes:
         """What is new and may be shown."""
@@ -242,14 +264,33 @@ class CheckedChunks(Chunks):
             return b""
         last = events[-1]
         checked(last, self.box.sequences[index])
-        text = "".join(each.text for each in events)
-        text = await self._texts[index].push(text, last=last.finish_reason is not None)
-        reason: str | None = last.finish_reason
-        if self._texts[index].refused is not None:
+        held = self._held[index]
+        held += events
+        text = "".join([each.text for each in events])
+        checks = self._texts[index]
+        text = await checks.push(text, tokens=len(events), last=last.finish_reason is not None)
+        if checks.refused is not None:
             self.box.streams[index].cancel()
-            reason = "content_filter"
-        self._done[index] = reason is not None
-        return self.chunks(index, events if text else (), text, reason, last.stop_reason)
+            self._done[index] = True
+            told = b""
+            if inside := self.answer.refused_part(checks.refusal):
+                told = self._starts[index] + inside + b',"logprobs":null,"finish_reason":null' + self._end
+            first = b"" if self._opened[index] else self.chunks(index, (), "", None, None)
+            return first + told + self.chunks(index, (), "", "content_filter", None)
+        out = held if last.finish_reason is not None else self._let_out(index, len(text))
+        self._done[index] = last.finish_reason is not None
+        return self.chunks(index, out, text, last.finish_reason, last.stop_reason)
+
+    def _let_out(self, index: int, characters: int) -> list[TokenEvent]:
+        """Take the events whose whole text is out once so many more characters are."""
+        held, room = self._held[index], characters + self._ahead[index]
+        count = 0
+        while count < len(held) and len(held[count].text) <= room and room > 0:
+            room -= len(held[count].text)
+            count += 1
+        self._ahead[index] = room
+        self._held[index] = held[count:]
+        return held[:count]
 
 
 def ignored_header(request: Request) -> list[tuple[bytes, bytes]]:
