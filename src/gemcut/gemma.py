@@ -146,15 +146,20 @@ class Gemma(TokenModel):
             if kv_memory is not None
             else cache_bytes(model, where, max_context, chunk, devices=count, others=free),
         )
-        gemma = cls(
-            model,
-            tokenizer.result(),
-            where,
-            engine=engine,
-            generation_config=source.generation_config(),
-            source=source,
-            team=team,
-        )
+        try:
+            gemma = cls(
+                model,
+                tokenizer.result(),
+                where,
+                engine=engine,
+                generation_config=source.generation_config(),
+                source=source,
+                team=team,
+            )
+        except BaseException:
+            if team is not None:  # a cache too small, a tokenizer that is damaged: the workers must not wait on
+                team.close()
+            raise
         gemma.load_seconds = time.perf_counter() - started
         return gemma
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from gemcut import Gemma, SamplingParams
-from gemcut.errors import CommunicationError, GemcutError, ParameterError, UnsupportedError
+from gemcut.engine import Edit
+from gemcut.errors import CapacityError, CommunicationError, GemcutError, ParameterError, UnsupportedError
 from gemcut.model.dense import dense_logits
 from gemcut.parallel.messages import Job
 from gemcut.parallel.team import Team
@@ -122,6 +123,35 @@ def test_samples_logprobs_scores_embeddings_and_edits_are_those_of_one_process(o
     for own_scores, other_scores in zip(two.score(PROMPTS[:3]), one.score(PROMPTS[:3]), strict=True):
         assert own_scores == pytest.approx(other_scores, abs=1e-4)
     torch.testing.assert_close(two.embed(PROMPTS[:2]), one.embed(PROMPTS[:2]), rtol=1e-4, atol=1e-4)
+
+
+def test_edits_of_logits_work_as_grammars_do(one: Gemma, two: Gemma) -> None:
+    allowed = [11, 40, 300]
+    bias = torch.full((SHAPE["vocab_size"],), float("-inf"))
+    bias[allowed] = torch.tensor([0.0, 0.5, -0.5])
+
+    def edit(tokens: Any, prompt_length: int) -> Edit:
+        return Edit(bias=bias)
+
+    params = SamplingParams(max_new_tokens=10, temperature=0, ignore_eos=True)
+    found = [gemma.stream_ids(PROMPTS[0], params, edit=edit).result for gemma in (two, one)]
+    assert len(found[0].token_ids) == 10
+    assert set(found[0].token_ids) <= set(allowed)
+    assert found[0].token_ids == found[1].token_ids
+
+
+def test_workers_end_with_a_load_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Team] = []
+    real = Team.start.__func__  # type: ignore[attr-defined]
+
+    def start(cls: type[Team], *arguments: Any) -> Team:
+        started.append(real(cls, *arguments))
+        return started[-1]
+
+    monkeypatch.setattr(Team, "start", classmethod(start))
+    with pytest.raises(CapacityError, match="kv_memory"):
+        Gemma.load(folder, gpus=2, kv_memory=1, **OPTIONS)
+    assert gone(started[0].pids)
 
 
 def test_a_prompts_beginning_is_found_in_the_cache(one: Gemma, two: Gemma) -> None:
