@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.ad_checkpoint import checkpoint_name as _checkpoint_name
 
 from gemcut.config import FULL, GemmaConfig, LayerKind
 from gemcut.errors import ParameterError
@@ -116,15 +116,15 @@ class Network:
         q = self._to(rotate(q, rotation, self.config.attention_scale), "batch", "length", "heads", "head_dim")
         k = self._to(rotate(k, rotation), "batch", "length", "kv_heads", "head_dim")
         v = self._to(v, "batch", "length", "kv_heads", "head_dim")
-        a = checkpoint_name(self._attend(kind)(q, k, v, segments), "attention")
+        a = _named(self._attend(kind)(q, k, v, segments), "attention")
         a = self._to(a, "batch", "length", "heads", "head_dim")
-        return checkpoint_name(self._product("btnh,nhd->btd", a, w["o_proj"]), "attention_out")
+        return _named(self._product("btnh,nhd->btd", a, w["o_proj"]), "attention_out")
 
     def _mlp(self, h: jax.Array, w: Tree) -> jax.Array:
         gate = self._to(self._product("btd,df->btf", h, w["gate_proj"]), "batch", "length", "mlp")
         up = self._to(self._product("btd,df->btf", h, w["up_proj"]), "batch", "length", "mlp")
         wide = jax.nn.gelu(gate.astype(self.wide), approximate=True) * up.astype(self.wide)
-        return checkpoint_name(self._product("btf,fd->btd", wide.astype(self.compute_dtype), w["down_proj"]), "mlp_out")
+        return _named(self._product("btf,fd->btd", wide.astype(self.compute_dtype), w["down_proj"]), "mlp_out")
 
     def _product(self, axes: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.einsum(axes, x, weight.astype(self.compute_dtype))
@@ -165,6 +165,13 @@ class Network:
     def wide(self) -> Any:
         """The dtype of norms, angles, scores and logits: fp32, or float64 where the compute dtype is."""
         return jnp.promote_types(self.compute_dtype, jnp.float32)
+
+
+def _named(x: jax.Array, name: str) -> jax.Array:
+    """``x`` under a name that a remat policy can keep."""
+    mark: Callable[[jax.Array, str], Any] = _checkpoint_name  # jax gives it no types
+    named: jax.Array = mark(x, name)
+    return named
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array], scale: float = 1.0) -> jax.Array:

@@ -162,7 +162,8 @@ def initialise(config: GemmaConfig, key: jax.Array, dtype: Any = jnp.float32) ->
             return jnp.zeros(weight.leaf_shape, dtype)
         fan_in = weight.hf_shape[1]
         own = jax.random.fold_in(key, zlib.crc32("/".join(weight.path).encode()))
-        return (jax.random.normal(own, weight.leaf_shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+        drawn: jax.Array = (jax.random.normal(own, weight.leaf_shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+        return drawn
 
     return build(config, make)
 
