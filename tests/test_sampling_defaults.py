@@ -91,7 +91,7 @@ def test_levels_in_between() -> None:
         ({"temperature": -1}, {}, "^temperature is -1"),
         ({"max_new_tokens": True}, {}, "^max_new_tokens is True"),
         ({"warmth": 1}, {}, "^unknown sampling parameter 'warmth'"),
-        ({"min_new_tokens": 5, "max_new_tokens": 2}, {}, "min_new_tokens 5 is larger"),
+        ({"min_new_tokens": 5, "max_new_tokens": 2}, {}, "^min_new_tokens is 5, more than max_new_tokens"),
     ],
 )
 def test_what_cannot_be(given: dict[str, Any], checkpoint: dict[str, Any], message: str) -> None:

@@ -284,7 +284,7 @@ def test_sampling_options_without_sampling_warn_once_and_change_nothing(model: A
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),
         ({"max_length": -4}, "max_length is -4"),
-        ({"min_new_tokens": 5, "max_new_tokens": 2}, "min_new_tokens 5"),
+        ({"min_new_tokens": 5, "max_new_tokens": 2}, "min_new_tokens is 5"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 needs do_sample"),
         ({"num_return_sequences": 0}, "num_return_sequences is 0"),
         ({"eos_token_id": 256000}, "eos_token_id is 256000"),

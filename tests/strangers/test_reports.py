@@ -353,8 +353,13 @@ def test_a_loop_of_ones_own(folder: Path, theirs: Any) -> None:
 
 
 @pytest.mark.slow
-def test_saved_in_4_bits_and_loaded_again(folder: Path, tmp_path: Path) -> None:
+def test_saved_in_4_bits_and_loaded_again(tmp_path: Path) -> None:
     """transformers-bloom-inference #85, bitsandbytes #1123, peft #508: what is saved quantized loads as it was."""
+    # With AVX-512 bitsandbytes 0.50.2 dequantizes rows wrongly that are not whole blocks of 64.
+    config = support.tiny_config(vocab_size=256000, hidden_size=64, intermediate_size=128, head_dim=32)
+    folder = support.save_checkpoint(
+        tmp_path / "whole", support.hf_model(config), tokenizer=True, bos_token_id=BOS, eos_token_id=EOS
+    )
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(tmp_path / "four")

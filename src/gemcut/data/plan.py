@@ -17,6 +17,7 @@ SPEED = {
     "child-safety": 10.0, "url-block": 500.0, "language": 12.4, "gopher-quality": 17.1, "gopher-repetition": 10.3,
     "c4": 15.0, "fineweb": 20.2, "code-quality": 15.6, "mathematics-quality": 16.7, "pii": 14.4, "lexicon": 8.6,
     "linear": 8.6, "exact-duplicates": 63.6, "exact-paragraphs": 69.4, "near-duplicates": 14.1, "decontaminate": 11.5,
+    "names": 0.02,
 }  # fmt: skip
 _HTML, _PLAIN = 11.5, 200.0  # MB of files a second
 _BETWEEN = 42.0  # MB of text a second, written by one stage and read by the next
