@@ -30,6 +30,8 @@ class Step:
     score: Score | None = None
     teacher: Network | None = None
     rows: int = 4096
+    #: Holds weights where they lie; what holds a weight holds its gradient, so that sums over chips are scattered.
+    hold: Callable[[Tree], Tree] | None = None
 
     def state(self, tree: Tree) -> Tree:
         """The state of a run that begins with the weights ``tree``: step number, fp32 weights, optimizer state."""
@@ -48,6 +50,8 @@ class Step:
         """(loss summed over tokens, sums: ``tokens``, ``nll``, …) of one batch of (batch, length) arrays."""
         network = self.network
         tree = _working_copy(network, tree)
+        if self.hold is not None:
+            tree = self.hold(tree)
         hidden = network.hidden(tree, batch["tokens"], batch["segments"], batch["positions"])
         extras, constants = targets(batch), {}
         for name in ("top_ids", "top_probabilities"):
