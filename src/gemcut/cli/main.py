@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import gemcut
+from gemcut.cli.ask import ask
 from gemcut.cli.batch import batch
 from gemcut.cli.bench import app as bench_app
 from gemcut.cli.card import card
@@ -54,6 +55,7 @@ app.command()(score)
 app.command()(batch)
 app.command()(summarize)
 app.command()(write)
+app.command()(ask)
 app.command()(info)
 app.command()(plan)
 app.command()(quantize)
