@@ -124,7 +124,9 @@ class Reader:
             if place == 2:
                 assert result.prompt_logprobs == pytest.approx(scores, abs=1e-5), where
         assert self.left is not None
-        assert self.left.result.finish_reason == "cancelled", where
+        left = self.left.result
+        # On a busy machine the loop's thread may have ended it before this one came to close it.
+        assert left.finish_reason == "cancelled" or len(left.token_ids) == params(len(JOBS)).max_new_tokens, where
         self.left = None
         self.streams.clear()
 

@@ -232,7 +232,8 @@ def test_a_worker_that_cannot_begin_says_why(folder: Path, one: Gemma, tmp_path:
 
 
 SCRIPT = """
-import sys, time
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
 import torch
 torch.set_num_threads(1)
 from gemcut import Gemma, SamplingParams

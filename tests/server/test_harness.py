@@ -72,6 +72,7 @@ def test_the_harness_itself(served: Served, tmp_path: Path, monkeypatch: pytest.
         "doc_to_text": "{{context}}",
         "doc_to_target": "label",
         "doc_to_choice": "choices",
+        "target_delimiter": "",  # the choices begin with their spaces
         "metric_list": [{"metric": "acc"}],
     }
     model = {"model": NAME, "base_url": f"{served.url}/v1/completions", "max_length": 512, "num_concurrent": 2}

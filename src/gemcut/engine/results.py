@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from operator import length_hint
 from typing import TYPE_CHECKING, NoReturn
 
+from gemcut import process
 from gemcut.engine.request import FinishReason, PromptLogprob, Sequence, TokenEvent, TokenLogprob
 from gemcut.errors import RequestError
 from gemcut.prompts import refuse_pickle
@@ -191,6 +192,7 @@ class TextStream(Iterator[str]):
 
     def _look(self) -> tuple[bool, TokenEvent | None]:
         """(whether it is known what comes next, the next event, which is not taken yet, or None behind the last)."""
+        process.check()  # what a fork took along unread is not read there either
         finished = self._sequence.finished  # before the look: the engine is at work
         if length_hint(self._unread):
             event: TokenEvent = next(copy(self._unread))
