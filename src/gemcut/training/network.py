@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,9 @@ from gemcut.errors import ParameterError
 from gemcut.training.attention import Attend, AttentionShape, attention
 from gemcut.training.parameters import Pattern, Tree
 
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+#: The name of each axis of an activation.
+Axes = tuple[str | None, ...]
+Constrain = Callable[[jax.Array, Axes], jax.Array]
 #: Wraps a function of one device's (q, k, v, segments) so that it runs on every device's part.
 PerDevice = Callable[[Attend], Attend]
 
@@ -89,7 +92,8 @@ class Network:
 
     def _embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         # Whole over the data axis first: left to itself the partitioner moves tokens to the table's parts.
-        table = self._to(table.astype(self.compute_dtype), "vocab", None)
+        table = table.astype(self.compute_dtype)
+        table = _moved(self.constrain, ("vocab", None), None, table) if self.constrain else table
         if self.lookup == "take":
             x = jnp.take(table, tokens, axis=0)
         else:
@@ -100,10 +104,10 @@ class Network:
     def _layer(
         self, kind: LayerKind, x: jax.Array, w: Tree, rotation: tuple[jax.Array, jax.Array], segments: jax.Array
     ) -> jax.Array:
-        h = self._norm(x, w["input_layernorm"])
+        h = self._whole(self._norm(x, w["input_layernorm"]))
         a = self._attention(kind, h, w["self_attn"], rotation, segments)
         x = self._to(x + self._norm(a, w["post_attention_layernorm"]), *_RESIDUAL)
-        h = self._norm(x, w["pre_feedforward_layernorm"])
+        h = self._whole(self._norm(x, w["pre_feedforward_layernorm"]))
         m = self._mlp(h, w["mlp"])
         return self._to(x + self._norm(m, w["post_feedforward_layernorm"]), *_RESIDUAL)
 
@@ -118,13 +122,15 @@ class Network:
         v = self._to(v, "batch", "length", "kv_heads", "head_dim")
         a = _named(self._attend(kind)(q, k, v, segments), "attention")
         a = self._to(a, "batch", "length", "heads", "head_dim")
-        return _named(self._product("btnh,nhd->btd", a, w["o_proj"]), "attention_out")
+        out = self._to(self._product("btnh,nhd->btd", a, w["o_proj"]), *_RESIDUAL)
+        return _named(out, "attention_out")
 
     def _mlp(self, h: jax.Array, w: Tree) -> jax.Array:
         gate = self._to(self._product("btd,df->btf", h, w["gate_proj"]), "batch", "length", "mlp")
         up = self._to(self._product("btd,df->btf", h, w["up_proj"]), "batch", "length", "mlp")
         wide = jax.nn.gelu(gate.astype(self.wide), approximate=True) * up.astype(self.wide)
-        return _named(self._product("btf,fd->btd", wide.astype(self.compute_dtype), w["down_proj"]), "mlp_out")
+        out = self._to(self._product("btf,fd->btd", wide.astype(self.compute_dtype), w["down_proj"]), *_RESIDUAL)
+        return _named(out, "mlp_out")
 
     def _product(self, axes: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.einsum(axes, x, weight.astype(self.compute_dtype))
@@ -158,6 +164,10 @@ class Network:
         policy = REMAT[self.remat]
         return layer if policy is None else jax.checkpoint(layer, policy=policy)
 
+    def _whole(self, h: jax.Array) -> jax.Array:
+        """``h`` with its whole length on each device: a block's input is gathered, not its weights."""
+        return _moved(self.constrain, ("batch", None, "embed"), _RESIDUAL, h) if self.constrain else h
+
     def _to(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return self.constrain(x, axes) if self.constrain else x
 
@@ -165,6 +175,26 @@ class Network:
     def wide(self) -> Any:
         """The dtype of norms, angles, scores and logits: fp32, or float64 where the compute dtype is."""
         return jnp.promote_types(self.compute_dtype, jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _moved(constrain: Constrain, there: Axes, back: Axes | None, x: jax.Array) -> jax.Array:
+    """``x`` held at ``there``, its gradient at ``back`` (None: where it is wanted). A plain constraint would hold the
+    gradient at ``there``, too, and so sum it whole on every device."""
+    return constrain(x, there)
+
+
+def _moved_forward(constrain: Constrain, there: Axes, back: Axes | None, x: jax.Array) -> tuple[jax.Array, None]:
+    return constrain(x, there), None
+
+
+def _moved_backward(
+    constrain: Constrain, there: Axes, back: Axes | None, kept: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (constrain(gradient, back) if back else gradient,)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def _named(x: jax.Array, name: str) -> jax.Array:
