@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
@@ -15,7 +14,8 @@ from gemcut.training.losses import distil
 from gemcut.training.network import Network
 from gemcut.training.optimizer import OptimizerConfig
 from gemcut.training.parameters import shapes
-from gemcut.training.sharding import BATCH, Shardings, check_batch
+from gemcut.training.placed import PlacedStep, placed
+from gemcut.training.sharding import Shardings, check_batch
 from gemcut.training.step import Step
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def lower(plan: Plan, mesh: Mesh) -> Any:
             )
         theirs = Shardings(plan.teacher, mesh)
         teacher = sharded_network(plan.teacher, theirs, plan.attention, "full")
-        held = _placed(shapes(plan.teacher, jnp.bfloat16), theirs.weights())
+        held = placed(shapes(plan.teacher, jnp.bfloat16), theirs.weights())
     step = Step(
         sharded_network(plan.config, own, plan.attention, plan.remat),
         OptimizerConfig(),
@@ -60,17 +60,6 @@ def lower(plan: Plan, mesh: Mesh) -> Any:
         rows=plan.batch * plan.seq // plan.pieces,
         hold=own.hold,
     )
-    state = jax.eval_shape(step.fresh, jax.random.key(0))
-    keep = own.like(state)
-    rows = jax.ShapeDtypeStruct(
-        (1, plan.batch, plan.seq), jnp.int32, sharding=NamedSharding(mesh, P(None, BATCH, None))
-    )
-    batch = {"tokens": rows, "segments": rows, "positions": rows}
-    run = jax.jit(step, donate_argnums=0, out_shardings=(keep, own.whole))
-    return run.lower(_placed(state, keep), batch, held)
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
-    )
+    on_mesh = PlacedStep(step, own)
+    rows = jax.ShapeDtypeStruct((1, plan.batch, plan.seq), jnp.int32, sharding=on_mesh.rows)
+    return on_mesh.lower({"tokens": rows, "segments": rows, "positions": rows}, held)
