@@ -22,9 +22,11 @@ from gemcut.cli.interrupt import quiet_keyboard
 from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, Schema, flag, need_model, with_options
 from gemcut.errors import ChatTemplateError, ParameterError
 from gemcut.names import tuned
+from gemcut.uses.persona import Persona, read_persona
 
 if TYPE_CHECKING:
     from gemcut.gemma import Gemma
+    from gemcut.uses.room import Full
 
 
 # A base model's likeliest tokens make some sense as an answer; what is drawn far from them does not.
@@ -45,6 +47,12 @@ def chat(
     load_chat: Annotated[
         Path | None, typer.Option("--load", metavar="FILE", help="Go on with a conversation that /save wrote.")
     ] = None,
+    persona: Annotated[
+        Path | None, typer.Option("--persona", metavar="FILE", help="Instructions, examples, sampling in TOML.")
+    ] = None,
+    when_full: Annotated[
+        str, typer.Option("--when-full", metavar="HOW", help="Context nearly full: ask, drop, summarise, stop.")
+    ] = "ask",
     as_json: Annotated[bool, flag("With one message: the answer as one JSON object.", "--json")] = False,
     stats: Annotated[bool, flag("With one message: times and tokens, on standard error.", "--stats")] = False,
     schema: Schema = None,
@@ -68,8 +76,10 @@ def chat(
     name = need_model(model if model is not None else model_option, "gemcut chat MODEL")
     instructions = decode(os.fsencode(system), "--system", trim=False) if system is not None else None
     conversation = Conversation() if load_chat is None else Conversation.load(load_chat)
-    if instructions is not None:
-        conversation.system = instructions
+    who = Persona() if persona is None else read_persona(persona)
+    conversation.examples = who.examples
+    if instructions is not None or who.system:
+        conversation.system = who.system if instructions is None else instructions
     question = _question(once, partial(load.most_bytes, name))
     if question is None and (stats or as_json):
         given, how = ("--stats", "type /stats") if stats else ("--json", "type /save FILE")
@@ -77,14 +87,23 @@ def chat(
     if question is None and schema is not None:
         raise ParameterError("--schema is for one message (--once or a pipe)")
     fields, levels = sampling.fields(grammar=read_schema(schema)), sampling.levels()
+    if persona is not None:
+        levels.insert(0, (persona.name, who.sampling))
+    from gemcut.uses.room import parse_full
+
+    full = parse_full(when_full, "--when-full")
     with _orderly_end():
         with quiet_keyboard():  # what is typed meanwhile is dropped: it would stand in the progress bar
             gemma = load.load(name)
         base = _check_format(gemma)
         gemma.sampling_levels[:] = [*levels, *gemma.sampling_levels, *([BASE_LEVEL] if base else [])]
         if question is None:
-            _talk(gemma, fields, conversation, markdown=not no_markdown, history=not no_history, base=base)
+            _talk(gemma, fields, conversation, markdown=not no_markdown, history=not no_history, base=base, full=full)
         else:
+            from gemcut.cli.chat_full import make_room
+
+            most = fields.get("max_new_tokens")
+            make_room(gemma, conversation, question, full, most=most, ask=None, say=output.note)
             messages = conversation.messages(question)
             _answer(gemma, fields, messages, stats=stats, markdown=not no_markdown, as_json=as_json)
 
@@ -141,7 +160,14 @@ def _check_format(gemma: Gemma) -> bool:
 
 
 def _talk(
-    gemma: Gemma, fields: dict[str, Any], conversation: Conversation, *, markdown: bool, history: bool, base: bool
+    gemma: Gemma,
+    fields: dict[str, Any],
+    conversation: Conversation,
+    *,
+    markdown: bool,
+    history: bool,
+    base: bool,
+    full: Full,
 ) -> None:
     from gemcut.cli.chat_input import history_file
     from gemcut.cli.chat_session import ChatSession
@@ -149,7 +175,9 @@ def _talk(
     name = gemma.source.name if gemma.source is not None else "model"
     dtype = str(gemma.dtype).removeprefix("torch.")
     where = history_file() if history else None
-    session = ChatSession(gemma, fields, conversation=conversation, markdown=markdown, history=where, base=base)
+    session = ChatSession(
+        gemma, fields, conversation=conversation, markdown=markdown, history=where, base=base, full=full
+    )
     output.note(
         f"gemcut {gemcut.__version__} · {name} · {dtype} on {gemma.device} · loaded in {gemma.load_seconds:.1f} s"
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from gemcut.cli import output
+from gemcut.cli.chat_full import make_room
 from gemcut.cli.chat_input import ChatInput, state_folder, unquoted
 from gemcut.cli.chat_view import MarkdownView, PlainView
 from gemcut.cli.conversation import Conversation
@@ -24,6 +26,7 @@ from gemcut.gemma import Gemma
 from gemcut.paths import expand
 from gemcut.sampling_defaults import ResolvedSampling
 from gemcut.settings import KEYS, known, parse
+from gemcut.uses.room import Full, parse_full
 
 _NEARLY_FULL = 0.9
 _LONG = 3  # exchanges that nobody should lose without a question
@@ -42,8 +45,9 @@ class ChatSession:
         markdown: bool = True,
         history: Path | None = None,
         base: bool = False,
+        full: Full = "ask",
     ) -> None:
-        """``sampling`` is what was asked for; ``base``: the model was not tuned to answer."""
+        """``sampling`` is what was asked for; ``base``: not tuned to answer; ``full``: what to do when it is."""
         self.gemma, self.sampling, self.markdown = gemma, sampling, markdown
         self.conversation = conversation or Conversation()
         self.console = Console(highlight=False)
@@ -52,7 +56,7 @@ class ChatSession:
         self.draft = ""  # what stands in the line when it is next shown
         self.used = 0  # tokens of the conversation
         self.attached: list[str] = []  # texts of files that go in front of the next message
-        self._base = base
+        self._base, self._full = base, full
         self._saved = list(self.conversation.turns)  # what a file holds
         self._leave = False
         methods = [name for name in vars(ChatSession) if name.startswith("do_")]
@@ -103,17 +107,17 @@ class ChatSession:
                 raise
             self._complain(error)
 
-    def ask(self, question: str) -> None:
-        """Send a message, attached files in front, and show the answer.
+    def ask(self, question: str) -> bool:
+        """Send a message, attached files in front, and show the answer; whether there is one.
 
         Where there is none the question comes back into the line, and files stay attached.
         """
         full = "\n\n".join([*self.attached, question])
-        messages = self.conversation.messages(full)
-        ids = self.gemma.encode_messages(messages)
-        length = len(ids)
         limit = self.gemma.engine.max_context
         self.draft = question
+        self._make_room(full)
+        ids = self.gemma.encode_messages(self.conversation.messages(full))
+        length = len(ids)
         if length >= limit:
             raise ParameterError(
                 f"the conversation with this message has {length:,} tokens, the context holds {limit:,}: {_FULL}; "
@@ -127,12 +131,19 @@ class ChatSession:
         self.last, self._last_used = answer, used
         if answer.finish_reason == "cancelled" and not answer.text.strip():
             self._say("Stopped before the first word; your message is back in the line.")
-            return
+            return False
         self.draft = ""
         self.conversation.add(full, answer.text)
         self.attached.clear()
         self._count()
         self._remark(answer, limit)
+        return True
+
+    def _make_room(self, question: str) -> None:
+        most = self.sampling.get("max_new_tokens")
+        ask = self._input.ask if output.is_terminal(sys.stdin) else None
+        make_room(self.gemma, self.conversation, question, self._full, most=most, ask=ask, say=self._say)
+        self._count()
 
     def _stream(self, ids: list[int], params: SamplingParams) -> Completion:
         view = MarkdownView(self.console) if self.markdown else PlainView(self.console)
@@ -173,7 +184,7 @@ class ChatSession:
     def do_system(self, rest: str) -> None:
         """/system TEXT: set instructions; - removes them, alone shows them"""
         if rest:
-            self._adopt(Conversation("" if rest == "-" else rest, self.conversation.turns))
+            self._adopt(replace(self.conversation, system="" if rest == "-" else rest))
         system = self.conversation.system
         self._say(f"Instructions: {system}" if system else "No instructions.")
 
@@ -217,11 +228,16 @@ class ChatSession:
         self._count()
         self._say(f"{path.name}, {tokens:,} tokens, goes in front of your next message; /file - drops it.")
 
+    def do_full(self, rest: str) -> None:
+        """/full HOW: when the context is nearly full: ask, drop, summarise or stop"""
+        self._full = parse_full(rest, "/full") if rest else self._full
+        self._say(f"When the context is nearly full: {self._full}.")
+
     def do_clear(self, rest: str) -> None:
         """/clear: forget the conversation, keep the instructions"""
         if not self._may_lose("Clear it?"):
             return
-        self.conversation.turns.clear()
+        self.conversation.turns, self.conversation.summary = [], ""
         self.attached.clear()
         self._saved = []
         self._count()
@@ -237,13 +253,14 @@ class ChatSession:
             why = "temperature 0" if params.greedy else "a seed"
             self._say(f"With {why} the answer is the same each time; /set changes it.")
         files, self.attached, draft = self.attached, [], self.draft
+        summary, answered = self.conversation.summary, False
         self.conversation.turns = before[:-2]
         try:
-            self.ask(before[-2]["content"])
+            answered = self.ask(before[-2]["content"])
         finally:  # whatever went wrong, the answer that was there stays
             self.attached, self.draft = files, draft
-            if len(self.conversation.turns) < len(before):
-                self.conversation.turns = before
+            if not answered:
+                self.conversation.turns, self.conversation.summary = before, summary
             self._count()
 
     def do_undo(self, rest: str) -> None:
@@ -267,7 +284,7 @@ class ChatSession:
         loaded = Conversation.load(_path(rest, "/load"))
         if not self._may_lose("Load another in its place?"):
             return
-        self._adopt(loaded)
+        self._adopt(replace(loaded, examples=self.conversation.examples))
         self._saved = list(self.conversation.turns)
         self._say(f"Loaded {self._turns()}, {self.used:,} tokens.")
 
@@ -340,8 +357,8 @@ class ChatSession:
     def _count(self) -> None:
         """Count the conversation's tokens again, with the opening of the next turn."""
         conversation, files = self.conversation, "\n\n".join(self.attached)
-        messages = conversation.messages(files or (None if conversation.turns else ""))
-        anything = conversation.turns or conversation.system or files
+        messages = conversation.messages(files or (None if conversation.turns or conversation.examples else ""))
+        anything = conversation.messages() or files
         self.used = len(self.gemma.encode_messages(messages)) if anything else 0
 
     def _resolved(self) -> ResolvedSampling:

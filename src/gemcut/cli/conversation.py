@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from gemcut.errors import ChatTemplateError, ParameterError
 
 FORMAT = "gemcut-chat"
 VERSION = 1
+#: Stands in front of the summary of what is no longer there.
+EARLIER = "Earlier in this conversation:"
 
 
 @dataclass
@@ -24,16 +26,22 @@ class Conversation:
     Attributes:
         system: instructions that are put in front of the first user turn; "" for none.
         turns: messages with role "user" and "assistant" in turn.
+        examples: such messages that stand before them; they are a persona's, and no part of what is saved.
+        summary: of exchanges that are no longer among the turns; the model sees it behind the instructions.
     """
 
     system: str = ""
     turns: list[dict[str, str]] = field(default_factory=list)
+    examples: Sequence[dict[str, str]] = ()
+    summary: str = ""
 
     def messages(self, question: str | None = None) -> list[dict[str, str]]:
         """The dialogue as Gemma.chat takes it, with one more question if given."""
-        first = [{"role": "system", "content": self.system}] if self.system else []
+        earlier = [f"{EARLIER}\n{self.summary}"] if self.summary else []
+        system = "\n\n".join([*([self.system] if self.system else []), *earlier])
+        first = [{"role": "system", "content": system}] if system else []
         last = [{"role": "user", "content": question}] if question is not None else []
-        return first + self.turns + last
+        return [*first, *self.examples, *self.turns, *last]
 
     def add(self, question: str, answer: str) -> None:
         """Take a question and its answer."""
@@ -64,7 +72,7 @@ class Conversation:
             "model": model,
             "system": self.system,
             "messages": self.turns,
-        }
+        } | ({"summary": self.summary} if self.summary else {})
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with open(part, "w", encoding="utf-8") as file:
@@ -88,22 +96,22 @@ class Conversation:
             data = json.loads(raw)
         except (ValueError, RecursionError):
             raise ParameterError(f"{path} is not JSON; expected a file that /save wrote") from None
-        messages, system = data, ""
+        messages, system, summary = data, "", ""
         if isinstance(data, dict):
             if data.get("format") != FORMAT or data.get("version") != VERSION:
                 raise ParameterError(f"{path} is not a saved chat (format {FORMAT!r}, version {VERSION})")
-            messages, system = data.get("messages"), data.get("system", "")
-        if not isinstance(messages, list) or not isinstance(system, str):
+            messages, system, summary = data.get("messages"), data.get("system", ""), data.get("summary", "")
+        if not isinstance(messages, list) or not isinstance(system, str) or not isinstance(summary, str):
             raise ParameterError(f"{path} is not a saved chat: expected a list of messages and a system text")
         if not messages:
-            return cls(system)
+            return cls(system, summary=summary)
         normalize_messages(messages)  # refuses roles that do not alternate, content that is no text, …
         texts = [(str(message["role"]), _text(message)) for message in messages]
         folded = [text for role, text in texts if role == "system"]
         dialogue = [text for role, text in texts if role != "system"]
         if len(dialogue) % 2:
             raise ParameterError(f"{path} ends with a question that has no answer; a saved chat ends with an answer")
-        loaded = cls("\n\n".join([system, *folded] if system else folded))
+        loaded = cls("\n\n".join([system, *folded] if system else folded), summary=summary)
         for question, answer in zip(dialogue[::2], dialogue[1::2], strict=True):
             loaded.add(question, answer)
         return loaded
