@@ -113,6 +113,15 @@ class RequestError(GemcutError):
     """One request ended with finish reason "error"; the message says why. The others are not concerned."""
 
 
+class RefusedError(GemcutError):
+    """A guard refused a prompt. The message names the policies, never the text."""
+
+    def __init__(self, message: str, refusal: str = "") -> None:
+        """``refusal``: what the guard file has an assistant say."""
+        super().__init__(message)
+        self.refusal = refusal
+
+
 class UnsupportedError(GemcutError, NotImplementedError):
     """A known option of another library that gemcut does not have. The message names the option."""
 

@@ -7,22 +7,22 @@ where the middle three are the engine's steps.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, overload
 
 import torch
-from torch import Tensor
 
 from gemcut import process
 from gemcut.checkpoint.resolve import resolve
 from gemcut.checkpoint.source import Source
 from gemcut.engine import EngineConfig, PromptLogprob, SamplingParams
 from gemcut.engine.pace import step_budget
-from gemcut.engine.results import Completion, TextStream, run_together, run_together_async
+from gemcut.engine.results import TextStream, run_together, run_together_async, texts_of
 from gemcut.errors import MissingTokenizerError, ParameterError
 from gemcut.loading import effective_quantization, load_network
 from gemcut.parallel.load import load_team
@@ -35,12 +35,15 @@ from gemcut.progress import LoadProgress, Report
 from gemcut.prompts import (
     Prompt,
     check_n,
+    refuse_logprobs,
     refuse_pickle,
     several,
     split_prompts,
 )
 from gemcut.quantization.parse import parse_quantization
 from gemcut.quantization.spec import Quantization
+from gemcut.safety.guard_file import GuardFile
+from gemcut.safety.watch import said
 from gemcut.scoring import Portion, check_starts, score_texts
 from gemcut.text import ChatOptions, ChatWriter, Tokenizer
 from gemcut.token_model import TokenModel
@@ -73,6 +76,7 @@ class Gemma(TokenModel):
         step_seconds: float | Literal["auto"] | None = None,
         kv_memory: int | None = None,
         gpus: int | None = None,
+        guard: str | Path | GuardFile | None = None,
         progress: bool | Report = True,
     ) -> Gemma:
         """Load a checkpoint. One without tokenizer files takes token ids alone; see `tokenizer`.
@@ -98,6 +102,8 @@ class Gemma(TokenModel):
             kv_memory: bytes for keys and values, on each GPU; None decides from the memory there is.
             gpus: split every layer over so many GPUs, the first ones (with device="cpu": over so many processes). None
                 and 1: one device.
+            guard: a guard file (docs/responsible-use.md), or one that was read: its judges look at every prompt and
+                answer. A prompt that they refuse raises RefusedError; an answer has the file's refusal in its place.
             progress: show a bar (on a terminal), or a function called with (bytes done, bytes in all).
 
         Raises:
@@ -106,6 +112,7 @@ class Gemma(TokenModel):
         process.enter()
         started = time.perf_counter()
         where = parse_device(device)
+        guard_file = guard if guard is None or isinstance(guard, GuardFile) else GuardFile.read(Path(guard))
         step_budget(step_seconds, where)  # what is wrong is said before gigabytes are read
         count = check_gpus(gpus, device, where)
         find = partial(resolve, name, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -156,6 +163,9 @@ class Gemma(TokenModel):
                 source=source,
                 team=team,
             )
+            if guard_file is not None:
+                _ = gemma.tokenizer  # judges read texts
+                gemma.guard = guard_file.build(gemma)
         except BaseException:
             if team is not None:  # a cache too small, a tokenizer that is damaged: the workers must not wait on
                 team.close()
@@ -216,8 +226,8 @@ class Gemma(TokenModel):
             if not one or n is not None:
                 raise ParameterError("stream=True gives one answer to one prompt; call stream() once for each")
             return self.stream(many[0], **sampling)
-        streams = self._answer_streams([self.encode(prompt) for prompt in many], n, sampling)
-        return _texts(run_together(streams), n, one=one)
+        streams = self._answer_streams(many, n, sampling)
+        return texts_of(run_together(streams), n, one=one)
 
     async def agenerate(self, prompts: Any, *, n: int | None = None, **sampling: Any) -> Any:
         """`generate` for asyncio: other tasks run while the answers are computed.
@@ -225,14 +235,15 @@ class Gemma(TokenModel):
         (For pieces, ``async for piece in gemma.stream(prompt)``.) A task that is cancelled ends its requests.
         """
         many, one = split_prompts(prompts, pad_id=self.pad_id)
-        streams = self._answer_streams([self.encode(prompt) for prompt in many], n, sampling)
-        return _texts(await run_together_async(streams), n, one=one)
+        streams = await self._beside(self._answer_streams, many, n, sampling)
+        return texts_of(await run_together_async(streams), n, one=one)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> TextStream:
         """Continue one text piece by piece."""
         _ = self.tokenizer  # which makes the pieces
         ids = self.encode(prompt)
-        return self.stream_ids(ids, self._params(ids, sampling))
+        watch = self.watch(prompt if isinstance(prompt, str) else self.tokenizer.decode(ids))
+        return self.stream_ids(ids, self._params(ids, sampling), watch=watch or False)
 
     @overload
     def chat(
@@ -281,9 +292,11 @@ class Gemma(TokenModel):
             raise ParameterError("stream=True gives one answer; leave n out")
         ids = self.encode_messages(messages, system=system)
         if stream:
-            return self.stream_ids(ids, self._params(ids, sampling, chat=True))
-        answers = run_together(self._answer_streams([ids], n, sampling, chat=True))
-        return cast("str | list[str]", _texts(answers, n, one=True))
+            return self.stream_ids(
+                ids, self._params(ids, sampling, chat=True), watch=self.watch(said(messages)) or False
+            )
+        answers = run_together(self._answer_streams([ids], n, sampling, messages=messages))
+        return cast("str | list[str]", texts_of(answers, n, one=True))
 
     async def achat(
         self,
@@ -295,7 +308,8 @@ class Gemma(TokenModel):
     ) -> Any:
         """`chat` for asyncio: other tasks run while the answer is computed. See `agenerate`."""
         ids = self.encode_messages(messages, system=system)
-        return _texts(await run_together_async(self._answer_streams([ids], n, sampling, chat=True)), n, one=True)
+        streams = await self._beside(partial(self._answer_streams, [ids], n, sampling, messages=messages))
+        return texts_of(await run_together_async(streams), n, one=True)
 
     @overload
     def score(
@@ -328,39 +342,6 @@ class Gemma(TokenModel):
         scores = score_texts(ids, check_starts(start, ids), partial(self._scores, ids))
         return scores if ranks else [[each.logprob for each in own] for own in scores]
 
-    def embed(self, texts: Any) -> Tensor:
-        """Embeddings: for each text the mean of its tokens' hidden states behind the final norm.
-
-        ``<bos>`` is not counted among the tokens. The vectors are not normalised, and no model of this family was
-        trained to make them. One prefill a text, all of them together.
-
-        Args:
-            texts: prompts as in `generate`.
-
-        Returns:
-            fp32 [texts, hidden size], on the CPU; a row also where there is one text alone.
-
-        Raises:
-            ParameterError: something in ``texts`` is no prompt, or has no token but ``<bos>``.
-            ContextLengthError: one is longer than the context.
-        """
-        results = run_together(self.embed_streams(texts))
-        rows = [result.checked().embedding for result in results]
-        return (
-            torch.stack([row for row in rows if row is not None]) if rows else torch.empty(0, self.config.hidden_size)
-        )
-
-    def embed_streams(self, texts: Any, *, cache_salt: bytes = b"") -> list[TextStream]:
-        """The requests of `embed`, checked and not started; each one's result has an ``embedding``."""
-        many, _ = split_prompts(texts, pad_id=self.pad_id)
-        params, streams = SamplingParams(max_new_tokens=0), []
-        for place, ids in enumerate(self.encode(text) for text in many):
-            start = int(bool(ids) and ids[0] == self.bos_id)
-            if start == len(ids):
-                raise ParameterError(f"text {place} is empty; expected at least one token besides <bos>")
-            streams.append(self.prepare_stream(ids, params, embed_from=start, cache_salt=cache_salt))
-        return streams
-
     def _scores(self, texts: list[list[int]], parts: list[Portion]) -> list[tuple[PromptLogprob, ...]]:
         params = SamplingParams(max_new_tokens=0)
         streams = [self.prepare_stream(texts[part.text], params, prompt_logprobs_from=part.start) for part in parts]
@@ -380,15 +361,33 @@ class Gemma(TokenModel):
         return self._chat.prompt(messages, options)
 
     def _answer_streams(
-        self, prompts: list[list[int]], n: int | None, sampling: Mapping[str, Any], *, chat: bool = False
+        self, prompts: Sequence[Prompt], n: int | None, sampling: Mapping[str, Any], *, messages: Messages | None = None
     ) -> list[TextStream]:
-        """For each prompt its answer's stream, or ``n`` of them, one after the other; none of them is started."""
-        _refuse_logprobs(sampling)
+        """For each prompt its answer's stream, or ``n`` of them, one after the other; none of them is started.
+
+        ``messages``: the dialogue whose ids the only prompt is. A guard judges each prompt once.
+        """
+        refuse_logprobs(sampling)
         _ = self.tokenizer  # which makes texts of the answers
-        params = [self._params(ids, sampling, chat=chat) for ids in prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
+        params = [self._params(own, sampling, chat=messages is not None) for own in ids]
         count = None if n is None else check_n(n)
         each = [[own] if count is None else several(own, count) for own in params]
-        return [self.prepare_stream(ids, own) for ids, row in zip(prompts, each, strict=True) for own in row]
+        streams: list[TextStream] = []
+        for prompt, own, row in zip(prompts, ids, each, strict=True):
+            watch = None
+            if self.guard is not None:
+                text = said(messages) if messages is not None else prompt
+                watch = self.watch(text if isinstance(text, str) else self.tokenizer.decode(own))
+            for one in row:
+                streams.append(self.prepare_stream(own, one, watch=watch.sibling() if watch else False))
+        return streams
+
+    async def _beside(self, work: Callable[..., list[TextStream]], *args: Any) -> list[TextStream]:
+        """What ``work`` gives; in a thread where it waits for judges, so that other tasks go on."""
+        if self.guard is None or self.guard.quick:
+            return work(*args)
+        return await asyncio.to_thread(work, *args)
 
 
 def _tokenizer_of(source: Source) -> Tokenizer | None:
@@ -396,17 +395,3 @@ def _tokenizer_of(source: Source) -> Tokenizer | None:
         return source.tokenizer()
     except MissingTokenizerError:  # weights alone: as in transformers, ids go in and come out
         return None
-
-
-def _texts(results: list[Completion], n: int | None, *, one: bool) -> Any:
-    """The answers' texts: an entry a prompt (or that of the only one), which with ``n`` is a list of n texts."""
-    texts: list[Any] = [result.checked().text for result in results]
-    if n is not None:
-        texts = [texts[start : start + n] for start in range(0, len(texts), n)]
-    return texts[0] if one else texts
-
-
-def _refuse_logprobs(sampling: Mapping[str, Any]) -> None:
-    """A plain text has no place for log-probabilities; asking for them there is a mistake."""
-    if sampling.get("logprobs") is not None:
-        raise ParameterError("logprobs cannot be part of a text; use stream(...).result or complete(...)")

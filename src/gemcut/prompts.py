@@ -185,3 +185,9 @@ def _kind(value: object) -> str:
     if isinstance(value, (bool, int, float)):
         return f"{value!r}"
     return f"of type {type(value).__name__}"
+
+
+def refuse_logprobs(sampling: Mapping[str, Any]) -> None:
+    """A plain text has no place for log-probabilities; asking for them there is a mistake."""
+    if sampling.get("logprobs") is not None:
+        raise ParameterError("logprobs cannot be part of a text; use stream(...).result or complete(...)")

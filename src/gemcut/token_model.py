@@ -8,15 +8,19 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gemcut.checkpoint.source import Source
 from gemcut.engine import Engine, EngineConfig, EngineLoop, LogitsEdit, Request, SamplingParams
 from gemcut.engine.constrain import Grammars, Vocabulary, make_vocabulary
 from gemcut.engine.results import Completion, TextStream, run_together
 from gemcut.errors import MissingTokenizerError, ParameterError
+from gemcut.guarded import GuardedStream
 from gemcut.model import Model
 from gemcut.parallel.team import Team
 from gemcut.prompts import Prompt, sampling_for_each, split_prompts, token_ids
+from gemcut.safety.guard import Guard
+from gemcut.safety.watch import Watch
 from gemcut.sampling_defaults import GIVEN, Level, ResolvedSampling, checkpoint_level, left_out, resolve_sampling
 from gemcut.text import Detokenizer, Tokenizer, stop_ids
 
@@ -50,6 +54,8 @@ class TokenModel:
         #: Where a call's sampling parameters come from beside the call itself, from the highest level to the lowest.
         #: A front door may put levels of its own in front of the checkpoint's.
         self.sampling_levels: list[Level] = [checkpoint_level(self.generation_config)]
+        #: Judges every prompt and answer of this model's Python methods; None: no guard. See `Gemma.load`.
+        self.guard: Guard | None = None
         self._told_left_out = False
         self.stop_ids = stop_ids(model.config, self.generation_config, tokenizer)
         self.loop = EngineLoop(Engine(model, device, engine, team))
@@ -129,16 +135,17 @@ class TokenModel:
         stop_ids: frozenset[int] | None = None,
         prompt_logprobs_from: int | None = None,
         edit: LogitsEdit | None = None,
+        watch: Watch | bool = True,
     ) -> TextStream:
         """Start one request of token ids; it ends at ``stop_ids``, the model's own if None.
 
         ``prompt_logprobs_from``: score the prompt's tokens from this place on; 1 is the second token.
         ``edit``: asked before each token what to change of its logits: which tokens may come, what is added
-        (`gemcut.engine.LogitsEdit`).
+        (`gemcut.engine.LogitsEdit`). ``watch``: see `prepare_stream`.
         Without a tokenizer all texts are "", and stop texts raise TokenizerError.
         """
         stream = self.prepare_stream(
-            ids, params, stop_ids=stop_ids, prompt_logprobs_from=prompt_logprobs_from, edit=edit
+            ids, params, stop_ids=stop_ids, prompt_logprobs_from=prompt_logprobs_from, edit=edit, watch=watch
         )
         stream.start()
         return stream
@@ -154,10 +161,16 @@ class TokenModel:
         embed_from: int | None = None,
         logprobs_of: tuple[int, ...] = (),
         cache_salt: bytes = b"",
+        watch: Watch | bool = True,
     ) -> TextStream:
         """A request that is checked and not started (`start_together` starts several). Every front door ends here.
 
         ``edit``, ``embed_from``, ``logprobs_of`` and ``cache_salt`` are those of `gemcut.engine.Request`.
+        ``watch``: the guard of this request, which has judged its prompt already. True: the model's ``guard`` judges
+        the prompt here, which waits for the judges; False: none, for whoever judges the events himself.
+
+        Raises:
+            RefusedError: the guard refused the prompt.
         """
         ids = token_ids(ids)
         if not isinstance(params, SamplingParams):
@@ -183,7 +196,51 @@ class TokenModel:
             logprobs_of=logprobs_of,
             cache_salt=cache_salt,
         )
+        if watch is True and self.guard is not None and params.max_new_tokens:
+            watch = self.watch(self.tokenizer.decode(ids)) or False
+        if isinstance(watch, Watch) and watch.mode != "off":
+            return GuardedStream(self.loop, self.loop.prepare(request), watch)
         return TextStream(self.loop, self.loop.prepare(request))
+
+    def watch(self, prompt: str) -> Watch | None:
+        """The guard of one request, which judges its prompt now; None where this model has no guard.
+
+        Raises RefusedError where the prompt may not pass.
+        """
+        return None if self.guard is None else Watch(self.guard).checked_input(prompt)
+
+    def embed(self, texts: Any) -> Tensor:
+        """Embeddings: for each text the mean of its tokens' hidden states behind the final norm.
+
+        ``<bos>`` is not counted among the tokens. The vectors are not normalised, and no model of this family was
+        trained to make them. One prefill a text, all of them together.
+
+        Args:
+            texts: prompts as in `generate`.
+
+        Returns:
+            fp32 [texts, hidden size], on the CPU; a row also where there is one text alone.
+
+        Raises:
+            ParameterError: something in ``texts`` is no prompt, or has no token but ``<bos>``.
+            ContextLengthError: one is longer than the context.
+        """
+        results = run_together(self.embed_streams(texts))
+        rows = [result.checked().embedding for result in results]
+        return (
+            torch.stack([row for row in rows if row is not None]) if rows else torch.empty(0, self.config.hidden_size)
+        )
+
+    def embed_streams(self, texts: Any, *, cache_salt: bytes = b"") -> list[TextStream]:
+        """The requests of `embed`, checked and not started; each one's result has an ``embedding``."""
+        many, _ = split_prompts(texts, pad_id=self.pad_id)
+        params, streams = SamplingParams(max_new_tokens=0), []
+        for place, ids in enumerate(self.encode(text) for text in many):
+            start = int(bool(ids) and ids[0] == self.bos_id)
+            if start == len(ids):
+                raise ParameterError(f"text {place} is empty; expected at least one token besides <bos>")
+            streams.append(self.prepare_stream(ids, params, embed_from=start, cache_salt=cache_salt))
+        return streams
 
     def resolve_sampling(
         self, prompt_tokens: int, sampling: Mapping[str, Any], *, chat: bool = False

@@ -103,7 +103,7 @@ def test_a_broken_file_stops_what_needs_it_and_nothing_else(cli: Cli, home: Path
 
 
 def test_the_default_model(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(self: LoadOptions, name: str) -> None:
+    def load(self: LoadOptions, name: str, **_: object) -> None:
         raise ParameterError(f"loads {name}")
 
     monkeypatch.setattr(LoadOptions, "load", load)

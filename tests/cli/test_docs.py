@@ -35,7 +35,7 @@ def test_a_command_of_the_page(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     levels = list(gemma.sampling_levels)
     # One checkpoint for all; what each command would load is in test_generate, test_chat and tests/checkpoint.
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     (tmp_path / "notes.txt").write_text("Some notes\n")
     (tmp_path / "question.txt").write_text("What is this?\n")
     saved = Conversation()

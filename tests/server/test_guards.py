@@ -171,7 +171,7 @@ def test_a_slow_judge_holds_the_stream_back_and_others_go_on(gemma: Gemma) -> No
         thread.join()
         pieces = [t for t, _ in judge.seen[1:]]
         assert found[0][0] in pieces
-        assert len(pieces) >= 40 // 8  # in pieces, each of them judged
+        assert len(pieces) > 2  # in pieces, each of them judged; a slow judge gets more at a time
 
 
 def test_a_request_cannot_lower_the_mode(gemma: Gemma) -> None:

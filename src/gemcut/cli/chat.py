@@ -19,7 +19,17 @@ from gemcut.cli import output
 from gemcut.cli.conversation import Conversation
 from gemcut.cli.generate import answer_report, decode, note_closed, read_schema, read_stdin
 from gemcut.cli.interrupt import quiet_keyboard
-from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, Schema, flag, need_model, with_options
+from gemcut.cli.options import (
+    MODEL_HELP,
+    Debug,
+    LoadOptions,
+    SamplingOptions,
+    Schema,
+    flag,
+    need_model,
+    option,
+    with_options,
+)
 from gemcut.errors import ChatTemplateError, ParameterError
 from gemcut.names import tuned
 from gemcut.uses.persona import Persona, read_persona
@@ -56,6 +66,9 @@ def chat(
     as_json: Annotated[bool, flag("With one message: the answer as one JSON object.", "--json")] = False,
     stats: Annotated[bool, flag("With one message: times and tokens, on standard error.", "--stats")] = False,
     schema: Schema = None,
+    guard: Annotated[
+        Path | None, option("A guard file: judges that look at messages and answers.", "--guard", metavar="FILE")
+    ] = None,
     no_markdown: Annotated[bool, flag("Show answers as plain text.", "--no-markdown")] = False,
     no_history: Annotated[bool, flag("Keep no file of what is typed.", "--no-history")] = False,
     debug: Debug = False,
@@ -92,9 +105,14 @@ def chat(
     from gemcut.uses.room import parse_full
 
     full = parse_full(when_full, "--when-full")
+    guard_file = None
+    if guard is not None:
+        from gemcut.safety.guard_file import GuardFile
+
+        guard_file = GuardFile.read(guard)
     with _orderly_end():
         with quiet_keyboard():  # what is typed meanwhile is dropped: it would stand in the progress bar
-            gemma = load.load(name)
+            gemma = load.load(name, guard=guard_file)
         base = _check_format(gemma)
         gemma.sampling_levels[:] = [*levels, *gemma.sampling_levels, *([BASE_LEVEL] if base else [])]
         if question is None:
@@ -197,9 +215,12 @@ def _answer(
     as_json: bool,
 ) -> None:
     """One message, one answer."""
+    from gemcut.safety.watch import said
+
     ids = gemma.encode_messages(messages)
     used = gemma.resolve_sampling(len(ids), fields, chat=True)
-    with gemma.stream_ids(ids, used.params) as stream:
+    watch = gemma.watch(said(messages)) or False
+    with gemma.stream_ids(ids, used.params, watch=watch) as stream:
         if as_json:
             completion = stream.result.checked()
             output.print_json(answer_report(gemma, completion, used))

@@ -24,6 +24,7 @@ from gemcut.engine.sampling import SamplingParams
 from gemcut.errors import GemcutError, ParameterError
 from gemcut.gemma import Gemma
 from gemcut.paths import expand
+from gemcut.safety.watch import Watch, said
 from gemcut.sampling_defaults import ResolvedSampling
 from gemcut.settings import KEYS, known, parse
 from gemcut.uses.room import Full, parse_full
@@ -127,13 +128,16 @@ class ChatSession:
         if "max_new_tokens" in fields:
             fields["max_new_tokens"] = min(fields["max_new_tokens"], limit - length)
         used = self.gemma.resolve_sampling(length, fields, chat=True)
-        answer = self._stream(ids, used.params)
+        with quiet_keyboard():
+            watch = self.gemma.watch(said(messages))
+        answer = self._stream(ids, used.params, watch)
         self.last, self._last_used = answer, used
         if answer.finish_reason == "cancelled" and not answer.text.strip():
             self._say("Stopped before the first word; your message is back in the line.")
             return False
         self.draft = ""
-        self.conversation.add(full, answer.text)
+        # What a guard let out before it ended the answer, or its refusal: the roles have to alternate.
+        self.conversation.add(full, answer.text or answer.refusal or "")
         self.attached.clear()
         self._count()
         self._remark(answer, limit)
@@ -145,9 +149,10 @@ class ChatSession:
         make_room(self.gemma, self.conversation, question, self._full, most=most, ask=ask, say=self._say)
         self._count()
 
-    def _stream(self, ids: list[int], params: SamplingParams) -> Completion:
+    def _stream(self, ids: list[int], params: SamplingParams, watch: Watch | None) -> Completion:
         view = MarkdownView(self.console) if self.markdown else PlainView(self.console)
-        with quiet_keyboard(), stop_request() as stop, self.gemma.stream_ids(ids, params) as stream:
+        started = self.gemma.stream_ids(ids, params, watch=watch or False)
+        with quiet_keyboard(), stop_request() as stop, started as stream:
             with view:
                 for event in stream.events():
                     if event.text:
@@ -160,6 +165,8 @@ class ChatSession:
         """What a person should know of how an answer ended."""
         if answer.finish_reason == "cancelled":
             self._say("Stopped. What is there stays part of the conversation; /undo drops it.")
+        elif answer.finish_reason == "content_filter":
+            self._say(f"The guard ended this answer: {answer.refusal}")
         elif answer.finish_reason == "length" and answer.prompt_tokens + len(answer.token_ids) >= limit:
             self._say(f"The context of {limit:,} tokens is full and the answer ends here: {_FULL}.")
         elif answer.finish_reason == "length":

@@ -188,6 +188,10 @@ def answer_report(
         "sampling": used.report(),
         "timings": output.timings(gemma, completion),
     }
+    if completion.refusal is not None:
+        report["refusal"] = completion.refusal
+    if completion.moderation is not None:
+        report["moderation"] = completion.moderation
     if prompt is not None:
         report["prompt"] = prompt
     if completion.logprobs is not None:

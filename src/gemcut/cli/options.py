@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemcut.checkpoint.source import Source
     from gemcut.gemma import Gemma
     from gemcut.quantization.spec import Quantization
+    from gemcut.safety.guard_file import GuardFile
     from gemcut.sampling_defaults import Level
 
 #: The longest token of Gemma 2 and 3 has so many bytes of text.
@@ -150,11 +151,16 @@ class LoadOptions(QuantizationOptions, HubOptions):
     threads: Annotated[int | None, _model("CPU threads to compute with.", metavar="N")] = None
 
     def load(
-        self, name: str, *, progress: bool | Report = True, step_seconds: float | Literal["auto"] | None = None
+        self,
+        name: str,
+        *,
+        progress: bool | Report = True,
+        step_seconds: float | Literal["auto"] | None = None,
+        guard: GuardFile | None = None,
     ) -> Gemma:
         """Load a model, with a progress bar on a terminal, or ``progress`` that hears how far it is.
 
-        ``step_seconds`` as in `Gemma.load`.
+        ``step_seconds`` and ``guard`` as in `Gemma.load`.
         """
         if self.threads is not None:
             check_threads(self.threads, "--threads")
@@ -186,6 +192,7 @@ class LoadOptions(QuantizationOptions, HubOptions):
             attn_implementation=self.attn_implementation,
             max_context=self.max_context,
             step_seconds=step_seconds,
+            guard=guard,
             progress=progress,
         )
 

@@ -22,7 +22,8 @@ from gemcut.errors import GemcutError
 if TYPE_CHECKING:
     from gemcut.engine.edits import LogitsEdit
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+#: "content_filter" is a guard's, which ends what the engine would go on with.
+FinishReason = Literal["stop", "length", "cancelled", "error", "content_filter"]
 _ids = itertools.count()
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from operator import length_hint
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gemcut import process
 from gemcut.engine.request import FinishReason, PromptLogprob, Sequence, TokenEvent, TokenLogprob
@@ -68,7 +68,8 @@ class Completion:
         prompt_ids: the prompt's token ids.
         token_ids: every generated id, the stop token included.
         text: the answer without special tokens and without the stop text.
-        finish_reason: "stop" (a stop token or text), "length" (max_new_tokens reached), "cancelled" or "error".
+        finish_reason: "stop" (a stop token or text), "length" (max_new_tokens reached), "cancelled", "error" or
+            "content_filter" (a guard refused the rest: ``token_ids`` and ``text`` are what it had let out).
         stop_reason: the stop token's id or the stop text that ended it.
         logprobs: one entry a token where they were asked for.
         prompt_scores: of each prompt token from the place asked for on its log-probability, its rank and the greedy
@@ -87,6 +88,8 @@ class Completion:
     embedding: Tensor | None = field(default=None, compare=False, repr=False)
     error: str | None = None  # with finish reason "error": what happened, in one line
     cause: BaseException | None = field(default=None, compare=False, repr=False)  # the exception behind it, if any
+    refusal: str | None = None  # with finish reason "content_filter": what the guard file says instead
+    moderation: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)  # a guard's scores, if any
 
     def checked(self) -> Completion:
         """This answer. Raises RequestError where it ended by an error and is not whole."""
@@ -186,7 +189,7 @@ class TextStream(Iterator[str]):
             next(self._unread)
         raise StopAsyncIteration
 
-    def events(self) -> TokenEvents:
+    def events(self) -> EventReader:
         """The events themselves, one a token, for callers that want ids and log-probabilities too."""
         return TokenEvents(self)
 
@@ -278,7 +281,17 @@ class TextStream(Iterator[str]):
             self.cancel()
 
 
-class TokenEvents(Iterator[TokenEvent]):
+class EventReader(Iterator[TokenEvent]):
+    """Events of an answer, for a thread (``for``) or a task of asyncio (``async for``)."""
+
+    def __aiter__(self) -> EventReader:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        raise NotImplementedError
+
+
+class TokenEvents(EventReader):
     """A stream's events, for a thread or a task of asyncio. Not a generator: that would be at its end after an
     exception."""
 
@@ -289,9 +302,6 @@ class TokenEvents(Iterator[TokenEvent]):
         if self._stream._peek() is None:
             raise StopIteration
         return next(self._stream._unread)
-
-    def __aiter__(self) -> TokenEvents:
-        return self
 
     async def __anext__(self) -> TokenEvent:
         if await self._stream._peek_async() is None:
@@ -326,3 +336,16 @@ async def run_together_async(streams: list[TextStream]) -> list[Completion]:
 def _cancel(streams: list[TextStream]) -> None:
     for stream in streams:
         stream.cancel()
+
+
+def texts_of(results: list[Completion], n: int | None, *, one: bool) -> Any:
+    """The answers' texts: an entry a prompt (or that of the only one), which with ``n`` is a list of n texts."""
+    texts: list[Any] = [_shown(result.checked()) for result in results]
+    if n is not None:
+        texts = [texts[start : start + n] for start in range(0, len(texts), n)]
+    return texts[0] if one else texts
+
+
+def _shown(result: Completion) -> str:
+    """The text of an answer, or what a guard has it say instead."""
+    return result.text if result.refusal is None else result.refusal

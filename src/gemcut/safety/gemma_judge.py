@@ -72,7 +72,8 @@ class GemmaJudge:
         front = self.front(text, prompt)
         prompts = [front + self.back(policy, prompt is not None) for policy in policies]
         asked = [
-            self._gemma.prepare_stream(ids, params, logprobs_of=self._answers, cache_salt=b"judge") for ids in prompts
+            self._gemma.prepare_stream(ids, params, logprobs_of=self._answers, cache_salt=b"judge", watch=False)
+            for ids in prompts
         ]
         # The first alone: what all begin with is in the cache when the others come.
         results = [*run_together(asked[:1]), *run_together(asked[1:])]

@@ -49,7 +49,10 @@ async def chat_completions(state: ServerState, request: Request, send: Send) -> 
     if guards:
         await check_input(guards, "\n\n".join(message["content"] or "" for message in messages))
     params = resolve(state, gemma, len(ids), chat_sampling(body) | structured.sampling, chat=True)
-    streams = [gemma.prepare_stream(ids, own, cache_salt=request.cache_salt) for own in copies(params, body.n or 1)]
+    streams = [
+        gemma.prepare_stream(ids, own, cache_salt=request.cache_salt, watch=False)
+        for own in copies(params, body.n or 1)
+    ]
     answer = ChatAnswer(state, request, gemma, body, streams, guards=guards, judge=judge)
     if structured.tools is not None:
         answer.readers = [CallReader(f"call_{request.id}_{index}") for index in range(len(streams))]

@@ -55,11 +55,12 @@ async def completions(state: ServerState, request: Request, send: Send) -> None:
         await check_input(guards, prompt.text)
     scored = 1 if body.echo and body.logprobs is not None else None
     streams: list[TextStream] = []
+    salt = request.cache_salt
     for prompt in prompts:
         params = resolve(state, gemma, len(prompt.ids), fields)
         for own in copies(params, body.n or 1):
             streams.append(
-                gemma.prepare_stream(prompt.ids, own, prompt_logprobs_from=scored, cache_salt=request.cache_salt)
+                gemma.prepare_stream(prompt.ids, own, prompt_logprobs_from=scored, cache_salt=salt, watch=False)
             )
     await CompletionAnswer(state, request, gemma, body, streams, prompts, guards, judge).send(send)
 

@@ -6,7 +6,6 @@ JudgeDoor (of the server) -> JudgeDoor.of(request) -> RequestGuard -> CheckedTex
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,18 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gemcut.errors import ParameterError
 from gemcut.safety.guard import Decision
+from gemcut.safety.watch import PIECE_TOKENS, Pieces, Watch, refused
 from gemcut.server.errors import ApiError
 
 if TYPE_CHECKING:
     from gemcut.safety.guard import Guard as Judges
     from gemcut.safety.guard_file import Mode
     from gemcut.server.logs import Log
-
-#: Where a piece of an answer ends that can be checked and let out: behind a sentence or a line.
-_END = re.compile(r"[.!?…。！？](?=\s)|\n")
-#: A piece without such an end is let out at this length, or when it has so many tokens.
-_LONG = 400
-PIECE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -103,22 +97,17 @@ class JudgeDoor:
 
 
 class RequestGuard:
-    """The judges for one request: they know its mode, and its prompt once that was judged."""
+    """The judges for one request, as a ``Guard`` of the server."""
 
     def __init__(self, door: JudgeDoor, request_id: str, log: Log, mode: Mode) -> None:
-        self.mode, self.refusal = mode, door.judges.file.refusal
-        self.piece_tokens = door.judges.file.piece_tokens
+        self.watch = Watch(door.judges, mode)
+        self.mode, self.refusal, self.piece_tokens = mode, self.watch.refusal, self.watch.piece_tokens
         self._door, self._id, self._log = door, request_id, log
-        self._prompt: str | None = None
-        self._input: list[Decision] = []
-        self._output: list[Decision] = []
 
     async def check(self, kind: Literal["input", "output"], text: str) -> Verdict:
         """See ``Guard``. What was flagged, blocked or could not be judged is logged, without the text."""
-        decision = await self._door.look(kind, text, self._prompt if kind == "output" else None, self.mode)
-        if kind == "input":
-            self._prompt = text if self._prompt is None else self._prompt
-        (self._input if kind == "input" else self._output).append(decision)
+        decision = await self._door.look(kind, text, self.watch.prompt if kind == "output" else None, self.mode)
+        self.watch.note(kind, text, decision)
         if decision.flagged or decision.failed:
             self._log.write(
                 "warning",
@@ -131,27 +120,11 @@ class RequestGuard:
             )
         if not decision.blocked:
             return Verdict()
-        what = "request" if kind == "input" else "answer"
-        return Verdict(False, decision.category, f"the {what} was refused ({decision.category})")
+        return Verdict(False, decision.category, refused("request" if kind == "input" else "answer", decision))
 
     def report(self) -> dict[str, Any]:
-        """The member ``moderation`` of an answer: of each side the highest scores of all looks."""
-        names = self._door.judges.policies
-        return {
-            "mode": self.mode,
-            "input": _joined(self._input).report(names("input")),
-            "output": _joined(self._output).report(names("output")),
-        }
-
-
-def _joined(decisions: Sequence[Decision]) -> Decision:
-    scores: dict[str, float] = {}
-    for decision in decisions:
-        for name, value in decision.scores.items():
-            scores[name] = max(scores.get(name, 0.0), value)
-    flagged = tuple(dict.fromkeys(name for decision in decisions for name in decision.flagged))
-    failed = tuple(dict.fromkeys(why for decision in decisions for why in decision.failed))
-    return Decision(scores, flagged, failed)
+        """See ``Watch.report``."""
+        return self.watch.report()
 
 
 class CheckedText:
@@ -163,8 +136,8 @@ class CheckedText:
 
     def __init__(self, guards: Sequence[Guard]) -> None:
         self._guards = guards
-        self._out, self._held, self._tokens = "", "", 0
-        self._most = min((getattr(guard, "piece_tokens", PIECE_TOKENS) for guard in guards), default=PIECE_TOKENS)
+        most = min((getattr(guard, "piece_tokens", PIECE_TOKENS) for guard in guards), default=PIECE_TOKENS)
+        self._pieces = Pieces(most)
         self.refused: Verdict | None = None
 
     @property
@@ -173,30 +146,18 @@ class CheckedText:
         return next((str(guard.refusal) for guard in self._guards if hasattr(guard, "refusal")), "")
 
     async def push(self, text: str, *, tokens: int = 0, last: bool = False) -> str:
-        """Take more text, of so many tokens; return what may be shown now.
+        """Take more text, of so many tokens; return what may be shown now (see ``Pieces.cut``).
 
-        That is whole sentences; where no sentence ends within ``piece_tokens`` tokens, what there is; at the end
-        everything. Each piece is judged together with all that went before it.
+        Each piece is judged together with all that went before it.
         """
         if self.refused is not None:
             return ""
-        self._held += text
-        self._tokens += tokens
-        if last:
-            cut = len(self._held)
-        else:
-            ends = [found.end() for found in _END.finditer(self._held)]
-            full = self._tokens >= self._most or len(self._held) >= _LONG
-            cut = ends[-1] if ends else len(self._held) if full else 0
-        piece, self._held = self._held[:cut], self._held[cut:]
-        if piece:
-            self._tokens = 0
+        piece = self._pieces.cut(text, tokens=tokens, last=last)
         if not piece:
             return ""
         for guard in self._guards:
-            verdict = await guard.check("output", self._out + piece)
+            verdict = await guard.check("output", self._pieces.out + piece)
             if not verdict.passed:
                 self.refused = verdict
                 return ""
-        self._out += piece
-        return piece
+        return self._pieces.release(piece)

@@ -146,6 +146,8 @@ class ServerState:
                 param="model",
                 code="model_not_found",
             )
+        if self.judges is None and self.gemma.guard is not None:  # it was loaded with one
+            self.judges = JudgeDoor(self.gemma.guard)
         return self.gemma
 
     @property

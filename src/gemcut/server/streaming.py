@@ -12,6 +12,7 @@ import msgspec
 from gemcut.engine.request import Sequence, TokenEvent
 from gemcut.engine.results import TextStream
 from gemcut.gemma import Gemma
+from gemcut.safety.watch import HeldEvents
 from gemcut.server.answers import Waiting, checked, usage
 from gemcut.server.asgi import DONE, ClientLeftError, EventStream, Request, Send, event, respond_json
 from gemcut.server.errors import api_error
@@ -250,9 +251,7 @@ class CheckedChunks(Chunks):
         super().__init__(answer)
         self._texts = texts
         self._done = [False] * len(texts)
-        #: Of each answer the events whose text is held back, and the characters of the first that are out already.
-        self._held: list[list[TokenEvent]] = [[] for _ in texts]
-        self._ahead = [0] * len(texts)
+        self._held: list[HeldEvents[TokenEvent]] = [HeldEvents() for _ in texts]
 
     async def take_checked(self) -> bytes:
         """What is new and may be shown."""
@@ -265,7 +264,7 @@ class CheckedChunks(Chunks):
         last = events[-1]
         checked(last, self.box.sequences[index])
         held = self._held[index]
-        held += events
+        held.add(events)
         text = "".join([each.text for each in events])
         checks = self._texts[index]
         text = await checks.push(text, tokens=len(events), last=last.finish_reason is not None)
@@ -277,20 +276,9 @@ class CheckedChunks(Chunks):
                 told = self._starts[index] + inside + b',"logprobs":null,"finish_reason":null' + self._end
             first = b"" if self._opened[index] else self.chunks(index, (), "", None, None)
             return first + told + self.chunks(index, (), "", "content_filter", None)
-        out = held if last.finish_reason is not None else self._let_out(index, len(text))
+        out = held.all() if last.finish_reason is not None else held.let_out(len(text))
         self._done[index] = last.finish_reason is not None
         return self.chunks(index, out, text, last.finish_reason, last.stop_reason)
-
-    def _let_out(self, index: int, characters: int) -> list[TokenEvent]:
-        """Take the events whose whole text is out once so many more characters are."""
-        held, room = self._held[index], characters + self._ahead[index]
-        count = 0
-        while count < len(held) and len(held[count].text) <= room and room > 0:
-            room -= len(held[count].text)
-            count += 1
-        self._ahead[index] = room
-        self._held[index] = held[count:]
-        return held[:count]
 
 
 def ignored_header(request: Request) -> list[tuple[bytes, bytes]]:
