@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -83,6 +85,18 @@ class TokenModel:
         self._tokenizer = tokenizer
         for made in ("_chat", "grammars"):
             self.__dict__.pop(made, None)
+
+    @property
+    def config_hash(self) -> str:
+        """A hash of what this model is: its configuration, dtype, quantization and revision. Not of its weights."""
+        source = self.source
+        said = {
+            "config": self.config.to_dict(),
+            "dtype": str(self.dtype),
+            "quantization": None if self.model.quantization is None else repr(self.model.quantization),
+            "revision": None if source is None else source.revision,
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def bos_id(self) -> int:

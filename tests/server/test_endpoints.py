@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from gemcut.model.dense import DenseKeyValues
+from gemcut.safety.audit import AuditLog
 from gemcut.safety.guard import Guard
 from gemcut.safety.guard_file import GuardFile
 from gemcut.safety.lexicon import Lexicon
 from gemcut.server import openapi
 from gemcut.server.app import all_routes
+from gemcut.server.audit import Audit
 from gemcut.server.guards import JudgeDoor
 from gemcut.server.state import ServerState
 from server.host import CHAT, NAME, Served, new_gemma, serving
@@ -226,10 +229,13 @@ def test_a_body_is_read_with_the_class_that_is_described(served: Served, monkeyp
             assert read == [openapi.SHAPES[path].body], path
 
 
-def test_answers_have_the_shapes_that_are_described(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_have_the_shapes_that_are_described(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     spec = {"kind": "http", "url": "http://127.0.0.1:1", "policies": ["hate"]}  # /v1/moderations needs a guard
     judges = Guard(GuardFile.of({"judge": [spec]}, "guard.toml"), [(Lexicon(["zorble"], "hate"), ["hate"])])
     monkeypatch.setattr(served.state, "judges", JudgeDoor(judges))
+    monkeypatch.setattr(served.state, "audit", Audit(AuditLog(tmp_path / "audit.jsonl")))  # /v1/reports needs a log
     routes = {path for _, path in all_routes()}
     for path, shape in openapi.SHAPES.items():
         if shape.answer is None or path not in routes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from rich.console import Console
 from gemcut.cli import output
 from gemcut.cli.chat_full import make_room
 from gemcut.cli.chat_input import ChatInput, state_folder, unquoted
+from gemcut.cli.chat_report import write_report
 from gemcut.cli.chat_view import MarkdownView, PlainView
 from gemcut.cli.conversation import Conversation
 from gemcut.cli.failures import explain
@@ -47,8 +49,12 @@ class ChatSession:
         history: Path | None = None,
         base: bool = False,
         full: Full = "ask",
+        reports: Path | None = None,
     ) -> None:
-        """``sampling`` is what was asked for; ``base``: not tuned to answer; ``full``: what to do when it is."""
+        """``sampling`` is what was asked for; ``base``: not tuned to answer; ``full``: what to do when it is;
+        ``reports``: where /flag writes, else the state folder."""
+        self._reports = reports
+        self._answer_id = f"chat-{secrets.token_hex(9)}"  # a name of the last answer, for a report
         self.gemma, self.sampling, self.markdown = gemma, sampling, markdown
         self.conversation = conversation or Conversation()
         self.console = Console(highlight=False)
@@ -117,7 +123,8 @@ class ChatSession:
         limit = self.gemma.engine.max_context
         self.draft = question
         self._make_room(full)
-        ids = self.gemma.encode_messages(self.conversation.messages(full))
+        messages = self.conversation.messages(full)
+        ids = self.gemma.encode_messages(messages)
         length = len(ids)
         if length >= limit:
             raise ParameterError(
@@ -132,6 +139,7 @@ class ChatSession:
             watch = self.gemma.watch(said(messages))
         answer = self._stream(ids, used.params, watch)
         self.last, self._last_used = answer, used
+        self._answer_id = f"chat-{secrets.token_hex(9)}"
         if answer.finish_reason == "cancelled" and not answer.text.strip():
             self._say("Stopped before the first word; your message is back in the line.")
             return False
@@ -303,6 +311,11 @@ class ChatSession:
         lines.append(f"context  {self.used:,} of {self.gemma.engine.max_context:,} tokens, {self._turns()}")
         for line in lines:
             self._say(line)
+
+    def do_flag(self, rest: str) -> None:
+        """/flag REASON: report the last answer; words behind the reason are your comment"""
+        texts = [turn["content"] for turn in self.conversation.turns[-2:]]
+        self._say(write_report(self.gemma, rest, self._answer_id, texts, self._input.ask, self._reports))
 
     def do_exit(self, rest: str) -> None:
         """/exit: leave"""

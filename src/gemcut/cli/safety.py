@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemcut.cli import output
+from gemcut.cli import output, safety_log
 from gemcut.cli.options import Debug, option
 from gemcut.cli.safety_judges import calibrate, policies
 from gemcut.errors import ParameterError
@@ -27,6 +27,7 @@ def safety() -> None:
 
 
 app.command()(calibrate)
+app.add_typer(safety_log.app)
 app.command()(policies)
 
 

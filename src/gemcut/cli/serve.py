@@ -54,6 +54,10 @@ def serve(
     guard: Annotated[
         Path | None, option("A guard file: judges that look at prompts and answers.", "--guard", metavar="FILE")
     ] = None,
+    audit_log: Annotated[
+        Path | None,
+        option("Where decisions of the guard and reports of misuse are written down.", "--audit-log", metavar="FILE"),
+    ] = None,
     allow_unknown: Annotated[bool, flag("Ignore unknown fields of requests, and say so.", "--allow-unknown")] = False,
     debug: Debug = False,
     access: AccessOptions,
@@ -104,6 +108,11 @@ def serve(
 
         guard_file = GuardFile.read(guard)
     state = ServerState(settings)
+    if audit_log is not None:
+        from gemcut.safety.audit import AuditLog
+        from gemcut.server.audit import Audit
+
+        state.audit = Audit(AuditLog(audit_log))
     access.apply(state, chosen)
     listener = run.open_port(host, port)
     scheme = "http" if ssl_certfile is None else "https"
@@ -140,6 +149,8 @@ def serve(
     )
     if state.judges is not None:
         print(state.judges.words(), file=sys.stderr, flush=True)
+    if state.audit is not None:
+        state.audit.close()
     if number == signal.SIGINT:
         raise typer.Exit(128 + number)
 

@@ -113,6 +113,8 @@ class App:
             at_door = failure is not None and not request.sequences and failure.status in (401, 403, 429, 503)
             status = send.status or 500
             state.metrics.request_finished(path, status, word, at_door=at_door)
+            if state.audit is not None:
+                state.audit.request(state, request, status, word)
             state.log.request(request, status, error=word, texts=partial(_texts, state, request))
 
     def _path(self, path: str) -> str:

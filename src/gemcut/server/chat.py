@@ -46,6 +46,7 @@ async def chat_completions(state: ServerState, request: Request, send: Send) -> 
     ids = await state.encode(characters, lambda: gemma.chat_ids(messages, options))
     asked = None if body.moderation is None else body.moderation.mode
     guards, judge = guards_of(state.guards, state.judges, request.id, state.log, asked)
+    request.notes |= {"judge": judge, "user": body.safety_identifier or body.user}
     if guards:
         await check_input(guards, "\n\n".join(message["content"] or "" for message in messages))
     params = resolve(state, gemma, len(ids), chat_sampling(body) | structured.sampling, chat=True)

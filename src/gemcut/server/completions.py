@@ -49,6 +49,7 @@ async def completions(state: ServerState, request: Request, send: Send) -> None:
     special = body.add_special_tokens is not False
     asked = None if body.moderation is None else body.moderation.mode
     guards, judge = guards_of(state.guards, state.judges, request.id, state.log, asked)
+    request.notes |= {"judge": judge, "user": body.safety_identifier or body.user}
     wanted = bool(body.echo or guards)  # the text of token ids
     prompts = await state.encode(characters, lambda: [read_prompt(gemma, prompt, special, wanted) for prompt in given])
     for prompt in prompts if guards else ():

@@ -102,6 +102,7 @@ class RequestGuard:
     def __init__(self, door: JudgeDoor, request_id: str, log: Log, mode: Mode) -> None:
         self.watch = Watch(door.judges, mode)
         self.mode, self.refusal, self.piece_tokens = mode, self.watch.refusal, self.watch.piece_tokens
+        self.blocked = False
         self._door, self._id, self._log = door, request_id, log
 
     async def check(self, kind: Literal["input", "output"], text: str) -> Verdict:
@@ -120,6 +121,7 @@ class RequestGuard:
             )
         if not decision.blocked:
             return Verdict()
+        self.blocked = True
         return Verdict(False, decision.category, refused("request" if kind == "input" else "answer", decision))
 
     def report(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def entry(state: ServerState, gemma: Gemma, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": gemma.engine.max_context,
         "sampling_defaults": defaults,
-        "capabilities": capabilities(),
+        "capabilities": capabilities(state),
         "instruction_tuned": None if gemma.source is None else tuned(gemma.source, gemma.tokenizer),
     }
 
@@ -58,11 +58,15 @@ _DEFAULTS = (
 )
 
 
-def capabilities() -> list[str]:
+def capabilities(state: ServerState) -> list[str]:
     """What this server can do, in words that programs look for."""
     found = ["chat", "completions", "embeddings", "logprobs", "streaming"]
     if importlib.util.find_spec("llguidance") is not None:
         found += ["json_schema", "tools"]
+    if state.judges is not None:
+        found.append("moderations")
+    if state.audit is not None:
+        found.append("reports")
     return found
 
 

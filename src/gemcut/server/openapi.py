@@ -11,6 +11,7 @@ import msgspec
 import gemcut
 from gemcut.server import shapes
 from gemcut.server.asgi import Request, Send, respond_bytes
+from gemcut.server.audit import ReportRequest
 from gemcut.server.auth import is_open
 from gemcut.server.embeddings import EmbeddingRequest
 from gemcut.server.fields import ChatRequest, CompletionRequest
@@ -48,6 +49,9 @@ SHAPES: Mapping[str, Shape] = {
     ),
     "/v1/embeddings": Shape(EmbeddingRequest, shapes.EmbeddingAnswer, example={"input": ["The sky is blue."]}),
     "/v1/moderations": Shape(ModerationRequest, shapes.ModerationAnswer, example={"input": "A fine day."}),
+    "/v1/reports": Shape(
+        ReportRequest, shapes.ReportAnswer, example={"request_id": "chatcmpl-1", "reason": "harassment"}
+    ),
     "/v1/models": Shape(None, shapes.ModelsAnswer),
     "/v1/models/*": Shape(None, shapes.ModelAnswer),
     "/tokenize": Shape(TokenizeRequest, shapes.TokenizeAnswer, example={"prompt": "The sky is"}),

@@ -197,3 +197,11 @@ class Readiness(msgspec.Struct, kw_only=True):
     stage: str = ""
     done: int = 0
     total: int = 0
+
+
+class ReportAnswer(msgspec.Struct, kw_only=True):
+    """A report of misuse that was written down."""
+
+    id: str
+    object: Literal["report"]
+    created: str

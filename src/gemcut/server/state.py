@@ -14,6 +14,7 @@ import msgspec
 
 import gemcut
 from gemcut.server.asgi import Request
+from gemcut.server.audit import Audit
 from gemcut.server.delivery import Delivery
 from gemcut.server.errors import ApiError, unavailable
 from gemcut.server.fields import decode
@@ -87,6 +88,7 @@ class ServerState:
         gates: asked in this order before a route's handler runs.
         guards: asked about prompts and answers.
         judges: the guard file's judges, asked too; None where there is no guard file.
+        audit: where decisions and reports are written down; None: nowhere.
         rows: answers that are computed or wait.
         log: where lines about requests go.
         aliases: whose names for metrics are given beside gemcut's own.
@@ -101,6 +103,7 @@ class ServerState:
     gates: list[Gate] = field(default_factory=list)
     guards: Sequence[Guard] = ()
     judges: JudgeDoor | None = None
+    audit: Audit | None = None
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)
     aliases: tuple[str, ...] = ()
@@ -112,6 +115,7 @@ class ServerState:
         self.resolved: dict[object, SamplingParams] = {}
         self._delivery: Delivery | None = None
         self._fingerprint: tuple[Gemma | None, str] = (None, f"gemcut-{gemcut.__version__}")
+        self._config_hash: tuple[Gemma | None, str] = (None, "")
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._encoding = 0
 
@@ -119,6 +123,14 @@ class ServerState:
     def name(self) -> str:
         """The model's id in answers."""
         return self.settings.names[0]
+
+    @property
+    def config_hash(self) -> str:
+        """A hash of what the model is: its configuration, quantization and dtype, and its revision."""
+        if self._config_hash[0] is not self.gemma:
+            assert self.gemma is not None
+            self._config_hash = self.gemma, self.gemma.config_hash
+        return self._config_hash[1]
 
     @property
     def fingerprint(self) -> str:

@@ -30,6 +30,7 @@ class Script:
         break_after: after so many pieces an error event comes; 0 never.
         finish: the finish reason.
         chats: bodies of the chat requests.
+        reports: bodies of the reports of misuse.
         left: clients that left before their answer was whole.
         paths: what was asked for.
     """
@@ -52,6 +53,7 @@ class Script:
     break_after: int = 0
     finish: str = "stop"
     chats: list[Body] = field(default_factory=list)
+    reports: list[Body] = field(default_factory=list)
     left: int = 0
     paths: list[str] = field(default_factory=list)
 
@@ -93,6 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._allowed():
             return
+        if self.path == "/v1/reports":
+            self.script.reports.append(body)
+            status, error = self.script.failures.pop(0) if self.script.failures else (200, {"object": "report"})
+            self._json(status, error)
+            return
         self.script.chats.append(body)
         if self.script.failures:
             status, error = self.script.failures.pop(0)
@@ -117,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         for count, piece in enumerate(self.script.say(body), 1):
             time.sleep(self.script.pause)
             said: Body = {"text": piece} if "prompt" in body else {"delta": {"content": piece}}
-            self._data({"choices": [{"index": 0, **said, "finish_reason": None}]})
+            self._data({"id": "chatcmpl-7", "choices": [{"index": 0, **said, "finish_reason": None}]})
             if count == self.script.break_after:
                 self._data({"error": {"message": "the engine stopped", "type": "server_error", "code": None}})
                 return

@@ -35,8 +35,10 @@ export class Answer {
           text: (piece) => this.piece(piece),
           progress: (done, all) => this.on.waiting(`Reading the prompt: ${done} of ${all} tokens`),
           finish: (reason) => {
-            message.finish = reason === "length" ? "length" : "stop";
+            message.finish = ["length", "content_filter"].includes(reason) ? reason : "stop";
           },
+          named: (id) => (message.request = id.slice(0, 200)),
+          refusal: (text) => this.piece(message.text ? `\n\n${text}` : text),
           usage: (usage) => this.usage(usage),
         },
         signal,

@@ -74,9 +74,11 @@ export async function streamAnswer(body, on, signal) {
     }
     const chunk = JSON.parse(data);
     if (chunk.error) throw failureOf(chunk.error, answer.status);
+    if (typeof chunk.id === "string") on.named?.(chunk.id);
     const choice = chunk.choices?.[0];
     const piece = choice?.delta?.content ?? choice?.text;
     if (piece) on.text(piece);
+    if (choice?.delta?.refusal) on.refusal?.(choice.delta.refusal);
     if (choice?.finish_reason) on.finish(choice.finish_reason);
     if (chunk.usage) on.usage(chunk.usage);
   };
@@ -88,6 +90,15 @@ export async function streamAnswer(body, on, signal) {
     throw new ApiFailure("The connection was lost while the answer was written.");
   }
   if (!ended) throw new ApiFailure("The connection ended before the answer did.");
+}
+
+/** Send a report of misuse. Throws ApiFailure. */
+export async function sendReport(body) {
+  await request("v1/reports", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
 }
 
 async function request(address, options) {

@@ -8,6 +8,7 @@ import { showContext, showSpeed, showWelcome } from "./facts.js";
 import { exportAll, exportChat, importFile } from "./files.js";
 import { listenForKeys } from "./keys.js";
 import { ConversationList } from "./list.js";
+import { ReportDialog } from "./report.js";
 import { Server } from "./server.js";
 import { readSettings, SettingsDialog } from "./settings.js";
 import { Side } from "./side.js";
@@ -33,6 +34,8 @@ class App {
       retry: (message) => this.retry(message),
       resume: (message) => this.resume(message),
       choose: (message) => this.choose(message),
+      report: (message) => this.report.ask(message, findMessage(this.current, message.parent)),
+      mayReport: () => this.server.takesReports,
     });
     this.list = new ConversationList({
       open: (id) => this.open(id),
@@ -41,6 +44,7 @@ class App {
       exportOne: (id) => exportChat(this.store.get(id), this.server.model?.id || ""),
     });
     this.side = new Side();
+    this.report = new ReportDialog();
     this.dialog = new SettingsDialog(({ settings, system }) => this.saveSettings(settings, system));
   }
 

@@ -3,7 +3,8 @@
 // {id, title, system, created, updated, leaf, messages: [{id, parent, role, text, at, model, finish, stats}]}
 // A message's parent stands before it in the list. To edit or try again adds a sibling, so nothing is lost; `leaf` is
 // the end of the path that is shown (null: the path is empty). `finish`: "" while it is written, else stop, length,
-// stopped (by the person), cut (the page was left, or the connection), error.
+// stopped (by the person), cut (the page was left, or the connection), content_filter (by a guard), error. `request`: the
+// server's name for the answer, for reports; absent where it came from elsewhere.
 
 export function newConversation() {
   const now = Date.now();

@@ -106,6 +106,12 @@ export class Server {
     return defaults;
   }
 
+  /** Whether reports of misuse are taken. */
+  get takesReports() {
+    const can = this.model?.capabilities;
+    return Array.isArray(can) && can.includes("reports");
+  }
+
   /** A model that continues texts: it was not tuned to answer. */
   get isBase() {
     return this.model?.instruction_tuned === false;

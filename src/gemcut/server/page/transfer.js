@@ -11,7 +11,7 @@ const MAX_MESSAGES = 20_000;
 const MAX_TEXT = 4_000_000;
 const FORMAT = "gemcut-conversations";
 const CHAT_FORMAT = "gemcut-chat";
-const FINISHES = ["stop", "length", "stopped", "cut", "error"];
+const FINISHES = ["stop", "length", "stopped", "cut", "content_filter", "error"];
 
 /** A file's text for all these conversations. */
 export function pageFile(conversations) {

@@ -11,10 +11,12 @@ const NOTES = {
   stopped: "Stopped.",
   cut: "The answer was cut off.",
   error: "The answer ended with an error.",
+  content_filter: "The server's guard ended this answer.",
 };
 
 export class LogView {
-  /** `does`: {edit(message, text, send), retry(message), resume(message), choose(message)}. */
+  /** `does`: {edit(message, text, send), retry(message), resume(message), choose(message), report(message),
+   * mayReport()}. */
   constructor(does) {
     this.does = does;
     this.log = byId("log");
@@ -87,6 +89,9 @@ export class LogView {
       tools.append(button("retry", "Try again", () => this.does.retry(message), { class: "quiet", "data-do": "retry" }));
     } else if (last) {
       tools.append(button("retry", "Answer this", () => this.does.retry(message), { class: "quiet", "data-do": "retry" }));
+    }
+    if (message.role === "assistant" && message.request && this.does.mayReport()) {
+      tools.append(button("flag", "Report this answer", () => this.does.report(message), { class: "quiet", "data-do": "report" }));
     }
     if (last && message.role === "assistant" && message.text) {
       const resume = () => this.does.resume(message);
