@@ -38,6 +38,7 @@ REASONS = {
     "gemcut write": "its answers are long; tests/uses/test_write.py gives it few tokens",
     "gemcut summarize": "needs a file of the reader's; tests/uses/test_summarize.py gives it one",
     "gemcut ask": "needs a folder of documents; tests/uses/test_ask.py gives it one",
+    "gemcut tutor": "asks a person; tests/uses/test_tutor.py answers",
     "gemcut batch": "needs a file of requests; tests/uses/test_batch.py gives it one",
     "gemcut safety": "needs texts of two kinds; tests/data/test_documents.py trains on some",
     "gemcut data": "needs a recipe; tests/data/test_documents.py runs the one of docs/data.md",

@@ -33,6 +33,7 @@ from gemcut.cli.score import score
 from gemcut.cli.serve import serve
 from gemcut.cli.summarize import summarize
 from gemcut.cli.train import app as train_app
+from gemcut.cli.tutor import app as tutor_app
 from gemcut.cli.write import write
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ app.add_typer(config_app)
 app.add_typer(data_app)
 app.add_typer(eval_app)
 app.add_typer(safety_app)
+app.add_typer(tutor_app)
 app.add_typer(train_app)
 app.add_typer(bench_app)
 

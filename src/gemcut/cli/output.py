@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Everything a terminal may obey: C0 (without tab and line feed), DEL and C1. A carriage return can hide a line too.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_CODES = {"bold": "1", "dim": "2", "red": "31", "cyan": "36", "prompt": "1;36"}
+_CODES = {"bold": "1", "dim": "2", "red": "31", "cyan": "36", "prompt": "1;36", "gone": "31;9", "new": "32"}
 
 
 def safe(text: str) -> str:
