@@ -39,6 +39,8 @@ REASONS = {
     "gemcut summarize": "needs a file of the reader's; tests/uses/test_summarize.py gives it one",
     "gemcut ask": "needs a folder of documents; tests/uses/test_ask.py gives it one",
     "gemcut tutor": "asks a person; tests/uses/test_tutor.py answers",
+    "gemcut embed": "needs JSON lines of the reader's; tests/uses/test_probe.py gives it some",
+    "gemcut probe": "writes a file; tests/uses/test_probe.py reads it",
     "gemcut batch": "needs a file of requests; tests/uses/test_batch.py gives it one",
     "gemcut safety": "needs texts of two kinds; tests/data/test_documents.py trains on some",
     "gemcut data": "needs a recipe; tests/data/test_documents.py runs the one of docs/data.md",

@@ -28,6 +28,7 @@ from gemcut.cli.interrupt import imports_interrupted
 from gemcut.cli.options import DEBUG_HELP, flag
 from gemcut.cli.plan import plan
 from gemcut.cli.quantize import quantize
+from gemcut.cli.research import embed, next_, probe
 from gemcut.cli.safety import app as safety_app
 from gemcut.cli.score import score
 from gemcut.cli.serve import serve
@@ -53,6 +54,9 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(score)
+app.command("next")(next_)
+app.command()(embed)
+app.command()(probe)
 app.command()(batch)
 app.command()(summarize)
 app.command()(write)
