@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 
@@ -63,3 +64,21 @@ def test_a_real_size_that_does_not_fit_says_by_how_much() -> None:
     kept = config.num_hidden_layers * 4 * 8192 * config.intermediate_size * 2 * 2 / 2**30  # gate and up of 4 sequences
     assert float(said[1]) > kept
     assert float(said[2]) == pytest.approx(float(said[1]) - 15.75, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="compiling for a GPU that is not here needs Python 3.12")
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax-cuda13-plugin is not installed")
+def test_a_step_for_a_gpu_that_is_not_here_is_compared_with_its_memory() -> None:
+    ask = ("train", "fit", "2b", "--gpu", "h200", "--seq", "4096", "--batch", "4")
+    run = process(*ask, "--json", stdin=b"")
+    assert run.code == 0, run.err
+    said = json.loads(run.out)["bytes_per_chip"]
+    state = 12 * FAMILY["gemma-2-2b"].num_parameters()  # fp32 weights and two moments
+    assert state < said["arguments"] < 1.001 * state
+    assert state < said["peak"] < said["capacity"]
+    # XLA compiles what is larger than the card, too.
+    run = process(*ask, "--remat", "none", stdin=b"")
+    assert run.code == 2
+    assert "GiB on each chip of one NVIDIA H200, which has 139.8: " in run.error
+    assert "more chips" not in run.error

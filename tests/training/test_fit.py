@@ -142,7 +142,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_is_compiled() -> None:
     [
         ("gemma-2-27b", "v5p:16x16x24", 1, (48, 16, 8)),
         ("gemma-2-9b", "v4:16x16x16", 1, (32, 16, 8)),
-        ("gemma-2-2b", "v5e:16x16", 2, (2, 256, 1)),
+        ("gemma-2-2b", "v5e:16x16", 2, (32, 16, 1)),
     ],
 )
 def test_the_card_s_pods_have_a_mesh_of_their_own(size: str, pod: str, slices: int, mesh: tuple[int, int, int]) -> None:

@@ -79,12 +79,11 @@ def family(name: str) -> tuple[str, GemmaConfig]:
 
 
 def default_mesh(config: GemmaConfig, pod: Pod) -> tuple[int, int, int]:
-    """A mesh that keeps reduce-scatter: heads over at most 8 chips, the width over at most 16 where a table is split
-    (parts of a few columns would make XLA sum whole gradients), and copies for the rest."""
+    """A mesh that keeps reduce-scatter: heads over at most 8 chips, the width over at most 16 (parts of a few columns
+    would make XLA sum whole gradients on every chip), and copies for the rest."""
     model = math.gcd(8, config.num_key_value_heads, pod.chips) if config.hidden_size > 2304 else 1
     inside = pod.chips // pod.slices // model
-    most = 16 if model > 1 else 256
-    data = max(n for n in range(1, most + 1) if inside % n == 0 and config.hidden_size % n == 0)
+    data = max(n for n in range(1, 17) if inside % n == 0 and config.hidden_size % n == 0)
     return pod.chips // (data * model), data, model
 
 
@@ -164,7 +163,10 @@ def _too_large(plan: Plan, target: str, needed: int, capacity: int) -> str:
         ways.append(f"--batch {groups}")
     if plan.seq > 1024:
         ways.append(f"--seq {plan.seq // 2}")
-    ways.append("a mesh with more data or model and less replica" if plan.mesh[0] > 1 else "more chips")
+    if plan.mesh[0] > 1:
+        ways.append("a mesh with more data or model and less replica")
+    elif math.prod(plan.mesh) > 1 or not ways:
+        ways.append("more chips")
     return (
         f"the step of {plan.size} needs {needed / 2**30:.1f} GiB on each chip of {target}, which has "
         f"{capacity / 2**30:.1f}: {(needed - capacity) / 2**30:.1f} GiB too many; try {', or '.join(ways)}"

@@ -204,6 +204,7 @@ def gpu_mesh(name: str) -> Mesh:
             f"{sys.version_info.major}.{sys.version_info.minor}: make an environment of a newer Python"
         )
     os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", CUDA_VISIBLE_DEVICES="-1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of what is said in one line here
     os.environ.pop("JAX_PLATFORMS", None)
     flags = os.environ.get("XLA_FLAGS", "")
     if "autotune_level" not in flags:  # there is no card to time kernels on
