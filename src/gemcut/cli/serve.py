@@ -58,6 +58,10 @@ def serve(
         Path | None,
         option("Where decisions of the guard and reports of misuse are written down.", "--audit-log", metavar="FILE"),
     ] = None,
+    pii: Annotated[
+        str | None,
+        option("What becomes of personal data in prompts, answers and logs: redact, refuse, report.", metavar="MODE"),
+    ] = None,
     allow_unknown: Annotated[bool, flag("Ignore unknown fields of requests, and say so.", "--allow-unknown")] = False,
     debug: Debug = False,
     access: AccessOptions,
@@ -108,6 +112,10 @@ def serve(
 
         guard_file = GuardFile.read(guard)
     state = ServerState(settings)
+    if pii is not None:
+        from gemcut.server.private import PiiDoor
+
+        state.pii = PiiDoor(pii)
     if audit_log is not None:
         from gemcut.safety.audit import AuditLog
         from gemcut.server.audit import Audit

@@ -12,6 +12,7 @@ import gemcut
 import gemcut.server
 from gemcut.server.asgi import ClientLeftError, RawSend, Receive, Request, Scope, Send, respond_error, respond_json
 from gemcut.server.errors import ApiError, api_error, unavailable
+from gemcut.server.private import without
 from gemcut.server.state import ServerState
 
 Handler = Callable[[ServerState, Request, Send], Awaitable[None]]
@@ -46,6 +47,8 @@ def _texts(state: ServerState, request: Request) -> dict[str, list[str]]:
     tokenizer = state.gemma.tokenizer
     prompts = [tokenizer.decode(each.request.prompt_ids, skip_special_tokens=False) for each in request.sequences]
     answers = ["".join(event.text for event in each.events) for each in request.sequences]
+    if state.pii is not None:
+        prompts, answers = without(prompts), without(answers)
     return {"prompts": prompts, "texts": answers}
 
 

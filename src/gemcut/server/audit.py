@@ -19,6 +19,7 @@ from gemcut.server.fields import Label, Name
 if TYPE_CHECKING:
     from gemcut.server.app import Routes
     from gemcut.server.guards import RequestGuard
+    from gemcut.server.private import Private
     from gemcut.server.state import ServerState
 
 #: Bytes of a report's body.
@@ -37,6 +38,7 @@ class Audit:
         judge: RequestGuard | None = request.notes.get("judge")
         if judge is None:
             return
+        private: Private | None = request.notes.get("pii")
         found = judge.report()
         sides = {
             side: {
@@ -54,6 +56,7 @@ class Audit:
             "mode": found["mode"],
             **sides,
             "blocked": judge.blocked,
+            "personal_data": None if private is None else private.report(),
             **self._who(state, request),
         }
 

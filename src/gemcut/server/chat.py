@@ -43,10 +43,18 @@ async def chat_completions(state: ServerState, request: Request, send: Send) -> 
     )
     if body.continue_final_message and messages[-1]["role"] not in ("assistant", "model"):
         raise ParameterError("continue_final_message is true, but the last message is not the assistant's")
+    private = None
+    if state.pii is not None:
+        private = state.pii.of(request, [message["content"] or "" for message in messages])
+        private.check_fields(body.logprobs)
+        for message in messages:
+            message["content"] = message["content"] and private.hide(message["content"])
     ids = await state.encode(characters, lambda: gemma.chat_ids(messages, options))
     asked = None if body.moderation is None else body.moderation.mode
     guards, judge = guards_of(state.guards, state.judges, request.id, state.log, asked)
     request.notes |= {"judge": judge, "user": body.safety_identifier or body.user}
+    if private is not None and private.mode != "redact":
+        guards = [private, *guards]
     if guards:
         await check_input(guards, "\n\n".join(message["content"] or "" for message in messages))
     params = resolve(state, gemma, len(ids), chat_sampling(body) | structured.sampling, chat=True)

@@ -7,7 +7,7 @@ places of the client's own tokens stay what they are.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -50,10 +50,21 @@ async def completions(state: ServerState, request: Request, send: Send) -> None:
     asked = None if body.moderation is None else body.moderation.mode
     guards, judge = guards_of(state.guards, state.judges, request.id, state.log, asked)
     request.notes |= {"judge": judge, "user": body.safety_identifier or body.user}
-    wanted = bool(body.echo or guards)  # the text of token ids
+    private = None
+    if state.pii is not None:
+        private = state.pii.of(request, [text for text in given if isinstance(text, str)])
+        private.check_fields(body.logprobs)
+        given = [private.hide(text) if isinstance(text, str) else text for text in given]
+        guards = guards if private.mode == "redact" else [private, *guards]
+    wanted = bool(body.echo or guards or private)  # the text of token ids
     prompts = await state.encode(characters, lambda: [read_prompt(gemma, prompt, special, wanted) for prompt in given])
     for prompt in prompts if guards else ():
         await check_input(guards, prompt.text)
+    if private is not None:
+        for prompt, sent in zip(prompts, given, strict=True):
+            if not isinstance(sent, str):
+                private.check_ids(prompt.text)
+        prompts = [replace(prompt, text=private.vault.restore(prompt.text)) for prompt in prompts]  # for an echo
     scored = 1 if body.echo and body.logprobs is not None else None
     streams: list[TextStream] = []
     salt = request.cache_salt

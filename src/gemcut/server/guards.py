@@ -19,6 +19,7 @@ from gemcut.server.errors import ApiError
 if TYPE_CHECKING:
     from gemcut.safety.guard import Guard as Judges
     from gemcut.safety.guard_file import Mode
+    from gemcut.safety.private import Shown
     from gemcut.server.logs import Log
 
 
@@ -136,16 +137,23 @@ class CheckedText:
         refused: the verdict of the guard that ended it; None while it may go on.
     """
 
-    def __init__(self, guards: Sequence[Guard]) -> None:
-        self._guards = guards
+    def __init__(self, guards: Sequence[Guard], shown: Shown | None = None) -> None:
+        """``shown``: what takes personal data out of the text behind the guards."""
+        self._guards, self._shown = guards, shown
         most = min((getattr(guard, "piece_tokens", PIECE_TOKENS) for guard in guards), default=PIECE_TOKENS)
         self._pieces = Pieces(most)
         self.refused: Verdict | None = None
+        self._refuser: Guard | None = None
 
     @property
     def refusal(self) -> str:
         """What a refused answer says instead of its text."""
-        return next((str(guard.refusal) for guard in self._guards if hasattr(guard, "refusal")), "")
+        own = getattr(self._refuser, "refusal", None)
+        return (
+            str(own)
+            if own is not None
+            else next((str(guard.refusal) for guard in self._guards if hasattr(guard, "refusal")), "")
+        )
 
     async def push(self, text: str, *, tokens: int = 0, last: bool = False) -> str:
         """Take more text, of so many tokens; return what may be shown now (see ``Pieces.cut``).
@@ -156,10 +164,13 @@ class CheckedText:
             return ""
         piece = self._pieces.cut(text, tokens=tokens, last=last)
         if not piece:
-            return ""
+            return self._show("", last=last)
         for guard in self._guards:
             verdict = await guard.check("output", self._pieces.out + piece)
             if not verdict.passed:
-                self.refused = verdict
+                self.refused, self._refuser = verdict, guard
                 return ""
-        return self._pieces.release(piece)
+        return self._show(self._pieces.release(piece), last=last)
+
+    def _show(self, piece: str, *, last: bool) -> str:
+        return piece if self._shown is None else self._shown.push(piece, last=last)

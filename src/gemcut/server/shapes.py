@@ -66,6 +66,7 @@ class _Answer(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     usage: Usage
     moderation: dict[str, Any] | None = None
+    personal_data: dict[str, Any] | None = None
 
 
 class ChatAnswerMessage(msgspec.Struct, kw_only=True):

@@ -21,6 +21,7 @@ from gemcut.server.fields import decode
 from gemcut.server.guards import Guard, JudgeDoor
 from gemcut.server.logs import Log
 from gemcut.server.metrics import Metrics
+from gemcut.server.private import PiiDoor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +90,7 @@ class ServerState:
         guards: asked about prompts and answers.
         judges: the guard file's judges, asked too; None where there is no guard file.
         audit: where decisions and reports are written down; None: nowhere.
+        pii: what becomes of personal data; None: nothing looks for it.
         rows: answers that are computed or wait.
         log: where lines about requests go.
         aliases: whose names for metrics are given beside gemcut's own.
@@ -104,6 +106,7 @@ class ServerState:
     guards: Sequence[Guard] = ()
     judges: JudgeDoor | None = None
     audit: Audit | None = None
+    pii: PiiDoor | None = None
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)
     aliases: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from gemcut.server.asgi import DONE, ClientLeftError, EventStream, Request, Send
 from gemcut.server.errors import api_error
 from gemcut.server.fields import Sampling
 from gemcut.server.guards import CheckedText, Guard, RequestGuard
+from gemcut.server.private import Private
 from gemcut.server.state import ServerState
 
 Body = TypeVar("Body", bound=Sampling)
@@ -54,7 +55,12 @@ class Answer(Generic[Body]):
         self.state, self.request, self.gemma, self.body = state, request, gemma, body
         self.id, self.created = f"{self.PREFIX}{request.id}", int(time.time())
         self.waiting = Waiting(state, request, streams, each=bool(body.stream))
-        self.texts = [CheckedText(guards) for _ in streams] if guards else None
+        private: Private | None = request.notes.get("pii")
+        looked = bool(guards) or (private is not None and private.mode == "redact")
+        self.texts = (
+            [CheckedText(guards, None if private is None else private.shown()) for _ in streams] if looked else None
+        )
+        self._private = private
         self._judge = judge
         self.prompts = prompts
         #: What goes with the answer: headers, and members of a whole one's JSON.
@@ -119,6 +125,8 @@ class Answer(Generic[Body]):
             value = self.head(self.KIND) | {"choices": choices, "usage": usage(sequences, prompts=self.prompts)}
         if self._judge is not None:
             value["moderation"] = self._judge.report()
+        if self._private is not None:
+            value["personal_data"] = self._private.report()
         await respond_json(send, value | self.extra, headers=self.headers)
 
     async def _choice(self, index: int) -> dict[str, Any]:
