@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemcut.hf import GenerationConfig as GenerationConfig
     from gemcut.hf import TextIteratorStreamer as TextIteratorStreamer
     from gemcut.hf import TextStreamer as TextStreamer
+    from gemcut.hf.pipeline import pipeline as pipeline
     from gemcut.quantization.spec import Quantization as Quantization
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _HOME = {
     "TextIteratorStreamer": "gemcut.hf",
     "TextStream": "gemcut.engine.results",
     "TextStreamer": "gemcut.hf",
+    "pipeline": "gemcut.hf.pipeline",
 }
 
 __all__ = [*_HOME, "__version__"]

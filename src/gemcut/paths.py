@@ -30,7 +30,11 @@ def benchmark_folder(given: str | Path | None = None, *, beside_clone: bool = Fa
     return beside if beside_clone and beside.is_dir() else None
 
 
-def cache_folder(kind: Literal["models", "tokenizers", "kernels", "packages", "summaries", "documents"]) -> Path:
+#: What gemcut keeps that it can make again.
+Kept = Literal["models", "tokenizers", "kernels", "packages", "summaries", "documents"]
+
+
+def cache_folder(kind: Kept) -> Path:
     """Where gemcut keeps what it can make again: ``GEMCUT_CACHE``, else gemcut's folder in the user's cache.
 
     Raises CheckpointError where there is no home folder.

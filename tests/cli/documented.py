@@ -41,6 +41,7 @@ REASONS = {
     "gemcut tutor": "asks a person; tests/uses/test_tutor.py answers",
     "gemcut embed": "needs JSON lines of the reader's; tests/uses/test_probe.py gives it some",
     "gemcut probe": "writes a file; tests/uses/test_probe.py reads it",
+    "gemcut list": "shows what its reader keeps; tests/test_storage.py keeps something",
     "gemcut batch": "needs a file of requests; tests/uses/test_batch.py gives it one",
     "gemcut safety": "needs texts of two kinds; tests/data/test_documents.py trains on some",
     "gemcut data": "needs a recipe; tests/data/test_documents.py runs the one of docs/data.md",
@@ -117,8 +118,9 @@ def snippets() -> list[tuple[str, list[str]]]:
         (path.name, [f["text"] for f in _FENCE.finditer(path.read_text("utf-8")) if f["language"] in ("python", "py")])
         for path in documents()
     ]
-    # A client's code needs a server: tests/server/test_readme.py runs it with one.
-    found = [(name, [code for code in codes if "from openai" not in code]) for name, codes in found]
+    # A client's code needs a server: tests/server/test_readme.py runs OpenAI's with one; the others' are no dependency.
+    client = re.compile(r"^from (openai|langchain_openai|llama_index\b)", re.MULTILINE)
+    found = [(name, [code for code in codes if not client.search(code)]) for name, codes in found]
     return [(name, codes) for name, codes in found if codes]
 
 

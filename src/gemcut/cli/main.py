@@ -32,6 +32,7 @@ from gemcut.cli.research import embed, next_, probe
 from gemcut.cli.safety import app as safety_app
 from gemcut.cli.score import score
 from gemcut.cli.serve import serve
+from gemcut.cli.storage import list_, rm
 from gemcut.cli.summarize import summarize
 from gemcut.cli.train import app as train_app
 from gemcut.cli.tutor import app as tutor_app
@@ -63,6 +64,8 @@ app.command()(write)
 app.command()(ask)
 app.command()(info)
 app.command()(plan)
+app.command("list")(list_)
+app.command()(rm)
 app.command()(quantize)
 app.command()(card)
 app.add_typer(config_app)
