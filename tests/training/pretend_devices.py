@@ -52,7 +52,7 @@ def main() -> None:
     def on(text: str) -> PlacedStep:
         own = Shardings(CONFIG, host_mesh(parse_mesh(text)))
         network = replace(sharded_network(CONFIG, own, "xla", "full"), compute_dtype=jnp.float32)
-        return PlacedStep(Step(network, OptimizerConfig(rate=1e-2, warmup=0), steps=10, hold=own.hold), own)
+        return PlacedStep(Step(network, OptimizerConfig(rate=1e-2, warmup=0), steps=10, rows=32, hold=own.hold), own)
 
     draw = np.random.default_rng(0)
     tokens = draw.integers(1, 64, (2, 8, 12)).astype(np.int32)

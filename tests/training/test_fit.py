@@ -40,7 +40,7 @@ CONFIG = GemmaConfig.from_dict(
         "final_logit_softcapping": 30.0,
     }
 )
-PLAN = Plan("tiny", CONFIG, mesh=(1, 2, 2), batch=2, seq=256, remat="full", attention="splash", pieces=1)
+PLAN = Plan("tiny", CONFIG, mesh=(1, 2, 2), batch=2, seq=256, remat="full", attention="splash", pieces=2)
 POD = Pod.parse("v5p:2x2x1")
 
 
@@ -84,6 +84,7 @@ def test_no_collective_is_larger_than_the_table_s_fp32_gradient(tiny: Fit) -> No
     assert most is not None
     table = 4 * CONFIG.vocab_size // 2 * CONFIG.hidden_size
     assert most.nbytes <= table
+    assert most.times == 1, "once a step, though the loss has two pieces"
     summed = program.largest(list(tiny.collectives), "all-reduce")
     # A whole gradient summed on every chip is what must not be: activations of one sequence are the largest left.
     assert summed is not None

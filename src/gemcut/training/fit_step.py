@@ -31,6 +31,7 @@ def sharded_network(config: GemmaConfig, shardings: Shardings, attention: str, r
         lookup=shardings.lookup,
         constrain=shardings.constrain,
         per_device=shardings.per_device,
+        groups=shardings.groups,
     )
 
 

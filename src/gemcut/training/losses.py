@@ -79,7 +79,12 @@ def _forward(
 ) -> tuple[tuple[jax.Array, Extras], tuple[jax.Array, jax.Array]]:
     given = table.dtype
     hidden, table = _prepare(network, hidden, table)
+    # Each group of devices adds up its own table gradient; all of them are summed once, not once a piece.
+    groups = network.groups if size < hidden.shape[1] else 1
     cap = network.config.final_logit_softcapping
+
+    def apiece(total: jax.Array) -> jax.Array:
+        return network.constrain(total, ("batch", "vocab", None)) if network.constrain and groups > 1 else total
 
     def piece(total: jax.Array, part: tuple[jax.Array, Extras]) -> tuple[jax.Array, Any]:
         h, extra = part
@@ -88,10 +93,13 @@ def _forward(
         )
         slope = pull(jnp.ones_like(loss))[0].astype(network.compute_dtype)
         dh = jnp.einsum("bcv,vd->bcd", slope, table, preferred_element_type=network.wide).astype(h.dtype)
-        return total + jnp.einsum("bcv,bcd->vd", slope, h, preferred_element_type=network.wide), (loss, others, dh)
+        apart = [x.reshape(groups, -1, *x.shape[1:]) for x in (slope, h)]
+        total = total + jnp.einsum("gbcv,gbcd->gvd", *apart, preferred_element_type=network.wide)
+        return apiece(total), (loss, others, dh)
 
-    start = jnp.zeros(table.shape, network.wide)
+    start = apiece(jnp.zeros((groups, *table.shape), network.wide))
     total, (losses, others, dh) = jax.lax.scan(piece, start, jax.tree.map(partial(_cut, size), (hidden, extras)))
+    total = total.sum(0)
     dh = jnp.moveaxis(dh, 0, 1).reshape(hidden.shape)
     return (losses.sum(0), jax.tree.map(lambda x: x.sum(0), others)), (dh, total.astype(given))
 

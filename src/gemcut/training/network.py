@@ -56,6 +56,8 @@ class Network:
     lookup: str = "take"
     constrain: Constrain | None = None
     per_device: PerDevice | None = None
+    #: How many groups of devices share a batch; each adds up a table's gradient of its own.
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (("remat", tuple(REMAT)), ("lookup", ("take", "onehot"))):

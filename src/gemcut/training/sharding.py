@@ -113,6 +113,11 @@ class Shardings:
         return found
 
     @property
+    def groups(self) -> int:
+        """How many groups of devices share a batch."""
+        return int(self.mesh.shape["replica"] * self.mesh.shape["data"])
+
+    @property
     def lookup(self) -> str:
         """How ids meet the table: a one-hot product keeps its gradient split where the vocabulary is split."""
         return "onehot" if self.mesh.shape["model"] > 1 else "take"
