@@ -39,6 +39,7 @@ REASONS = {
     "gemcut summarize": "needs a file of the reader's; tests/uses/test_summarize.py gives it one",
     "gemcut ask": "needs a folder of documents; tests/uses/test_ask.py gives it one",
     "gemcut tutor": "asks a person; tests/uses/test_tutor.py answers",
+    "gemcut convert": "writes large files; tests/checkpoint/test_gguf_write.py reads them",
     "gemcut embed": "needs JSON lines of the reader's; tests/uses/test_probe.py gives it some",
     "gemcut probe": "writes a file; tests/uses/test_probe.py reads it",
     "gemcut list": "shows what its reader keeps; tests/test_storage.py keeps something",

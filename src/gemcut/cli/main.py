@@ -19,6 +19,7 @@ from gemcut.cli.bench import app as bench_app
 from gemcut.cli.card import card
 from gemcut.cli.chat import chat
 from gemcut.cli.config import app as config_app
+from gemcut.cli.convert import convert
 from gemcut.cli.data import app as data_app
 from gemcut.cli.eval_memorize import eval_app
 from gemcut.cli.failures import explain, one_line
@@ -67,6 +68,7 @@ app.command()(plan)
 app.command("list")(list_)
 app.command()(rm)
 app.command()(quantize)
+app.command()(convert)
 app.command()(card)
 app.add_typer(config_app)
 app.add_typer(data_app)
