@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemcut.errors import ParameterError
@@ -83,7 +84,31 @@ def start(name: str = "auto") -> Driver:
     kind = chosen(name)
     if kind == PATHWAYS:
         return _pathways()
-    return _controllers() if kind == CONTROLLERS else Driver(HOST)
+    if kind == CONTROLLERS:
+        return _controllers()
+    _pass_over_libtpu()
+    return Driver(HOST)
+
+
+def _pass_over_libtpu() -> None:
+    """Where libtpu is installed for `gemcut train fit` and no TPU is here, keep jax from looking for one, at length."""
+    tpus = [path for name in ("accel*", "vfio/[0-9]*") for path in Path("/dev").glob(name)]
+    if "JAX_PLATFORMS" in os.environ or tpus or importlib.util.find_spec("libtpu") is None:
+        return
+    import jax
+
+    gpus = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    settings: Any = jax.config
+    if settings.jax_platforms is None:
+        settings.update("jax_platforms", "cuda,cpu" if gpus else "cpu")
+
+
+def wait_for_all(driver: Driver, name: str) -> None:
+    """Wait until every process of a run is at ``name``."""
+    if driver.processes > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def _controllers() -> Driver:

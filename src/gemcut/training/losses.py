@@ -169,10 +169,12 @@ def distil_stored(share: float = 1.0) -> Score:
         ids, given = extras["top_ids"], extras["top_probabilities"].astype(logits.dtype)
         total = jax.nn.logsumexp(logits, -1)
         top = jnp.take_along_axis(logits, ids, -1) - total[..., None]
-        without = jnp.put_along_axis(logits, ids, -jnp.inf, -1, inplace=False)
-        rest = jax.nn.logsumexp(without, -1) - total
-        left = jnp.maximum(0, 1 - given.sum(-1))
-        cross = -(((given * top).sum(-1) + left * rest) * extras["weights"]).sum()
+        likely = (given * top).sum(-1)
+        if ids.shape[-1] < logits.shape[-1]:  # else no word is left
+            without = jnp.put_along_axis(logits, ids, -jnp.inf, -1, inplace=False)
+            rest = jax.nn.logsumexp(without, -1) - total
+            likely += jnp.maximum(0, 1 - given.sum(-1)) * rest
+        cross = -(likely * extras["weights"]).sum()
         nll = ((total - _chosen(logits, extras["targets"])) * extras["weights"]).sum()
         return share * cross + (1 - share) * nll, {"nll": nll, "cross": cross}
 

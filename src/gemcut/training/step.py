@@ -96,11 +96,11 @@ class Step:
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in {**metrics, **more}.items()}
 
 
-def check_finite(step: int, metrics: Extras, documents: Callable[[], list[int]]) -> None:
-    """Raise DataError where a step found no finite loss; ``documents`` gives the ids of the batch's documents."""
+def check_finite(step: int, metrics: Extras, documents: Callable[[], list[str]]) -> None:
+    """Raise DataError where a step found no finite loss; ``documents`` gives the names of the batch's documents."""
     if not metrics["finite"]:
-        ids = sorted(set(documents()))
-        shown = ", ".join(map(str, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        ids = documents()
+        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         raise DataError(
             f"step {step}: the loss is {float(metrics['loss'])}, its gradient's norm "
             f"{float(metrics['gradient_norm'])}; "
