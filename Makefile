@@ -8,7 +8,7 @@ KERNELS := src/gemcut/kernels/cpu/build.py $(shell find src/gemcut/kernels/cpu/s
 # Processes that tests run in: a processor each, four at most, since each may hold a real model.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 
-.PHONY: demo check test test-gpu test-gpus lint bench-cpu bench-gpu clean
+.PHONY: demo train-demo check test test-gpu test-gpus lint bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -17,6 +17,12 @@ demo: $(VENV)/demo.stamp
 	@echo
 	@echo 'To run it yourself: $(BIN)/gemcut generate -m gemma-3-270m -t 0 "The sky is"'
 	@echo '(or, after . $(BIN)/activate, gemcut alone; gemcut --help lists the commands)'
+
+# Text in, a model out: two minutes on two cores.
+train-demo: $(VENV)/train.stamp
+	rm -rf $(VENV)/train-demo
+	JAX_PLATFORMS=cpu $(BIN)/gemcut train run configs/smoke.toml $(VENV)/train-demo
+	$(BIN)/gemcut generate --model $(VENV)/train-demo/model --max-new-tokens 40 --temperature 0 "The model"
 
 # What one runs between two changes: no slow tests.
 check: lint
@@ -54,9 +60,13 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/pyth
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	touch $@
 
+$(VENV)/train.stamp: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	touch $@
+
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
-	touch $@ $(VENV)/demo.stamp
+	touch $@ $(VENV)/demo.stamp $(VENV)/train.stamp
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,9 +1,9 @@
 """Many controllers on the GPUs of a Ray cluster, one process a node.
 
     pip install 'gemcut[train,ray]'
-    RAY_USAGE_STATS_ENABLED=0 python deploy/training/ray_train.py RUN.toml --nodes 4 --gpus 8
+    RAY_USAGE_STATS_ENABLED=0 python deploy/training/ray_train.py RUN.toml DIR --nodes 4 --gpus 8
 
-RUN.toml must be at the same path on every node. The first node's process is the coordinator. Where one process fails,
+RUN.toml and DIR, the folder of the run, must be at the same path on every node. The first node's process is the coordinator. Where one process fails,
 all end and this program exits with 1; started again, the run goes on from its last checkpoint.
 """
 
@@ -24,9 +24,9 @@ def environment(coordinator: str, process: int, processes: int) -> dict[str, str
     }
 
 
-def command(run: str) -> list[str]:
+def command(run: str, out: str) -> list[str]:
     """The program of each process."""
-    return [sys.executable, "-m", "gemcut", "train", "run", run]
+    return [sys.executable, "-m", "gemcut", "train", "run", run, out, "--resume"]
 
 
 class Node:
@@ -42,11 +42,11 @@ class Node:
             found.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
 
-    def run(self, run: str, variables: dict[str, str]) -> int:
+    def run(self, run: str, out: str, variables: dict[str, str]) -> int:
         """Start the process and wait for it; its exit status."""
         import os
 
-        return subprocess.run(command(run), env={**os.environ, **variables}, check=False).returncode
+        return subprocess.run(command(run, out), env={**os.environ, **variables}, check=False).returncode
 
 
 def main() -> int:
@@ -55,6 +55,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description="Drive a training run on a Ray cluster.")
     parser.add_argument("run", help="the run's TOML file, at this path on every node")
+    parser.add_argument("out", help="the folder of the run, which every node sees at this path")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of each node")
     given = parser.parse_args()
@@ -70,7 +71,9 @@ def main() -> int:
         for i in range(given.nodes)
     ]
     coordinator = ray.get(nodes[0].address.remote())
-    waiting = [node.run.remote(given.run, environment(coordinator, i, given.nodes)) for i, node in enumerate(nodes)]
+    waiting = [
+        node.run.remote(given.run, given.out, environment(coordinator, i, given.nodes)) for i, node in enumerate(nodes)
+    ]
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1)
         if ray.get(done[0]) != 0:

@@ -49,21 +49,21 @@ def test_scripts_start_the_run(script: str, program: str, tmp_path: Path) -> Non
     fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     fake.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CLUSTER": "c", "IMAGE": "i"}
-    run = [str(FOLDER / script), "/runs/my run.toml"]
+    run = [str(FOLDER / script), "/runs/my run.toml", "/runs/out"]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     given = done.stdout.splitlines()
     if program == "xpk":
         assert given[:2] == ["workload", "create-pathways"]
         assert given[given.index("--tpu-type") + 1] == "v5p-12288"  # two cores a chip
-        assert given[given.index("--command") + 1] == r"gemcut train run /runs/my\ run.toml"
+        assert given[given.index("--command") + 1] == r"gemcut train run /runs/my\ run.toml /runs/out --resume"
     else:
-        assert given[-4:] == ["gemcut", "train", "run", "/runs/my run.toml"]
-    for missing in ([run[0]], *([run] if program == "xpk" else [])):
+        assert given[-6:] == ["gemcut", "train", "run", "/runs/my run.toml", "/runs/out", "--resume"]
+    for missing in ([run[0]], run[:2], *([run] if program == "xpk" else [])):
         plain = {"PATH": environment["PATH"]}
         done = subprocess.run(missing, env=plain, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode != 0
-        assert "usage:" in done.stderr or "set CLUSTER" in done.stderr
+        assert any(words in done.stderr for words in ("usage:", "name the folder", "set CLUSTER"))
 
 
 def _ray_train() -> Any:
@@ -80,10 +80,10 @@ def test_rays_processes_know_who_they_are() -> None:
     each = [module.environment("10.0.0.1:7000", i, 3) for i in range(3)]
     assert [e["GEMCUT_PROCESS"] for e in each] == ["0", "1", "2"]
     assert {(e["GEMCUT_COORDINATOR"], e["GEMCUT_PROCESSES"]) for e in each} == {("10.0.0.1:7000", "3")}
-    assert module.command("a.toml")[1:] == ["-m", "gemcut", "train", "run", "a.toml"]
+    assert module.command("a.toml", "out")[1:] == ["-m", "gemcut", "train", "run", "a.toml", "out", "--resume"]
 
 
 def test_a_nodes_failure_is_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     module = _ray_train()
-    monkeypatch.setattr(module, "command", lambda run: ["sh", "-c", f"exit $GEMCUT_PROCESS{run}"])
-    assert module.Node().run("", module.environment("h:1", 3, 4)) == 3
+    monkeypatch.setattr(module, "command", lambda run, out: ["sh", "-c", f"exit $GEMCUT_PROCESS{run}{out}"])
+    assert module.Node().run("", "", module.environment("h:1", 3, 4)) == 3
