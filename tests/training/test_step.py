@@ -86,7 +86,9 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_names_the_documents() -> 
     after, metrics = run(broken, batch(1, 4))
     same = partial(np.testing.assert_array_equal)
     jax.tree.map(same, after, broken)
-    with pytest.raises(DataError, match=r"step 7: the loss is nan.*nothing was updated; look at documents 3, 8"):
+    with pytest.raises(
+        DataError, match=r"step 7: the loss is nan.*nothing was updated; look at documents web:3, web:8"
+    ):
         check_finite(7, metrics, lambda: ["web:3", "web:8"])
 
 

@@ -6,9 +6,12 @@ import contextlib
 import fcntl
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from gemcut.data.store import AtomicFile, write_json
 from gemcut.errors import DataError
@@ -86,6 +89,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
+        self._folder = folder
         self._manager = self._open(folder / "checkpoints", keep)
         self._best = self._open(folder / "best", 1)
 
@@ -102,6 +106,13 @@ class Checkpoints:
         manager = self._best if best else self._manager
         if step in manager.all_steps():
             return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // max(1, jax.process_count())
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:  # said before anything is written, rather than by each thread that fails
+            raise DataError(
+                f"the checkpoint of step {step} cannot be written: it takes {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} are "
+                "free; the one before it is whole: free some space, and resume"
+            )
         with self._said(step):
             manager.save(step, args=args.Composite(state=args.StandardSave(state), more=args.JsonSave(more)))
 
