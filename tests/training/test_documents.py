@@ -13,17 +13,19 @@ import pytest
 import support
 from gemcut.cli.main import main
 from gemcut.config import FAMILY
+from gemcut.training.fit import default_mesh
 from gemcut.training.runfile import network_config, read_run_file
 from gemcut.training.sharding import check_batch, check_network
+from gemcut.training.topology import Pod
 
 from .runs import command, write_run
 
 DOCUMENT = (support.ROOT / "docs" / "training.md").read_text("utf-8")
 CONFIGS = sorted((support.ROOT / "configs").glob("*.toml"))
 CARD = {
-    "gemma2-27b-v5p-6144": ("gemma-2-27b", 6144, 13e12),
-    "gemma2-9b-v4-4096": ("gemma-2-9b", 4096, 8e12),
-    "gemma2-2b-v5e-512": ("gemma-2-2b", 512, 2e12),
+    "gemma2-27b-v5p-6144": ("gemma-2-27b", "v5p:16x16x24", 1, 13e12),
+    "gemma2-9b-v4-4096": ("gemma-2-9b", "v4:16x16x16", 1, 8e12),
+    "gemma2-2b-v5e-512": ("gemma-2-2b", "v5e:16x16", 2, 2e12),
 }
 
 
@@ -46,10 +48,11 @@ def test_a_config_can_be_read(path: Path, tmp_path: Path) -> None:
     if path.stem not in CARD:
         assert config.num_parameters() < 60_000_000
         return
-    name, chips, tokens = CARD[path.stem]
+    name, pod, slices, tokens = CARD[path.stem]
     assert config == FAMILY[name]
     mesh = dict(zip(("replica", "data", "model"), file.run.mesh, strict=True))
-    assert math.prod(file.run.mesh) == chips
+    assert math.prod(file.run.mesh) == Pod.parse(pod, slices).chips
+    assert file.run.mesh == default_mesh(config, Pod.parse(pod, slices))  # the one that `train fit` compiles
     check_network(config, mesh)
     check_batch(file.run.batch, mesh)
     assert file.run.steps * file.run.batch * file.run.micro_batches * file.run.length == pytest.approx(tokens, rel=1e-3)
