@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_is_said_and_the_old_checkpoint_stays(base: Path, mo
     trainer = Trainer(base / "full", rundir.run_file_of(base / "full"))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-        with pytest.raises(DataError, match=r"takes 0\.\d GB and 0\.0 are free; .* free some space, and resume"):
+        with pytest.raises(DataError, match=r"takes 0\.\d GB, 0\.0 are free; .* free some space, and resume"):
             trainer.run()
     # What fills up in the middle of a write: no file of more than 20,000 bytes can be written.
     _, err = (child := command("resume", base / "full", file_bytes=20_000)).communicate(timeout=240)

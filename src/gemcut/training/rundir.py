@@ -110,7 +110,7 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if free < needed:  # said before anything is written, rather than by each thread that fails
             raise DataError(
-                f"the checkpoint of step {step} cannot be written: it takes {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} "
+                f"the checkpoint of step {step} cannot be written: it takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} "
                 "are free; the one before it is whole: free some space, and resume"
             )
         with self._said(step):
