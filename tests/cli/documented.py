@@ -52,6 +52,7 @@ REASONS = {
     "gemcut train": "takes minutes; tests/training/test_documents.py runs these commands",
     "python -m gemcut.evaluation.lm_eval": "needs a benchmark's set; tests/evaluation/test_lm_eval.py asks the adapter",
     "GEMCUT_MODEL=": "needs Ray",
+    "gemcut bench model": "measures for a minute; tests/uses/test_speed.py asks for little",
     "gemcut bench serve": "needs a server; tests/bench/test_real_server.py gives it one",
     "python -m gemcut.kernels.cpu.build": "builds the library that other tests are running",
 }

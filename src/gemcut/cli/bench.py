@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench",
-    help="Measure a server under load.",
+    help="Measure a model on this machine, or a server under load.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,7 +36,7 @@ _MAX_RATES = 32
 
 @app.callback()
 def _bench() -> None:
-    """A group of commands, though it has one yet."""
+    """A group of commands."""
 
 
 @app.command()

@@ -16,6 +16,7 @@ import gemcut
 from gemcut.cli.ask import ask
 from gemcut.cli.batch import batch
 from gemcut.cli.bench import app as bench_app
+from gemcut.cli.bench_model import model as bench_model
 from gemcut.cli.card import card
 from gemcut.cli.chat import chat
 from gemcut.cli.config import app as config_app
@@ -76,6 +77,7 @@ app.add_typer(eval_app)
 app.add_typer(safety_app)
 app.add_typer(tutor_app)
 app.add_typer(train_app)
+bench_app.command("model")(bench_model)
 app.add_typer(bench_app)
 
 
