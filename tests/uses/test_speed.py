@@ -75,7 +75,12 @@ def test_the_command(cli: Cli, gemma: Gemma, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["batch"] for row in report["rounds"]] == [1, 3]
     assert report["weight_bytes"] == weight_bytes(gemma)
     assert report["steps_per_second_limit"] == report["read_bytes_per_second"] / report["weight_bytes"]
-    lines = cli("bench", "model", NAME, *more).out.splitlines()
+    monkeypatch.setattr("gemcut.uses.speed.read_bandwidth", lambda device: 1.0)  # as on a machine that is busy
+    done = cli("bench", "model", NAME, *more)
+    assert "more than the limit" in done.error
+    monkeypatch.setattr("gemcut.uses.speed.read_bandwidth", lambda device: 1e15)
+    assert cli("bench", "model", NAME, *more).err == ""
+    lines = done.out.splitlines()
     assert len(lines) == 5
     assert lines[-1].split()[0] == "1"
     for args, said in [

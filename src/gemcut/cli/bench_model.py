@@ -29,8 +29,8 @@ def model(
     """Measure how fast a model reads prompts and writes answers here.
 
     Medians of tokens a second, with the least and the most. What the memory
-    allows is the speed at which it can be read, measured before and after,
-    over the bytes of the weights: one answer alone cannot be faster.
+    allows is the speed at which it can be read, measured before and after
+    each round, over the bytes of the weights: one answer alone cannot be faster.
     """
     name = need_model(name, "gemcut bench model MODEL")
     try:
@@ -55,12 +55,13 @@ def model(
         if drawn:
             print(f"\r{done} of {known} ", end="\n" if done == known else "", file=sys.stderr, flush=True)
 
-    nbytes, before = weight_bytes(gemma), read_bandwidth(gemma.device)
-    found = [
-        measure(gemma, prompt=prompt_tokens, new=output_tokens, batch=each, repetitions=repeat, heard=heard)
-        for each in batches
-    ]
-    bandwidth = max(before, read_bandwidth(gemma.device))
+    nbytes, bandwidth = weight_bytes(gemma), read_bandwidth(gemma.device)
+    found = []
+    for each in batches:
+        found.append(
+            measure(gemma, prompt=prompt_tokens, new=output_tokens, batch=each, repetitions=repeat, heard=heard)
+        )
+        bandwidth = max(bandwidth, read_bandwidth(gemma.device))
     limit = bandwidth / nbytes
     if as_json:
         rows = [
@@ -102,3 +103,5 @@ def model(
     print(f"{'batch':>5}  {'prompt tok/s':>24}  {'first token, s':>22}  {'new tok/s':>22}  {'of limit':>8}")
     for own in found:
         print(line(own))
+    if any(median(own.decode) / own.batch > limit for own in found):
+        output.note("more than the limit: the memory was read while the machine did other work; measure once more")
