@@ -80,6 +80,8 @@ class ResolvedSampling:
         values = {name: getattr(self.params, name) for name in shown}
         if "grammar" in values:
             values["grammar"] = None if self.params.grammar is None else str(self.params.grammar)
+        if "watermark" in values:
+            values["watermark"] = values["watermark"] is not None  # never the key
         return {name: {"value": value, "origin": self.origin(name)} for name, value in values.items()}
 
     def words(self) -> str:

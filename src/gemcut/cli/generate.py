@@ -20,6 +20,7 @@ from gemcut.cli.options import (
     LoadOptions,
     SamplingOptions,
     Schema,
+    WatermarkKey,
     flag,
     need_model,
     with_options,
@@ -55,6 +56,7 @@ def generate(
         int | None, typer.Option(metavar="N", help="With --json: log-probabilities, and the N likeliest others.")
     ] = None,
     schema: Schema = None,
+    watermark_key: WatermarkKey = None,
     debug: Debug = False,
     sampling: SamplingOptions,
     load: LoadOptions,
@@ -70,10 +72,11 @@ def generate(
         raise ParameterError("--logprobs shows its numbers in JSON alone; add --json")
     text = read_prompt(prompt, file, partial(load.most_bytes, name))
     fields, levels = sampling.fields(logprobs=logprobs, grammar=read_schema(schema)), sampling.levels()
+    mark = read_mark(watermark_key)
     gemma = load.load(name)
     gemma.sampling_levels[:0] = levels
     ids = gemma.encode(text)
-    used = gemma.resolve_sampling(len(ids), fields)
+    used = gemma.resolve_sampling(len(ids), fields | mark)
     with gemma.stream_ids(ids, used.params) as stream:
         if as_json:
             completion = stream.result.checked()
@@ -88,6 +91,15 @@ def generate(
             note_closed(completion, used)
     if stats:
         output.print_stats(gemma, completion, used)
+
+
+def read_mark(path: Path | None) -> dict[str, Any]:
+    """The field of SamplingParams for the key in a file; {} for none. Raises ParameterError."""
+    if path is None:
+        return {}
+    from gemcut.safety.watermark import Watermark
+
+    return {"watermark": Watermark.read(path)}
 
 
 def read_schema(path: Path | None) -> Grammar | None:

@@ -38,6 +38,7 @@ from gemcut.cli.storage import list_, rm
 from gemcut.cli.summarize import summarize
 from gemcut.cli.train import app as train_app
 from gemcut.cli.tutor import app as tutor_app
+from gemcut.cli.watermark import app as watermark_app
 from gemcut.cli.write import write
 
 app = typer.Typer(
@@ -75,6 +76,7 @@ app.add_typer(config_app)
 app.add_typer(data_app)
 app.add_typer(eval_app)
 app.add_typer(safety_app)
+app.add_typer(watermark_app)
 app.add_typer(tutor_app)
 app.add_typer(train_app)
 bench_app.command("model")(bench_model)

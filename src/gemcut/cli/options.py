@@ -49,6 +49,10 @@ def option(help: str, *names: str, metavar: str) -> Any:
 Schema = Annotated[
     Path | None, typer.Option("--schema", metavar="FILE", help="The answer is JSON that this JSON schema describes.")
 ]
+WatermarkKey = Annotated[
+    Path | None,
+    typer.Option("--watermark-key", metavar="FILE", help="Mark what is drawn by the key in this file."),
+]
 Debug = Annotated[bool, flag(DEBUG_HELP, "--debug")]
 
 

@@ -12,7 +12,18 @@ import typer
 
 import gemcut
 from gemcut.cli.access_options import AccessOptions
-from gemcut.cli.options import MODEL_HELP, Debug, LoadOptions, SamplingOptions, flag, need_model, option, with_options
+from gemcut.cli.generate import read_mark
+from gemcut.cli.options import (
+    MODEL_HELP,
+    Debug,
+    LoadOptions,
+    SamplingOptions,
+    WatermarkKey,
+    flag,
+    need_model,
+    option,
+    with_options,
+)
 from gemcut.errors import ParameterError, UnsupportedError
 from gemcut.progress import LoadProgress, Report
 from gemcut.settings import read_settings
@@ -62,6 +73,7 @@ def serve(
         str | None,
         option("What becomes of personal data in prompts, answers and logs: redact, refuse, report.", metavar="MODE"),
     ] = None,
+    watermark_key: WatermarkKey = None,
     allow_unknown: Annotated[bool, flag("Ignore unknown fields of requests, and say so.", "--allow-unknown")] = False,
     debug: Debug = False,
     access: AccessOptions,
@@ -111,7 +123,7 @@ def serve(
         from gemcut.safety.guard_file import GuardFile
 
         guard_file = GuardFile.read(guard)
-    state = ServerState(settings)
+    state = ServerState(settings, watermark=read_mark(watermark_key).get("watermark"))
     if pii is not None:
         from gemcut.server.private import PiiDoor
 

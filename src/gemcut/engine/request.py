@@ -21,6 +21,7 @@ from gemcut.errors import GemcutError
 
 if TYPE_CHECKING:
     from gemcut.engine.edits import LogitsEdit
+    from gemcut.safety.watermark import Contexts
 
 #: "content_filter" is a guard's, which ends what the engine would go on with.
 FinishReason = Literal["stop", "length", "cancelled", "error", "content_filter"]
@@ -185,6 +186,7 @@ class Sequence:
         self.unwanted = False
         #: Who reads the events. A request whose reader is gone is unwanted.
         self.reader: weakref.ref[object] | None = None
+        self.contexts: Contexts | None = None  # of the answer, where its draws are marked
         self.cached_tokens = 0  # prompt tokens found in the cache at the first start
         self.submitted = time.perf_counter()
         self.started: float | None = None

@@ -280,4 +280,5 @@ def _wants_tokens(scheduled: Scheduled) -> bool:
     """Whether the next token is all that is wanted, and nothing comes between the logits and the choice."""
     sequence = scheduled.sequence
     params = sequence.request.params
-    return params.max_new_tokens > 0 and params.logprobs is None and not changes_logits(sequence)
+    plain = params.logprobs is None and params.watermark is None
+    return params.max_new_tokens > 0 and plain and not changes_logits(sequence)

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemcut.engine.draw import DrawMode, DrawParams, choose, shortlist
+from gemcut.engine.draw import DrawMode, DrawParams, choose, shortlist, top
 from gemcut.engine.edits import change_logits, changes_logits
 from gemcut.engine.logprobs import token_logprobs
 from gemcut.engine.request import RowError, Sequence, TokenLogprob
 from gemcut.engine.sampling import SamplingParams
 from gemcut.engine.tensors import indices, rows_at_once, upload
+from gemcut.safety.watermark import MARKED, Contexts
 
 _MASK = 2**64 - 1
 NOT_FINITE = "the logits of this request hold NaN or infinity"
@@ -84,7 +85,9 @@ def sample(
         if index in errors:
             continue
         try:
-            if not p.greedy:
+            if p.watermark is not None:
+                tokens[index] = _marked(rows, index, sequence)
+            elif not p.greedy:
                 own = DrawParams.of(p, uniform(sequence.seed, sequence.output_length))
                 drawn.setdefault(DrawMode.of(p), []).append(_Drawn(index, p.temperature, own))
             wanted[index] = p.logprobs
@@ -96,6 +99,31 @@ def sample(
         tokens[index], wanted[index] = failure, None
     asked = [sequence.request.logprobs_of for sequence in sequences]
     return tokens, token_logprobs(logits, tokens, wanted, asked)
+
+
+def _marked(rows: _Rows, index: int, sequence: Sequence) -> int:
+    """The token of a row whose draws carry a watermark, chosen on the CPU."""
+    p = sequence.request.params
+    assert p.watermark is not None
+    if sequence.contexts is None:
+        sequence.contexts = Contexts(p.watermark.context, sequence.prompt_length)
+    (row,), _ = rows.take([index])
+    found, ids = candidates(row, p.temperature, p.top_k, p.top_p, p.min_p)
+    point = uniform(sequence.seed, sequence.output_length)
+    if ids is None:  # all tokens: the likeliest play for what they have together, else one of the others is drawn
+        found = found.double()
+        total, everything = float(found.sum()), found
+        found, ids = top(found, MARKED) if len(found) > MARKED else found.sort(descending=True)
+        mass = float(found.sum())
+        if len(everything) > MARKED and point * total >= mass:
+            others = everything.index_fill(0, ids, 0.0).cumsum(0)
+            wanted = torch.full((1,), point * total - mass, dtype=torch.float64, device=others.device)
+            place = int(torch.searchsorted(others, wanted, right=True))
+            return min(place, int(torch.searchsorted(others, others[-1:])))
+        point = min(point * total / mass, 1 - 2.0**-53)
+    return p.watermark.choose(
+        found.double().cpu().numpy(), ids.cpu().numpy(), sequence.tokens, sequence.contexts, point
+    )
 
 
 class _Rows:

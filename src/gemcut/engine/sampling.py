@@ -15,6 +15,8 @@ from gemcut.errors import ParameterError
 if TYPE_CHECKING:
     import numpy as np
 
+    from gemcut.safety.watermark import Watermark
+
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_BIAS = 1e9  # far beyond any logit, and fp32 stays finite
@@ -41,6 +43,7 @@ class SamplingParams:
         ignore_eos: go on past end-of-sequence tokens (for benchmarks).
         logprobs: give each token's log-probability and this many likeliest alternatives; None gives none.
         do_sample: transformers' switch; False means greedy. None: decided by ``temperature``.
+        watermark: marks the draws by a key (`gemcut.safety.watermark.Watermark`); None: no mark. It needs a draw.
         grammar: what the answer must match: a Grammar, or a JSON schema as a dict. None: anything.
     """
 
@@ -60,6 +63,7 @@ class SamplingParams:
     logprobs: int | None = None
     do_sample: bool | None = None
     grammar: Grammar | None = None
+    watermark: Watermark | None = None
 
     def __post_init__(self) -> None:
         _whole(self, "max_new_tokens", 0, None)
@@ -91,6 +95,15 @@ class SamplingParams:
             for name in ("ignore_eos", "min_new_tokens"):
                 if getattr(self, name):
                     raise ParameterError(f"{name} contradicts grammar: an answer ends where its grammar does; drop one")
+        if self.watermark is not None:
+            from gemcut.safety.watermark import Watermark
+
+            if not isinstance(self.watermark, Watermark):
+                raise ParameterError(f"watermark is {type(self.watermark).__name__}; expected a Watermark")
+            if self.greedy:
+                raise ParameterError(
+                    "watermark contradicts temperature 0, do_sample=False and top_k=1: draws alone are marked; drop one"
+                )
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 

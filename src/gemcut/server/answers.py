@@ -61,6 +61,8 @@ def resolve(
     params = state.resolved.get(key)
     if params is None:
         params = gemma.resolve_sampling(prompt_tokens, same, chat=chat).params
+        if state.watermark is not None and not params.greedy:
+            params = dataclasses.replace(params, watermark=state.watermark)
         if len(state.resolved) >= _KEPT:
             state.resolved.clear()
         if len(key[2]) <= _SHORT:

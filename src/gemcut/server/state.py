@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from gemcut.engine.sampling import SamplingParams
     from gemcut.gemma import Gemma
+    from gemcut.safety.watermark import Watermark
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Result = TypeVar("Result")
@@ -91,6 +92,7 @@ class ServerState:
         judges: the guard file's judges, asked too; None where there is no guard file.
         audit: where decisions and reports are written down; None: nowhere.
         pii: what becomes of personal data; None: nothing looks for it.
+        watermark: marks all that is drawn; None: no mark.
         rows: answers that are computed or wait.
         log: where lines about requests go.
         aliases: whose names for metrics are given beside gemcut's own.
@@ -107,6 +109,7 @@ class ServerState:
     judges: JudgeDoor | None = None
     audit: Audit | None = None
     pii: PiiDoor | None = None
+    watermark: Watermark | None = None
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)
     aliases: tuple[str, ...] = ()
