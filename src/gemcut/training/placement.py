@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gemcut.config import GemmaConfig
 from gemcut.errors import ParameterError
 from gemcut.training.driver import Driver
+from gemcut.training.fit_step import sharded_network
 from gemcut.training.network import Network
 from gemcut.training.parameters import Tree
 from gemcut.training.placed import PlacedStep
@@ -53,8 +55,8 @@ class Placement:
         """The network of ``config``, which may be a teacher's, with every activation where it belongs."""
         if self.mesh.size == 1:
             return Network(config, dtype, attention=attention, remat=remat)
-        own = Shardings(config, self.mesh)
-        return Network(config, dtype, attention, remat, own.lookup, own.constrain, own.per_device)
+        network = sharded_network(config, Shardings(config, self.mesh), attention, remat)
+        return dataclasses.replace(network, compute_dtype=dtype)
 
     def hold(self) -> Callable[[Tree], Tree] | None:
         """`Step.hold` of a run."""

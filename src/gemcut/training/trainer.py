@@ -82,6 +82,7 @@ class Trainer:
             self.file.run.steps,
             score=self._score,
             teacher=self._teacher,
+            rows=4096 * self.devices.groups,  # each group has its own
             hold=self.devices.hold(),
         )
 
