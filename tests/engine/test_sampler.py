@@ -122,6 +122,7 @@ PROMPT, OUTPUT = (1, 2, 3, 3), (4, 8, 8, 8, 2)
 #: Fields that say how long an answer is, when it ends or what comes with it, or that only switch a draw on. A grammar's
 #: draws are in test_grammar.py: only an engine with a vocabulary knows what it allows.
 NOT_OF_A_DRAW = {
+    "watermark",  # tests/safety/test_watermark.py has its distribution over keys
     *("max_new_tokens", "min_new_tokens", "stop", "ignore_eos"),
     *("seed", "logprobs", "do_sample", "grammar"),
 }

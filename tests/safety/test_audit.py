@@ -189,6 +189,10 @@ def test_the_server_writes_decisions_and_reports_and_no_text(tmp_path: Path) -> 
 
 def test_a_server_without_a_log() -> None:
     with serving(new_gemma()) as served:
+        policy = served.http.get("/v1/policy").json()
+        assert policy["prohibited_use_policy"] in served.http.get("/").text
+        assert (len(policy["limitations"]), policy["reports"]) == (5, False)
+        assert "dangerous, illegal or malicious activities" in policy["headings"]
         bad = served.http.post("/v1/reports", json={"request_id": "a", "reason": "hate"})
         assert (bad.status_code, error_of(bad)["code"]) == (400, "no_audit_log")
 
