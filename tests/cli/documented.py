@@ -17,6 +17,15 @@ from gemcut.cli.main import app
 
 #: Stand for Gemma 2 checkpoints, which are gated: the real 270M takes their place, and its own name's.
 MODELS = re.compile(r"(google/gemma-[\w.-]+|gemma-[23]-\w+(-it|-pt)?|(2b|9b|27b)(-it)?)")
+#: A model that another command of the document made.
+MADE = ("run-1/model",)
+#: Files that commands name, and what stands in for them.
+FILES = {
+    "guard.toml": '[[judge]]\nkind = "lexicon"\npath = "words.txt"\npolicy = "harassment"\n',
+    "words.txt": "a word that nobody says\n",
+    "librarian.toml": 'system = "You are a librarian."\n',
+    "key": "0123456789abcdef" * 3 + "\n",
+}
 #: Commands that are run with the names they have: they read no weights, and know these shapes by heart.
 BY_NAME = ("plan",)
 #: What is typed but cannot be run here, by how it begins, and why not.
@@ -135,7 +144,7 @@ def split(line: str, source: Path) -> tuple[list[str], str | None]:
     if feeder:
         stdin = shlex.split(feeder)[-1]
     if arguments[0] not in BY_NAME:
-        arguments = [str(source) if MODELS.fullmatch(word) else word for word in arguments]
+        arguments = [str(source) if MODELS.fullmatch(word) or word in MADE else word for word in arguments]
     return arguments, stdin.strip() or None
 
 

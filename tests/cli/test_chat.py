@@ -80,7 +80,7 @@ def test_a_base_model_is_called_one_and_talks_at_a_low_temperature_unless_someth
     support.gguf_path()  # skips without the demo extra
     gemma = Gemma.load("gemma-3-270m", progress=False)
     levels = list(gemma.sampling_levels)
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
 
     def temperature(*more: str) -> Any:
         gemma.sampling_levels[:] = levels

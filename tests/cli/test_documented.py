@@ -19,7 +19,7 @@ from gemcut.quantization.spec import FORMATS
 
 from . import real_forms as real
 from .conftest import Cli, Run
-from .documented import MODELS, Command, commands, shell_lines, snippets, split
+from .documented import FILES, MODELS, Command, commands, shell_lines, snippets, split
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,8 @@ def said() -> dict[str, Any]:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder to work in, with the files that commands read."""
     monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
     for name in ("HOME", "XDG_CONFIG_HOME"):  # a command may write settings
         monkeypatch.setenv(name, str(tmp_path / "home"))
     real.share_loads(monkeypatch)

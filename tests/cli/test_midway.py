@@ -98,7 +98,7 @@ def test_one_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gemma, "sampling_levels", list(gemma.sampling_levels))
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     ids = gemma.encode("Hello") if command[0] == "generate" else gemma.encode_messages(MESSAGES)
     text = so_far(gemma, ids)
     request.getfixturevalue("failing")

@@ -85,10 +85,15 @@ def write_run(
     return path
 
 
-def command(*arguments: object, devices: int = 1, file_bytes: int | None = None) -> subprocess.Popen[str]:
-    """``gemcut train`` in a process of its own, which may write no file of more than ``file_bytes``."""
+def command(
+    *arguments: object, devices: int = 1, file_bytes: int | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """``gemcut train`` in a process of its own, which may write no file of more than ``file_bytes``.
+
+    ``variables`` of the environment are its alone.
+    """
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **variables}
     program = "import resource, runpy, sys; sys.argv[0] = 'gemcut'; "
     if file_bytes is not None:
         program += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({file_bytes}, {file_bytes})); "

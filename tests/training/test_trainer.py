@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from gemcut.training.importing import HuggingFaceFolder
 from gemcut.training.metrics import read_metrics
 from gemcut.training.network import Network
 from gemcut.training.parameters import from_hf
+from gemcut.training.placement import choose_remat
 from gemcut.training.runfile import read_run_file
 from gemcut.training.trainer import Trainer
 
@@ -101,6 +103,48 @@ def test_another_mesh_goes_on_from_a_checkpoint_within_rounding(base: Path) -> N
         np.testing.assert_allclose(
             np.asarray(ours[name], np.float32), np.asarray(tensor, np.float32), atol=2e-3, err_msg=name
         )
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_go_on_alone(base: Path, tmp_path: Path) -> None:
+    """Over gloo: each reads its rows, both take part in saving and gathering, one writes and speaks."""
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(base / name)
+    file = write_run(tmp_path, mesh="[1, 2, 1]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    variables = {"GEMCUT_COORDINATOR": address, "GEMCUT_PROCESSES": "2"}
+    both = [
+        command("run", file, tmp_path / "out", "--until", "6", **variables, GEMCUT_PROCESS=str(i)) for i in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "step      6" in said[0][0]
+    assert said[1][0] == ""
+    trainer = Trainer(tmp_path / "out", rundir.run_file_of(tmp_path / "out"))
+    trainer.run()
+    lines, whole = read_metrics(tmp_path / "out"), read_metrics(base / "whole")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
+
+
+def test_remat_that_is_chosen_by_the_memory(base: Path) -> None:
+    needs = {"none": 900, "dots": 700, "names": 500, "full": 300}
+    chosen = [choose_remat("auto", needs.__getitem__, limit) for limit in (1000, 899, 500, 300)]
+    assert chosen == ["none", "dots", "names", "full"]
+    assert choose_remat("names", needs.__getitem__, 1) == "names"
+    with pytest.raises(
+        ParameterError, match=r"needs .* GiB a device even with remat full, and .* are there; lower batch"
+    ):
+        choose_remat("auto", needs.__getitem__, 299)
+    with pytest.raises(ParameterError, match="does not say its memory"):
+        choose_remat("auto", needs.__getitem__, None)
+    file = base / "auto.toml"
+    file.write_text((base / "run.toml").read_text().replace("[model]\n", '[model]\nremat = "auto"\n', 1))
+    trainer = Trainer(base / "whole", read_run_file(file))
+    assert trainer.remat == "none"
+    assert trainer._compiled_bytes("full") > 4 * 3 * trainer.parameters()  # weights and two moments at least
 
 
 def test_the_model_says_in_transformers_what_it_says_here(base: Path) -> None:

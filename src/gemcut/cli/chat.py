@@ -102,17 +102,13 @@ def chat(
     fields, levels = sampling.fields(grammar=read_schema(schema)), sampling.levels()
     if persona is not None:
         levels.insert(0, (persona.name, who.sampling))
-    from gemcut.uses.room import parse_full
-
-    full = parse_full(when_full, "--when-full")
-    guard_file = None
-    if guard is not None:
-        from gemcut.safety.guard_file import GuardFile
-
-        guard_file = GuardFile.read(guard)
     with _orderly_end():
         with quiet_keyboard():  # what is typed meanwhile is dropped: it would stand in the progress bar
-            gemma = load.load(name, guard=guard_file)
+            from gemcut.safety.guard_file import GuardFile
+            from gemcut.uses.room import parse_full
+
+            full = parse_full(when_full, "--when-full")
+            gemma = load.load(name, guard=None if guard is None else GuardFile.read(guard))
         base = _check_format(gemma)
         gemma.sampling_levels[:] = [*levels, *gemma.sampling_levels, *([BASE_LEVEL] if base else [])]
         if question is None:

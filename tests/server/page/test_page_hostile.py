@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 from gemcut.server.page import POLICY, page_files
+from gemcut.server.policy import PROHIBITED_USE
 
 from .conftest import Open, Tab
 from .scripted import Script
@@ -299,12 +300,18 @@ def test_every_file_comes_with_the_policy(open_page: Open) -> None:
 
 
 def test_no_file_names_another_address() -> None:
-    """Not even in a comment, and no way from a text to HTML or code."""
+    """Not even in a comment, but for the link to the policy; and no way from a text to HTML or code."""
     for path, file in page_files().items():
         text = file.body.decode()
         for word in ("innerHTML", "outerHTML", "AdjacentHTML", "document.write", "eval(", "new Function", "style="):
             assert word not in text, (path, word)
-        known = ("http://www.w3.org/2000/svg", "https://bank.example@evil.example/", "https?:\\/\\/", "https://$")
+        known = (
+            "http://www.w3.org/2000/svg",
+            "https://bank.example@evil.example/",
+            "https?:\\/\\/",
+            "https://$",
+            PROHIBITED_USE,
+        )
         for address in known:
             text = text.replace(address, "")
         assert "http://" not in text, path
