@@ -12,6 +12,7 @@ from gemcut.engine import SamplingParams
 from gemcut.errors import GemcutError, ParameterError
 
 BAD: list[tuple[str, Any]] = [
+    ("watermark", "key"),
     ("temperature", -1),
     ("temperature", math.nan),
     ("temperature", math.inf),

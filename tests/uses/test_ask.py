@@ -257,7 +257,7 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loads: list[str] = []
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: loads.append(name) or gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: loads.append(name) or gemma)
     monkeypatch.setenv("GEMCUT_CACHE", str(tmp_path / "cache"))
     more = ("--docs", docs, "-m", NAME, "-n", "60", "--passages", "1")
     found = json.loads(cli("ask", "How long is the notice period?", *more, "-t", "1", "--seed", "3", "--json").out)

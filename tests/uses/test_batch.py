@@ -208,7 +208,7 @@ def test_one_file_for_both(gemma: Gemma, tmp_path: Path) -> None:
 
 
 def test_the_command(cli: Cli, gemma: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(f"{completion(0)}\nbroken\n{completion(1)}\n")
     done = cli("batch", source, target, "-m", NAME)

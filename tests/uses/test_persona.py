@@ -98,7 +98,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_the_command(cli: Cli, gemma: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     levels = list(gemma.sampling_levels)
     path = tmp_path / "a.toml"
     path.write_text(LIBRARIAN)
@@ -221,7 +221,7 @@ def test_one_message_makes_room_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     levels = list(gemma.sampling_levels)
     _full().save(tmp_path / "a.json", "")
     more = ("--load", tmp_path / "a.json", "-n", "8", "-t", "0", "--once", LONG)

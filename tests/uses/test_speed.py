@@ -69,7 +69,7 @@ def test_what_cannot_be_measured(gemma: Gemma) -> None:
 
 
 def test_the_command(cli: Cli, gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     more = ("--prompt-tokens", "20", "--output-tokens", "4", "--repeat", "2")
     report = json.loads(cli("bench", "model", NAME, *more, "--batch", "1,3", "--json").out)
     assert [row["batch"] for row in report["rounds"]] == [1, 3]

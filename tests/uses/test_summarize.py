@@ -186,7 +186,7 @@ def test_no_room(gemma: Gemma) -> None:
 
 
 def test_the_command(cli: Cli, gemma: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     monkeypatch.setenv("GEMCUT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.md").write_text(WORDS)
     (right,) = Summarizer(gemma, max_new_tokens=6, style="bullets", length="short")([WORDS])

@@ -152,7 +152,7 @@ def test_drills_that_a_model_writes_have_one_gap(gemma: Gemma) -> None:
 
 
 def test_the_commands(cli: Cli, gemma: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     more = ("-m", NAME, "-n", "160", "-t", "1", "--seed", "3")
     found = json.loads(cli("tutor", "correct", TEXT, *more, "--json").out)

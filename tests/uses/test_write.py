@@ -52,7 +52,7 @@ def test_code_in_an_answer(text: str, code: str | None) -> None:
 
 
 def test_the_command(cli: Cli, gemma: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(LoadOptions, "load", lambda self, name: gemma)
+    monkeypatch.setattr(LoadOptions, "load", lambda self, name, **_: gemma)
     more = ("-m", NAME, "-n", "6", "--seed", "3", "--about", "rain")
     messages = write_messages("poem", "rain", tone="sad")
     right = gemma.chat(messages, max_new_tokens=6, seed=3, n=2)

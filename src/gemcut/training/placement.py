@@ -102,7 +102,7 @@ def device_bytes() -> int | None:
     """What one device can hold: its own limit, or this machine's free memory for a CPU. None where nothing says."""
     import os
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]  # the others' memory is not told
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])

@@ -282,7 +282,7 @@ class _Rate:
         found = {"tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
         if self._peak is not None:
             found["mfu"] = flops_utilization(found["tokens_per_second"], self._flops, self._chips, self._peak)
-        memory = jax.devices()[0].memory_stats()
+        memory = jax.local_devices()[0].memory_stats()
         if memory and "peak_bytes_in_use" in memory:
             found["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         return found
