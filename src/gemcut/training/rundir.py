@@ -113,6 +113,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} cannot be written: it takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} "
                 "are free; the one before it is whole: free some space, and resume"
             )
+        more = {**more, "arrays": _arrays(state)}
         with self._said(step):
             manager.save(step, args=args.Composite(state=args.StandardSave(state), more=args.JsonSave(more)))
 
@@ -125,18 +126,18 @@ class Checkpoints:
         """(state, more) of a step; ``like`` has shapes, dtypes and shardings. Raises DataError for another shape."""
         args = self._ocp.args
         try:
-            found = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(like), more=args.JsonRestore())
-            )
-        except (ValueError, OSError, KeyError) as error:
-            words = " ".join(str(error).split())
-            if "not compatible with the stored shape" in words or "tree structures do not match" in words:
+            more: dict[str, Any] = self._manager.restore(step, args=args.Composite(more=args.JsonRestore()))["more"]
+            # Before orbax meets it: it would leave a failed task for each array.
+            if more.pop("arrays") != _arrays(like):
                 raise DataError(
                     "the checkpoint is of another network than run.toml says; put back what it said, or begin anew in "
                     "another folder"
-                ) from None
+                )
+            state = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(like)))["state"]
+        except (ValueError, OSError, KeyError) as error:
+            words = " ".join(str(error).split())
             raise DataError(f"the checkpoint of step {step} cannot be read: {words[:200]}") from None
-        return found["state"], found["more"]
+        return state, more
 
     def finish(self) -> None:
         """Wait until what was saved is whole. Raises DataError where it could not be written."""
@@ -161,3 +162,9 @@ class Checkpoints:
             raise DataError(
                 f"{what} cannot be written ({words}); the one before it is whole: free some space, and resume"
             ) from None
+
+
+def _arrays(tree: Any) -> dict[str, list[Any]]:
+    """The shape and dtype of each leaf by its path, as JSON has them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): [*leaf.shape, str(leaf.dtype)] for path, leaf in leaves}
