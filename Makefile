@@ -18,7 +18,7 @@ demo: $(VENV)/demo.stamp
 	@echo 'To run it yourself: $(BIN)/gemcut generate -m gemma-3-270m -t 0 "The sky is"'
 	@echo '(or, after . $(BIN)/activate, gemcut alone; gemcut --help lists the commands)'
 
-# Text in, a model out: two minutes on two cores.
+# Text in, a model out: two to three minutes on two cores.
 train-demo: $(VENV)/train.stamp
 	rm -rf $(VENV)/train-demo
 	JAX_PLATFORMS=cpu $(BIN)/gemcut train run configs/smoke.toml $(VENV)/train-demo

@@ -110,7 +110,7 @@ def test_two_processes_train_together_and_go_on_alone(base: Path, tmp_path: Path
     """Over gloo: each reads its rows, both take part in saving and gathering, one writes and speaks."""
     for name in ("a", "b"):
         (tmp_path / name).symlink_to(base / name)
-    file = write_run(tmp_path, mesh="[1, 2, 1]")
+    file = write_run(tmp_path, mesh="[1, 2, 1]", model='train_tokenizer = 400\nremat = "auto"')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -244,6 +244,13 @@ def test_two_runs_in_one_folder_and_a_folder_that_is_none(base: Path) -> None:
         pass
     with pytest.raises(DataError, match="is no run"):
         rundir.run_file_of(base / "a")
+    (base / "shut").mkdir()
+    (base / "shut" / ".lock").mkdir()  # stands for a folder that cannot be written into, which root can always
+    with (
+        pytest.raises(DataError, match=r"cannot write into .*shut: .*; choose another folder"),
+        rundir.locked(base / "shut"),
+    ):
+        pass
     child = command("resume", base / "whole")
     with rundir.locked(base / "whole"):
         _, err = child.communicate(timeout=120)

@@ -88,6 +88,16 @@ class Placement:
 
         return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
+    def least(self, number: int | None) -> int | None:
+        """The smallest of all processes' numbers; None where one has none. Every process must ask."""
+        if self.driver.processes == 1:
+            return number
+        from jax.experimental import multihost_utils
+
+        # In MiB: jax keeps 32 bits of an integer unless it is told otherwise.
+        each = multihost_utils.process_allgather(np.asarray(-1 if number is None else number >> 20, np.int32))
+        return None if np.min(each) < 0 else int(np.min(each)) << 20
+
 
 def _mesh(shape: tuple[int, ...], driver: Driver) -> Mesh:
     """The mesh of a run: of all devices, or on one host of the first of them where ``shape`` takes fewer."""

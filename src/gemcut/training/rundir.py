@@ -63,7 +63,11 @@ def locked(folder: Path, driver: Driver | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "w") as lock:
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise DataError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

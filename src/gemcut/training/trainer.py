@@ -64,7 +64,9 @@ class Trainer:
             self._score = distil(cap, file.teacher.temperature, file.teacher.share)
         elif file.teacher is not None:
             self._score = distil_stored(file.teacher.share)
-        self.remat = choose_remat(model.remat, self._compiled_bytes, device_bytes())
+        # All processes must choose the same: they compile one program together.
+        memory = self.devices.least(device_bytes()) if model.remat == "auto" else None
+        self.remat = choose_remat(model.remat, self._compiled_bytes, memory)
         self.step = self._make_step(self.remat)
         self.stopping: Callable[[], bool] = lambda: False
         self.placed = self.devices.step(self.step)
