@@ -256,7 +256,8 @@ _threads = process.Threads("gemcut-engine")
 
 
 @atexit.register
-def _end_all() -> None:
+def end_all() -> None:
+    """End every loop of this process, and wait for its thread."""
     states = list(_states)
     # The second time for a thread that a waiting reader has started meanwhile.
     for _ in range(2):

@@ -7,6 +7,7 @@ asked afterwards ends with the cause.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -26,6 +27,7 @@ from torch import Tensor
 from gemcut import process
 from gemcut.config import GemmaConfig
 from gemcut.engine.cache import CacheShape, Tables
+from gemcut.engine.loop import end_all
 from gemcut.errors import CommunicationError, UnsupportedError
 from gemcut.model.key_values import Span
 from gemcut.parallel.communicator import GroupCommunicator, connect
@@ -97,7 +99,8 @@ class Team:
         try:
             for job in jobs:
                 state.workers.append(start(_replace(job, folder=folder.name)))
-            _threads.start(_watch, state)
+            _states.add(state)
+            _watchers.start(_watch, state)
             team._await(READY)
             size = len(jobs) + 1
             communicator = team._patiently(lambda: connect(jobs[0].backend, Path(folder.name), 0, size, device))
@@ -334,4 +337,15 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
+_states: weakref.WeakSet[_State] = weakref.WeakSet()
 _threads = process.Threads("gemcut-team")
+_watchers = process.Threads("gemcut-watch")
+
+
+@atexit.register
+def _end_all() -> None:
+    """Wait for the watchers: one may be ending a connection, in C++ that must not be unwound (see process.Threads)."""
+    end_all()  # first: where a worker is gone, a loop that waits for it needs the watcher to be told
+    for state in list(_states):
+        state.closing = True
+    _watchers.join()
